@@ -1,0 +1,1 @@
+"""Convert multi-head-attention checkpoints to grouped-query attention."""
