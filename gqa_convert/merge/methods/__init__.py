@@ -1,0 +1,1 @@
+"""One file a merge method; see `gqa_convert.merge.registry`."""
