@@ -1,0 +1,191 @@
+"""The safetensors file format: a strict reader of headers and a writer of them.
+
+A file is an 8-byte little-endian length, that many bytes of JSON, then the tensors' bytes without gaps. The header is
+read with our own parser because a converter copies byte spans between files: it needs absolute offsets, and it must
+not trust a header that contradicts the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.checkpoint.dtypes import BITS, torch_dtype
+from gqa_convert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["MAX_HEADER_BYTES", "TensorInfo", "build_header", "read_header", "torch_dtype"]
+
+MAX_HEADER_BYTES = 100_000_000
+"""Longest header that safetensors itself accepts."""
+
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor lies and what it is.
+
+    Attributes:
+        key: name in the checkpoint.
+        dtype: safetensors spelling, e.g. `"BF16"`.
+        shape: sizes of the axes.
+        file: the file that holds it.
+        offset: absolute position of its first byte in `file`; meaningless if `load` is set.
+        nbytes: bytes of its elements.
+        load: set only where the bytes are no span of the file (strided or legacy pickled tensors): makes the tensor.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    load: Callable[[], Tensor] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors in file order, and the file's `__metadata__`.
+
+    Raises:
+        CheckpointError: if the file is truncated, or its header is malformed or contradicts the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length, text = _header_text(path, file.read(8), size, file.read)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    table = _parse(path, text)
+    metadata = _metadata(path, table.pop("__metadata__", None))
+    start = 8 + length
+    tensors = [_tensor(path, key, entry, start) for key, entry in table.items()]
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    _check_layout(path, tensors, start, size)
+    return {tensor.key: tensor for tensor in tensors}, metadata
+
+
+def build_header(entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]) -> bytes:
+    """Make the bytes that precede the tensors, the 8-byte length included, padded so that they end 8-byte aligned.
+
+    Args:
+        entries: key, safetensors dtype, shape and byte count of each tensor, in the order of the file.
+        metadata: text to text; left out of the file if empty.
+
+    Raises:
+        CheckpointError: if a key is used twice or the header would be longer than safetensors reads.
+    """
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for key, dtype, shape, nbytes in entries:
+        if key in table or key == "__metadata__":
+            raise CheckpointError(f"tensor {key!r} would be written twice into one safetensors file.")
+        table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"a safetensors header of {len(text):,} bytes is over the limit of {MAX_HEADER_BYTES:,}.")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _header_text(path: Path, prefix: bytes, size: int, read: Callable[[int], bytes]) -> tuple[int, bytes]:
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file. Download it again.")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES or length < 2:
+        hint = " It is a git-lfs pointer: run `git lfs pull`." if prefix == b"version " else ""
+        raise CheckpointError(
+            f"{path}: not a safetensors file: its first 8 bytes announce a header of {length:,} bytes.{hint}"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path}: truncated: its header alone needs {8 + length:,} bytes, the file has {size:,}. Download it again."
+        )
+    return length, read(length)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise CheckpointError(f"{path}: its safetensors header names {twice!r} twice.")
+        return table
+
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError("it does not start with '{'")
+        table = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its safetensors header is not valid JSON ({error}).") from error
+    assert isinstance(table, dict)
+    return table
+
+
+def _metadata(path: Path, found: Any) -> dict[str, str]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{path}: `__metadata__` in its header is not a table of text: {str(found)[:80]}.")
+    return found
+
+
+def _tensor(path: Path, key: str, entry: Any, start: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        ok = isinstance(dtype, str) and isinstance(shape, list) and all(map(_is_count, [*shape, begin, end]))
+    except (TypeError, KeyError, ValueError):
+        ok = False
+    if not ok or begin > end:
+        raise CheckpointError(f"{path}: the header entry of {key!r} is malformed: {str(entry)[:120]}.")
+    nbytes, bits = end - begin, BITS.get(dtype)
+    if bits is not None and math.prod(shape) * bits != nbytes * 8:
+        raise CheckpointError(
+            f"{path}: {key!r} claims {dtype} {shape}, which takes {-(-math.prod(shape) * bits // 8):,} bytes, "
+            f"but its header gives it {nbytes:,}."
+        )
+    return TensorInfo(key=key, dtype=dtype, shape=tuple(shape), file=path, offset=start + begin, nbytes=nbytes)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_layout(path: Path, tensors: list[TensorInfo], start: int, size: int) -> None:
+    """Hold the tensors to the format: they fill the file from the header to its end, in a row."""
+    position = start
+    for tensor in tensors:
+        if tensor.offset != position:
+            fault = "overlaps the tensor before it" if tensor.offset < position else "leaves a hole before it"
+            raise CheckpointError(
+                f"{path}: {tensor.key!r} {fault}: it begins at byte {tensor.offset:,}, expected {position:,}."
+            )
+        position += tensor.nbytes
+    if position > size:
+        raise CheckpointError(f"{path}: truncated: expects {position:,} bytes, file has {size:,}; download it again.")
+    if position < size:
+        raise CheckpointError(
+            f"{path}: {size - position:,} bytes follow the last tensor: its header describes {position:,} bytes, "
+            f"file has {size:,}; download it again."
+        )

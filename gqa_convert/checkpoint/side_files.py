@@ -1,0 +1,103 @@
+"""Which of a checkpoint's files go along unchanged: tokenizer, generation config, chat templates, remote code, licence.
+
+Weights in any format, indexes, training state and hidden files stay behind: a stale `model.safetensors` or
+`pytorch_model.bin` beside the new shards would be loaded in their place.
+"""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+from gqa_convert.checkpoint.resolve import stays_inside
+from gqa_convert.errors import CheckpointError
+
+_WEIGHT_PATTERNS = (
+    "*.safetensors",
+    "*.index.json",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.ckpt.*",
+    "*.distcp",
+    "*.gguf",
+    "*.ggml",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+    "*.ot",
+    "*.tflite",
+    "*.mlmodel",
+    "*.npz",
+    "*.nemo",
+    "*.llamafile",
+    "consolidated*",
+    "adapter_config.json",
+    "trainer_state.json",
+)
+_SKIPPED_FOLDERS = (
+    "original",
+    "onnx",
+    "openvino",
+    "coreml",
+    "flax",
+    "tf",
+    "gguf",
+    "checkpoint-*",
+    "global_step*",
+    "runs",
+    "wandb",
+    "__pycache__",
+    "*.mlpackage",
+    ".*",
+)
+_REWRITTEN = frozenset({"config.json", "gqa_convert.json"})
+
+
+def split_side_files(folder: Path, weight_files: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Sort a checkpoint's files, other than its weights and config.json, into those to copy and those to leave.
+
+    Args:
+        folder: the checkpoint's folder.
+        weight_files: the files the weights are read from; they appear in neither list.
+
+    Returns:
+        Files to copy and files (or whole folders) left behind, both relative to `folder`, sorted.
+
+    Raises:
+        CheckpointError: if a file to copy is a link that leaves the folder (the output would carry a stranger's file).
+    """
+    copied: list[Path] = []
+    left: list[Path] = []
+    weights = {file.relative_to(folder) for file in weight_files}
+    for root, folders, files in os.walk(folder):
+        base = Path(root).relative_to(folder)
+        for name in sorted(folders):
+            if _matches(name, _SKIPPED_FOLDERS) or (Path(root) / name).is_symlink():
+                folders.remove(name)
+                left.append(base / name)
+        for name in files:
+            relative = base / name
+            if relative in weights or (base == Path() and name in _REWRITTEN):
+                continue
+            if name.startswith(".") or _matches(name, _WEIGHT_PATTERNS):
+                left.append(relative)
+            elif (folder / relative).is_file():
+                copied.append(_checked(folder, relative))
+    return tuple(sorted(copied)), tuple(sorted(left))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in patterns)
+
+
+def _checked(folder: Path, relative: Path) -> Path:
+    file = folder / relative
+    if not stays_inside(folder, file):
+        raise CheckpointError(
+            f"{file}: a link that leaves the model folder ({file.resolve()}). Refused: put the file itself there."
+        )
+    return relative
