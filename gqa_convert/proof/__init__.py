@@ -1,0 +1,1 @@
+"""Proof on tiny random models: what the converter claims, shown on every architecture rather than listed."""
