@@ -1,0 +1,1 @@
+"""What in a model depends on its KV heads, read off the model's own code."""

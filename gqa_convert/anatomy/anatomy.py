@@ -1,0 +1,136 @@
+"""What in a checkpoint must be merged for a given number of KV heads, found from the model's own code.
+
+The model is built twice without memory, with the source's KV heads and with the target's. The parameters whose shape
+differs are exactly what depends on KV heads: weights, biases, full-width key norms, depthwise convolutions, whatever
+the family has. Raw checkpoint keys are then mapped to module names with transformers' own loading rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gqa_convert.anatomy import special, transformers_api
+from gqa_convert.anatomy.finder import Finder, Merge
+from gqa_convert.anatomy.kv_fields import KVField, check_groups, config_edits, find_kv_fields, get_path
+from gqa_convert.anatomy.shapes import ShapeDifference
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.errors import UnsupportedModelError, VerificationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """A checkpoint's attention, as far as converting it to `groups` KV heads needs to know it."""
+
+    model_type: str
+    class_name: str
+    groups: int
+    fields: tuple[KVField, ...]
+    changed_fields: tuple[KVField, ...]
+    head_dim: int
+    edits: dict[tuple[str, ...], Any]
+    merges: tuple[Merge, ...]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    config: Any = field(repr=False)
+    target_config: Any = field(repr=False)
+    target_model: Any = field(repr=False)
+    difference: ShapeDifference | None = field(repr=False)
+
+
+def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, tuple[KVField, ...]]:
+    """Return a checkpoint's configuration and its KV-head fields.
+
+    Raises:
+        UnsupportedModelError: if the family has no KV heads to merge or no setting for their number.
+    """
+    config = transformers_api.load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    model_type = str(getattr(config, "model_type", ""))
+    kind, reason = special.refused_families().get(model_type, ("", ""))
+    if kind in ("C", "D"):
+        raise UnsupportedModelError(f"{model_type} cannot become a grouped-query model here: {reason}.")
+    fields = find_kv_fields(config, checkpoint.config)
+    if not fields:
+        raise UnsupportedModelError(
+            f"{model_type} cannot become a grouped-query model here: transformers {transformers_api.version()} gives "
+            "its decoder no setting for the number of KV heads."
+        )
+    owner = get_path(config, fields[0].path[:-1]) or config
+    if getattr(owner, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{model_type} cannot become a grouped-query model here: multi-head latent attention "
+            f"(kv_lora_rank={owner.kv_lora_rank}) caches a latent, not KV heads."
+        )
+    return config, fields
+
+
+def dissect(checkpoint: Checkpoint, groups: int, *, trust_remote_code: bool = False) -> Anatomy:
+    """Find what converting `checkpoint` to `groups` KV heads must merge, edit and drop.
+
+    Raises:
+        UsageError: if `groups` does not divide the KV heads.
+        UnsupportedModelError: if the model cannot be expressed with that many KV heads; the message has the reason.
+        CheckpointError: if the weights are not those that the configuration describes.
+    """
+    config, fields = read_fields(checkpoint, trust_remote_code=trust_remote_code)
+    changed = check_groups(fields, groups)
+    why = special.refusal(config, groups, fields[0].kv_heads)
+    if why:
+        raise UnsupportedModelError(f"--groups {groups}: {why}")
+    edits, target_config = config_edits(config, checkpoint.config, changed, groups) if changed else ({}, config)
+    cls = transformers_api.model_class(config, folder=checkpoint.folder, trust_remote_code=trust_remote_code)
+    source_model = transformers_api.build_on_meta(cls, config)
+    target_model = transformers_api.build_on_meta(cls, target_config)
+    difference = ShapeDifference(source_model, target_model, fields, groups) if changed else None
+    found = Finder(checkpoint, difference) if difference else None
+    return Anatomy(
+        model_type=str(config.model_type),
+        class_name=cls.__name__,
+        groups=groups,
+        fields=fields,
+        changed_fields=changed,
+        head_dim=(found.head_dim if found else 0) or _config_head_dim(config, fields[0]),
+        edits=edits,
+        merges=tuple(found.merges) if found else (),
+        dropped=tuple(found.dropped) if found else (),
+        notes=tuple(found.notes) if found else (),
+        config=config,
+        target_config=target_config,
+        target_model=target_model,
+        difference=difference,
+    )
+
+
+def _config_head_dim(config: Any, main: KVField) -> int:
+    owner = get_path(config, main.path[:-1]) or config
+    explicit = getattr(owner, "head_dim", None)
+    if isinstance(explicit, int):
+        return explicit
+    hidden = getattr(owner, "hidden_size", None) or main.query_heads
+    return max(1, int(hidden) // main.query_heads)
+
+
+def check_target(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], source_keys: Mapping[str, Any]) -> None:
+    """Check that written tensors fill the target model as the source's filled the source model.
+
+    `shapes` are the written raw keys with their shapes, `source_keys` the source's raw keys.
+
+    Raises:
+        VerificationError: naming the first key that is missing, unexpected or of the wrong shape.
+    """
+    key_map = transformers_api.KeyMap(anatomy.target_model)
+    merged = {merge.key for merge in anatomy.merges}
+    for key, shape in shapes.items():
+        if key not in source_keys:
+            raise VerificationError(f"{key}: written, but not in the source.")
+        names = key_map.targets(key)
+        if key in merged and not names and not any(m.key == key and not m.cached for m in anatomy.merges):
+            raise VerificationError(f"{key}: the converted model has no place for it.")
+        if key in merged and len(names) == 1:
+            expected = tuple(key_map.names[names[0]].shape)
+            if shape not in (expected, expected[::-1]):
+                raise VerificationError(f"{key}: written with shape {shape}, the converted model has {expected}.")
+    lost = set(source_keys) - set(shapes) - set(anatomy.dropped)
+    if lost:
+        raise VerificationError(f"{sorted(lost)[0]}: in the source, but not written ({len(lost)} such tensors).")

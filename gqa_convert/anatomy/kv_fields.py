@@ -1,0 +1,214 @@
+"""Where a model's configuration says how many KV heads its decoder has.
+
+Values are read through the configuration class, never from raw JSON: 141 of 205 KV fields in transformers 5.23 default
+to an integer that is not the head count, so an absent key does not mean MHA. Edits are made to the JSON, in the
+spelling that is there, and read back through the class to see that they arrived.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from gqa_convert.anatomy import special
+from gqa_convert.anatomy.transformers_api import config_from_dict
+from gqa_convert.errors import UnsupportedModelError, UsageError
+from gqa_convert.heads import divisors
+
+Path = tuple[str, ...]
+
+_KV_NAME = re.compile(r"^(swa_|cross_|num_global_)?(num_key_value_heads|num_kv_heads|kv_n_heads|key_value_heads)$")
+_HEAD_NAMES = ("num_attention_heads", "decoder_attention_heads", "n_head", "n_heads", "num_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVField:
+    """One configuration field that sets a number of KV heads.
+
+    `path` leads through the configuration's attributes; `kv_heads` is its present value, `query_heads` the number of
+    query heads of the same (sub-)configuration.
+    """
+
+    path: Path
+    kv_heads: int
+    query_heads: int
+
+    @property
+    def name(self) -> str:
+        """The path, dotted, as a user would write it."""
+        return ".".join(self.path)
+
+
+def get_path(config: Any, path: Path) -> Any:
+    """Follow attribute (or key, or per-layer entry) names into a configuration; None where one is missing."""
+    for name in path:
+        if isinstance(config, Mapping):
+            config = config.get(name, config.get(int(name)) if name.isdigit() else None)
+        else:
+            config = getattr(config, name, None)
+    return config
+
+
+def find_kv_fields(config: Any, values: Mapping[str, Any]) -> tuple[KVField, ...]:
+    """Return the KV-head fields of the decoder, the main one first; empty if it has none.
+
+    Vision towers, audio encoders, perceivers, adapters and codecs keep fields of the same name: only the decoder's own
+    part of the configuration is searched. `values` is config.json as parsed.
+    """
+    for prefixes in decoder_paths(config):
+        fields = tuple(field for prefix in prefixes for field in _fields_at(config, prefix, values))
+        if fields:
+            return fields
+    return ()
+
+
+def decoder_paths(config: Any) -> Iterator[tuple[Path, ...]]:
+    """Yield where the decoder's configuration may lie, the likeliest first; several paths change together."""
+    model_type = getattr(config, "model_type", "")
+    if model_type in special.DECODER_PATHS:
+        yield special.DECODER_PATHS[model_type]
+        return
+    try:
+        text = config.get_text_config(decoder=True)
+    except (AttributeError, ValueError, TypeError):
+        text = config
+    if text is not config:
+        for name in ("text_config", "decoder", "generator"):
+            if getattr(config, name, None) is text:
+                yield ((name,),)
+    yield ((),)
+
+
+def _fields_at(config: Any, prefix: Path, values: Mapping[str, Any]) -> Iterator[KVField]:
+    owner = get_path(config, prefix) if prefix else config
+    if owner is None:
+        return
+    paths = [(name,) for name in _kv_names(owner)]
+    if not paths and getattr(owner, "attn_config", None) is not None:
+        paths = [("attn_config", name) for name in _kv_names(owner.attn_config)]
+    raw = _json_at(values, prefix)
+    paths += [(name,) for name in raw if name.startswith("num_global_") and _KV_NAME.match(name)]
+    paths += _per_layer_paths(raw)
+    paths.sort(key=lambda path: (len(path), path[-1] not in ("num_key_value_heads", "num_kv_heads", "kv_n_heads")))
+    for path in dict.fromkeys(paths):
+        value = get_path(owner, path)
+        value = get_path(raw, path) if value is None else value
+        value = special.effective_kv_heads(owner, path[-1], value)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            yield KVField(path=prefix + path, kv_heads=value, query_heads=_query_heads(owner, path[-1], value))
+
+
+def _kv_names(owner: Any) -> list[str]:
+    declared = set(getattr(type(owner), "__dataclass_fields__", {})) | set(vars(owner))
+    aliases = set(getattr(owner, "attribute_map", None) or {})
+    return sorted(name for name in declared - aliases if _KV_NAME.match(name))
+
+
+def _per_layer_paths(raw: Mapping[str, Any]) -> list[Path]:
+    layers = raw.get("per_layer_config")
+    if not isinstance(layers, Mapping):
+        return []
+    return [
+        ("per_layer_config", index, name)
+        for index, entry in layers.items()
+        if isinstance(entry, Mapping)
+        for name in entry
+        if _KV_NAME.match(name)
+    ]
+
+
+def _json_at(values: Mapping[str, Any], prefix: Path) -> Mapping[str, Any]:
+    found = get_path(values, prefix) if prefix else values
+    return found if isinstance(found, Mapping) else {}
+
+
+def _query_heads(owner: Any, name: str, kv_heads: int) -> int:
+    prefix = next((p for p in ("swa_", "cross_") if name.startswith(p)), "")
+    for head_name in _HEAD_NAMES:
+        value = getattr(owner, prefix + head_name, None)
+        if isinstance(value, int) and value >= kv_heads:
+            return value
+    return kv_heads
+
+
+def check_groups(fields: tuple[KVField, ...], groups: int) -> tuple[KVField, ...]:
+    """Return the fields that `groups` changes; fields that are already as small stay as they are.
+
+    Raises:
+        UsageError: if `groups` does not divide a field's KV heads.
+    """
+    main = fields[0]
+    legal = [d for d in divisors(main.kv_heads) if all(d >= f.kv_heads or f.kv_heads % d == 0 for f in fields)]
+    if groups not in legal:
+        what = "query heads cannot be shared by" if main.kv_heads == main.query_heads else "KV heads cannot become"
+        more = "" if groups <= main.kv_heads else " Groups are KV heads: converting only ever lowers their number."
+        raise UsageError(
+            f"--groups {groups}: {main.kv_heads} {what} {groups} KV heads (config.json: {main.name}={main.kv_heads}). "
+            f"Choose one of {', '.join(map(str, legal))}.{more}"
+        )
+    return tuple(field for field in fields if field.kv_heads > groups)
+
+
+def config_edits(
+    config: Any, values: Mapping[str, Any], fields: tuple[KVField, ...], groups: int
+) -> tuple[dict[Path, Any], Any]:
+    """Work out the JSON edits that give the fields `groups` KV heads, and the configuration they produce.
+
+    Returns:
+        The edits (JSON path -> value) and the edited configuration, as its class reads it.
+
+    Raises:
+        UnsupportedModelError: if the class does not take the value, wherever in the JSON it is written.
+    """
+    edits: dict[Path, Any] = {}
+    for field in fields:
+        edits.update(_edit_one(config, values, edits, field, groups))
+    edits.update(special.extra_edits(config, groups))
+    edited = config_from_dict(config, apply_edits(values, edits))
+    return edits, edited
+
+
+def _edit_one(
+    config: Any, values: Mapping[str, Any], done: Mapping[Path, Any], field: KVField, groups: int
+) -> dict[Path, Any]:
+    for path in _json_candidates(values, field):
+        trial = {**done, path: groups}
+        try:
+            edited = config_from_dict(config, apply_edits(values, trial | special.extra_edits(config, groups)))
+        except Exception:  # a strict class refuses a key in the wrong place: try the next one
+            continue
+        read = get_path(edited, field.path)
+        if read == groups or (read is None and field.path[-1].startswith("num_global_")):
+            return {path: groups}
+    raise UnsupportedModelError(
+        f"{type(config).__name__}: setting {field.name}={groups} in config.json does not change what transformers reads."
+    )
+
+
+def _json_candidates(values: Mapping[str, Any], field: KVField) -> Iterator[Path]:
+    *parents, leaf = field.path
+    prefix = tuple(parents)
+    if leaf in _json_at(values, prefix):
+        yield field.path
+    if leaf in values:
+        yield (leaf,)
+    for name in _json_at(values, prefix):
+        if name in special.JSON_ALIASES:
+            yield (*prefix, name)
+    if not prefix or get_path(values, prefix) is not None:
+        yield field.path
+    yield (leaf,)
+
+
+def apply_edits(values: Mapping[str, Any], edits: Mapping[Path, Any]) -> dict[str, Any]:
+    """Return a deep copy of parsed JSON with the edits made."""
+    edited: dict[str, Any] = deepcopy(dict(values))
+    for path, value in edits.items():
+        place = edited
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
+    return edited

@@ -1,0 +1,231 @@
+"""Every call into transformers that converting needs, the few that are not public API included.
+
+Nothing else in the package imports transformers' internals, so a new release is met in this one file. Where the
+private renaming of checkpoint keys is missing or has moved, keys that already are module names still work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The Auto mappings whose models decode with a KV cache, in the order in which a missing `architectures` is resolved.
+MODEL_MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_IMAGE_MODELING_MAPPING_NAMES",
+)
+
+
+def version() -> str:
+    """Return the installed transformers version."""
+    import transformers
+
+    return str(transformers.__version__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' advice to model authors and its progress bars while a model is built or loaded."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = bool(transformers_logging.is_progress_bar_enabled())
+    logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Read a checkpoint's configuration the way `from_pretrained` will.
+
+    Raises:
+        CheckpointError: if transformers cannot make sense of config.json.
+        UnsupportedModelError: if the model type is unknown, or needs the user's word to run remote code.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise _config_error(folder, error) from error
+
+
+def _config_error(folder: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
+    text = " ".join(str(error).split())
+    where = f"{folder / 'config.json'}"
+    if "trust_remote_code" in text:
+        return UnsupportedModelError(
+            f"{where}: this model brings its own code. Read it, then pass --trust-remote-code to run it."
+        )
+    if "model_type" in text or "does not recognize" in text or "Unrecognized" in text:
+        return UnsupportedModelError(
+            f"{where}: transformers {version()} does not know this model type. "
+            "Install a release that does, or check `model_type`."
+        )
+    return CheckpointError(f"{where}: transformers {version()} refuses this configuration: {text[:300]}")
+
+
+def config_from_dict(like: Any, values: Mapping[str, Any]) -> Any:
+    """Build a configuration of `like`'s class from the contents of a config.json."""
+    with quiet():
+        return type(like).from_dict(deepcopy(dict(values)))
+
+
+def model_class(config: Any, *, folder: Path | None = None, trust_remote_code: bool = False) -> type[nn.Module]:
+    """Return the class that `architectures` names, or else the first Auto class that knows the model type.
+
+    Raises:
+        UnsupportedModelError: if transformers has no generative model for the configuration.
+    """
+    import transformers
+
+    names = list(getattr(config, "architectures", None) or ())
+    remote = dict(getattr(config, "auto_map", None) or {})
+    if trust_remote_code and folder is not None:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        for auto, reference in remote.items():
+            if auto.startswith("AutoModel") and (not names or str(reference).rsplit(".", 1)[-1] in names):
+                found: type[nn.Module] = get_class_from_dynamic_module(str(reference), str(folder))
+                return found
+    for name in names:
+        found_native: type[nn.Module] | None = getattr(transformers, name, None)
+        if found_native is not None:
+            return found_native
+    for cls in _auto_classes(config.model_type):
+        return cls
+    raise UnsupportedModelError(
+        f"{config.model_type}: transformers {version()} has no generative model for it"
+        + (f" (architectures: {', '.join(names)})." if names else ".")
+    )
+
+
+def _auto_classes(model_type: str) -> Iterator[type[nn.Module]]:
+    import transformers
+
+    for mapping in auto_mappings().values():
+        names = mapping.get(model_type)
+        if names is not None:
+            name = names if isinstance(names, str) else names[0]
+            yield getattr(transformers, name)
+
+
+def auto_mappings() -> dict[str, Mapping[str, Any]]:
+    """Return the generative Auto mappings (name -> {model type: class name}) that this release has."""
+    module = importlib.import_module("transformers.models.auto.modeling_auto")
+    return {name: getattr(module, name) for name in MODEL_MAPPINGS if hasattr(module, name)}
+
+
+def survey() -> tuple[str, ...]:
+    """Return every model type that one of the generative Auto mappings knows, sorted."""
+    return tuple(sorted({model_type for mapping in auto_mappings().values() for model_type in mapping}))
+
+
+def build_on_meta(cls: type[nn.Module], config: Any) -> nn.Module:
+    """Instantiate a model without memory or initialisation, to read its names and shapes.
+
+    Raises:
+        UnsupportedModelError: if the model's own constructor refuses the configuration.
+    """
+    import torch
+
+    own = deepcopy(config)
+    try:
+        with quiet(), torch.device("meta"), _no_init():
+            return cls(own)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{cls.__name__}: transformers {version()} cannot build this configuration: "
+            f"{type(error).__name__}: {text[:300]}"
+        ) from error
+
+
+def _no_init() -> Any:
+    from contextlib import nullcontext
+
+    try:
+        module = importlib.import_module("transformers.initialization")
+    except ImportError:
+        return nullcontext()
+    guard = getattr(module, "no_init_weights", None)
+    return guard() if guard is not None else nullcontext()
+
+
+class KeyMap:
+    """Map raw checkpoint keys to module names with transformers' own loading rules.
+
+    transformers 5 renames keys while loading (`conversion_mapping.py`, `core_model_loading.py`): a chain of renamings,
+    then at most one converter that may split or merge tensors, then the base-model prefix is added or removed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.names: dict[str, Any] = dict(model.state_dict())
+        self._prefix = getattr(model, "base_model_prefix", None)
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
+        self.exact_only = not self._load_rules()
+
+    def _load_rules(self) -> bool:
+        try:
+            mapping = importlib.import_module("transformers.conversion_mapping")
+            loading = importlib.import_module("transformers.core_model_loading")
+            rules = mapping.get_model_conversion_mapping(self._model) or []
+            self._rename = loading.rename_source_key
+        except (ImportError, AttributeError):
+            return False
+        self._renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+        return True
+
+    def targets(self, raw_key: str) -> tuple[str, ...]:
+        """Return the module names that a raw key fills: one, several (a fused tensor), or none (ignored on load)."""
+        if self.exact_only:
+            return (raw_key,) if raw_key in self.names else ()
+        name, pattern = self._rename(raw_key, self._renamings, self._converters, self._prefix, self.names)
+        if name not in self.names and raw_key in self.names:
+            return (raw_key,)
+        if pattern is None:
+            if name not in self.names:
+                name, _ = self._rename(raw_key, [], [], self._prefix, self.names)
+            return (name,) if name in self.names else ()
+        return self._converted(name, pattern)
+
+    def _converted(self, name: str, pattern: str) -> tuple[str, ...]:
+        converter = next(rule for rule in self._converters if pattern in rule.source_patterns)
+        patterns = list(converter.target_patterns)
+        names = [name] + [name.replace(patterns[0], other) for other in patterns[1:]]
+        return tuple(n for n in names if n in self.names)
+
+    def operations(self, raw_key: str) -> tuple[str, ...]:
+        """Return the names of the tensor operations that loading applies to a raw key, in order."""
+        if self.exact_only:
+            return ()
+        _, pattern = self._rename(raw_key, self._renamings, self._converters, self._prefix, self.names)
+        if pattern is None:
+            return ()
+        converter = next(rule for rule in self._converters if pattern in rule.source_patterns)
+        return tuple(type(operation).__name__ for operation in converter.operations)

@@ -1,0 +1,217 @@
+"""The command line: thin, and free of heavy imports until a command runs."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gqa_convert import __version__
+from gqa_convert.errors import GQAConvertError
+
+app = typer.Typer(
+    name="gqa",
+    help="Convert multi-head-attention checkpoints to grouped-query attention, and see what that costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder or a Hugging Face hub id.", metavar="MODEL")]
+Groups = Annotated[
+    int, typer.Option("--groups", "-g", help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention).")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder to write [default: MODEL-gqa<GROUPS> beside it].")
+]
+Method = Annotated[str, typer.Option(help="How heads are merged; `gqa methods` lists them.")]
+Seed = Annotated[int, typer.Option(help="Seed of methods that draw random numbers.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Force = Annotated[bool, typer.Option(help="Replace an earlier conversion at --out.")]
+Verify = Annotated[
+    str,
+    typer.Option(
+        help="none; structure: keys, shapes, config against the target model; logits: also run both models (in memory)."
+    ),
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+
+def convert_command(
+    model: Model,
+    groups: Groups,
+    out: Out = None,
+    method: Method = "mean",
+    seed: Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    json: AsJson = False,
+    force: Force = False,
+    verify: Verify = "structure",
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+) -> None:
+    """Convert a checkpoint to grouped-query attention with GROUPS KV heads.
+
+    More groups are closer to the source; fewer are smaller and faster to decode. The source is never written to, and
+    the output appears whole or not at all.
+    """
+    from gqa_convert import console, conversion, planning
+
+    made = planning.plan(
+        model,
+        groups=groups,
+        out=out,
+        method=method,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    if dry_run:
+        _emit(made.to_json(), json, lambda: console.show_plan(made))
+        return
+    with console.byte_progress(made.bytes_out, quiet=json) as on_bytes:
+        result = conversion.execute(
+            made, verify=verify, force=force, trust_remote_code=trust_remote_code, on_bytes=on_bytes
+        )
+    described = {"out": str(result.out), "verified": result.verified, "checks": result.checks, "plan": made.to_json()}
+    _emit(described, json, lambda: console.show_result(result))
+
+
+app.command("convert")(convert_command)
+
+
+@app.command("plan")
+def plan_command(
+    model: Model,
+    groups: Groups,
+    out: Out = None,
+    method: Method = "mean",
+    seed: Seed = 0,
+    json: AsJson = False,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+) -> None:
+    """Print what converting would read, merge, edit and write."""
+    from gqa_convert import console, planning
+
+    made = planning.plan(
+        model,
+        groups=groups,
+        out=out,
+        method=method,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    _emit(made.to_json(), json, lambda: console.show_plan(made))
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model, json: AsJson = False, trust_remote_code: Trust = False, revision: Revision = None
+) -> None:
+    """Say what a checkpoint is: head layout, legal group counts, cache cost."""
+    from gqa_convert import console, inspection
+
+    found = inspection.inspect(model, trust_remote_code=trust_remote_code, revision=revision)
+    _emit(found.to_json(), json, lambda: console.show_inspection(found))
+
+
+@app.command("verify")
+def verify_command(
+    source: Annotated[str, typer.Argument(help="The checkpoint that was converted.", metavar="SRC")],
+    converted: Annotated[Path, typer.Argument(help="The folder it was converted to.", metavar="DST")],
+    logits: Annotated[bool, typer.Option("--logits", help="Also load and run both models.")] = False,
+    json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Check a converted folder against its source: keys, shapes, bytes, merged values, and logits if asked."""
+    from gqa_convert import console, inspection
+
+    checks = inspection.verify_pair(source, converted, logits=logits, trust_remote_code=trust_remote_code)
+    _emit(checks, json, lambda: console.show_checks(converted, checks))
+
+
+@app.command("families")
+def families_command(
+    name: Annotated[str | None, typer.Argument(help="Only model types that contain this.")] = None,
+    json: AsJson = False,
+) -> None:
+    """List every model type of the installed transformers: whether it converts, and why not where it does not."""
+    from gqa_convert import console, families
+
+    found = [family for family in families.families() if name is None or name in family.model_type]
+    _emit([family.to_json() for family in found], json, lambda: console.show_families(found))
+
+
+@app.command("methods")
+def methods_command(json: AsJson = False) -> None:
+    """List the merge methods."""
+    from gqa_convert import console
+    from gqa_convert.merge.registry import all_methods
+
+    found = list(all_methods().values())
+    described = [{"name": m.name, "title": m.title, "reference": m.reference} for m in found]
+    _emit(described, json, lambda: console.show_methods(found))
+
+
+@app.command("demo")
+def demo_command(
+    groups: Groups = 2,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the converted model here.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Convert the small model that comes with the package, and show what was gained and lost."""
+    from gqa_convert.demo.run import run_demo
+
+    run_demo(out, groups=groups, json=json)
+
+
+@app.callback(invoke_without_command=True)
+def umbrella(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Convert multi-head-attention checkpoints to grouped-query attention, and see what that costs."""
+    if version:
+        typer.echo(f"gqa-convert {__version__}")
+        raise typer.Exit
+
+
+def _emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        typer.echo(jsonlib.dumps(value, indent=2))
+    else:
+        show()
+
+
+def _run(run: Callable[[], Any]) -> None:
+    """Run a command; a `GQAConvertError` becomes one line on standard error and its exit code."""
+    try:
+        run()
+    except GQAConvertError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: nothing was left at the target.", err=True)
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of `gqa`."""
+    _run(app)
+
+
+def convert_main() -> None:
+    """Entry point of `gqa-convert`: the same command as `gqa convert`."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command("gqa-convert")(convert_command)
+    _run(single)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Convert a checkpoint: follow a plan, tensor by tensor, into a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.anatomy.anatomy import Merge
+from gqa_convert.checkpoint.config_json import edit_json
+from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.checkpoint.staging import staged_output
+from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
+from gqa_convert.errors import CheckpointError, UsageError
+from gqa_convert.merge.registry import MergeMethod, get_method
+from gqa_convert.merge.seeding import generator_for
+from gqa_convert.planning import ConvertPlan, plan
+from gqa_convert.verify import verify_output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERIFY_LEVELS = ("none", "structure", "logits")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertResult:
+    """A finished conversion: where it is, the plan it followed, and what verifying it found."""
+
+    out: Path
+    plan: ConvertPlan
+    verified: str
+    checks: dict[str, Any]
+
+
+def convert(
+    source: str | Path,
+    *,
+    groups: int,
+    out: str | Path | None = None,
+    method: str = "mean",
+    seed: int = 0,
+    verify: str = "structure",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> ConvertResult:
+    """Convert a checkpoint to `groups` KV heads and write it to a new folder.
+
+    Args:
+        source: a checkpoint folder or a hub id; never written to.
+        groups: KV heads after the conversion; 1 is MQA.
+        out: the folder to write; by default `<source>-gqa<groups>` beside the source.
+        method: a merge method by name.
+        seed: for methods that draw random numbers.
+        verify: `none`, `structure` (keys and shapes against the target model) or `logits` (run both models).
+        force: replace an earlier conversion at `out`.
+        trust_remote_code: allow the model's own Python code to run.
+        revision: a branch, tag or commit of a hub id.
+        on_bytes: called with the number of bytes written since the last call.
+
+    Raises:
+        GQAConvertError: of the kind that fits; nothing is left at `out` then.
+    """
+    if verify not in VERIFY_LEVELS:
+        raise UsageError(f"--verify {verify}: choose one of {', '.join(VERIFY_LEVELS)}.")
+    made = plan(
+        source,
+        groups=groups,
+        out=out,
+        method=method,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    return execute(made, verify=verify, force=force, trust_remote_code=trust_remote_code, on_bytes=on_bytes)
+
+
+def execute(
+    made: ConvertPlan,
+    *,
+    verify: str = "structure",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+) -> ConvertResult:
+    """Carry a plan out. See `convert`."""
+    checkpoint = made.checkpoint
+    side_bytes = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files)
+    needed = made.bytes_out + side_bytes + (1 << 20)
+    with staged_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed) as folder:
+        _write_weights(made, folder, on_bytes)
+        _write_config(made, folder)
+        for path in checkpoint.side_files:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / path, folder / path)
+        checks = verify_output(made, folder, level=verify, trust_remote_code=trust_remote_code)
+        write_provenance(folder / PROVENANCE, provenance(made))
+    return ConvertResult(out=made.target, plan=made, verified=verify, checks=checks)
+
+
+def _write_weights(made: ConvertPlan, folder: Path, on_bytes: Callable[[int], None] | None) -> None:
+    checkpoint = made.checkpoint
+    method = get_method(made.method)
+    merges = {merge.key: merge for merge in made.anatomy.merges}
+    dropped = set(made.anatomy.dropped)
+    weight_map: dict[str, str] = {}
+    for shard in checkpoint.shards:
+        targets = []
+        for key, info in shard.tensors.items():
+            if key in dropped:
+                continue
+            weight_map[key] = shard.name
+            merge = merges.get(key)
+            if merge is None:
+                targets.append(TargetTensor(key=key, dtype=info.dtype, shape=info.shape, source=info, produce=None))
+            else:
+                produce = _producer(checkpoint, merge, method, made.seed)
+                targets.append(
+                    TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, source=None, produce=produce)
+                )
+        if targets:
+            write_shard(folder / shard.name, targets, dict(shard.metadata), on_bytes=on_bytes)
+    if len(checkpoint.shards) > 1:
+        write_index(folder / _INDEX, weight_map, made.bytes_out, made.parameters_out)
+
+
+def _producer(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: int) -> Callable[[], Tensor]:
+    return lambda: merged_tensor(checkpoint, merge, method, seed)
+
+
+def merged_tensor(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: int) -> Tensor:
+    """Compute one merged tensor from the source's, in float32, in the source's dtype.
+
+    Raises:
+        CheckpointError: if a source tensor holds a value that is not finite.
+    """
+    import torch
+
+    parts = [checkpoint.tensor(key) for key in merge.sources]
+    for key, part in zip(merge.sources, parts, strict=True):
+        _check_finite(checkpoint, key, part)
+    if method.name == "random" and not merge.is_projection:
+        method = get_method("mean")  # a norm or bias redrawn about zero is damage that no paper means by "random"
+    generator = generator_for(seed, merge.key) if method.name == "random" else None
+
+    def pool(x: Tensor, grouping: Any, dim: int) -> Tensor:
+        return method.pool(x, grouping, dim, generator=generator)
+
+    if len(parts) > 1:
+        return merge.rows.merge(torch.stack(parts), pool).squeeze(0)
+    return merge.rows.merge(parts[0], pool)
+
+
+def _check_finite(checkpoint: Checkpoint, key: str, x: Tensor) -> None:
+    import torch
+
+    # A sum is not finite if any element is not; it may also overflow, so only then is every element looked at.
+    if torch.isfinite(x.sum(dtype=torch.float32)):
+        return
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{checkpoint.tensors[key].file}: {key} holds {bad} values that are not finite (NaN or infinity), so its "
+            "heads cannot be averaged. Repair or re-download the checkpoint."
+        )
+
+
+def _write_config(made: ConvertPlan, folder: Path) -> None:
+    removals = [("transformers_weights",)] if "transformers_weights" in made.checkpoint.config else []
+    text = edit_json(made.checkpoint.config_text, made.anatomy.edits, removals)
+    with open(folder / "config.json", "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+def provenance(made: ConvertPlan) -> dict[str, Any]:
+    """What `gqa_convert.json` says: the source's identity, the method, the layouts, and the versions at work."""
+    described = made.to_json()
+    return {
+        "format": 1,
+        "tool": {"name": "gqa-convert", "version": installed_version("gqa-convert")},
+        "source": source_identity(made.checkpoint),
+        "conversion": {
+            key: described[key] for key in ("model_type", "class", "method", "seed", "before", "after", "config_edits")
+        },
+        "merged": [merge.key for merge in made.anatomy.merges],
+        "dropped": list(made.anatomy.dropped),
+        "versions": {name: installed_version(name) for name in ("torch", "transformers", "safetensors")},
+    }

@@ -1,0 +1,67 @@
+"""Every model type of the installed transformers: whether it converts, and what that claim rests on.
+
+`proven` and `unproven` come from the recorded run of the contract (`python -m gqa_convert.proof.run`); the record says
+with which transformers it was made. A model type that the record does not know is listed as not yet tried.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+from gqa_convert.anatomy import special, transformers_api
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model type.
+
+    `kind` is A (separate k and v projections), B (fused), C (no KV-head setting in transformers), D (no KV heads to
+    merge) or N (a wrapper whose nested decoder decides); `status` is proven, unproven, untried, refused or nested.
+    """
+
+    model_type: str
+    kind: str
+    status: str
+    reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """The family as JSON values."""
+        return asdict(self)
+
+
+def record() -> dict[str, Any]:
+    """Return the recorded run of the contract: versions, and a result for each family; empty if there is none."""
+    path = files("gqa_convert.proof").joinpath(RECORD)
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def families() -> tuple[Family, ...]:
+    """Return every generative model type that the installed transformers knows, sorted by name."""
+    recorded = record()
+    results = {entry["model_type"]: entry for entry in recorded.get("families", ())}
+    made_with = recorded.get("versions", {}).get("transformers", "")
+    return tuple(_family(name, results.get(name), made_with) for name in transformers_api.survey())
+
+
+def _family(model_type: str, result: dict[str, Any] | None, made_with: str) -> Family:
+    refused = special.refused_families().get(model_type)
+    if refused is not None:
+        status = "nested" if refused[0] == "N" else "refused"
+        return Family(model_type=model_type, kind=refused[0], status=status, reason=refused[1])
+    kind = "B" if model_type in special.FUSED_LAYOUTS else "A"
+    if result is None:
+        return Family(model_type=model_type, kind=kind, status="untried", reason="not in the recorded run")
+    if result.get("proven"):
+        note = special.ONLY_MQA.get(model_type, "") or special.ONLY_EVEN.get(model_type, "")
+        return Family(
+            model_type=model_type, kind=kind, status="proven", reason=note or f"contract held with {made_with}"
+        )
+    return Family(model_type=model_type, kind=kind, status="unproven", reason=str(result.get("reason", "")))

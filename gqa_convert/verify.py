@@ -1,0 +1,173 @@
+"""Check a written checkpoint: against the target model's keys and shapes, against the source's bytes, and by running it.
+
+`structure` reads headers and configuration only. `logits` loads both models: the converted one must agree with the
+source in which every KV head was replaced by its group's merged head, which is the same function by construction, so
+any disagreement is a fault of layout, configuration or loading and not the cost of the merge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.anatomy import transformers_api
+from gqa_convert.anatomy.anatomy import check_target
+from gqa_convert.anatomy.kv_fields import get_path
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.errors import VerificationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gqa_convert.planning import ConvertPlan
+
+LOGIT_TOLERANCE = 1e-4
+"""Largest accepted logit difference, as a share of the largest logit."""
+
+
+def verify_output(made: ConvertPlan, folder: Path, *, level: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Verify a folder written by following `made`.
+
+    Returns:
+        What was checked, with counts and the largest logit difference where models were run.
+
+    Raises:
+        VerificationError: naming the first thing that is not as planned.
+    """
+    if level == "none":
+        return {}
+    checks = verify_structure(made, folder, trust_remote_code=trust_remote_code)
+    if level == "logits":
+        checks |= verify_logits(made, folder, trust_remote_code=trust_remote_code)
+    return checks
+
+
+def verify_structure(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Check configuration, keys, shapes and dtypes without reading a weight. See `verify_output`."""
+    written = Checkpoint.open(folder)
+    config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
+    for kv_field in made.anatomy.changed_fields:
+        value = get_path(config, kv_field.path)
+        if value != made.groups and get_path(written.config, kv_field.path) != made.groups:
+            raise VerificationError(f"{folder / 'config.json'}: {kv_field.name} reads {value}, not {made.groups}.")
+    shapes = {key: info.shape for key, info in written.tensors.items()}
+    check_target(made.anatomy, shapes, made.checkpoint.tensors)
+    merged = {merge.key for merge in made.anatomy.merges}
+    for key, info in written.tensors.items():
+        source = made.checkpoint.tensors[key]
+        if info.dtype != source.dtype or (key not in merged and info.shape != source.shape):
+            raise VerificationError(f"{key}: {info.dtype} {info.shape} written, {source.dtype} {source.shape} planned.")
+    if written.total_bytes != made.bytes_out:
+        raise VerificationError(f"{folder}: {written.total_bytes} bytes of tensors, {made.bytes_out} planned.")
+    return {"tensors": len(shapes), "merged": len(merged), "bytes": written.total_bytes}
+
+
+def verify_logits(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Run both models in float32 and compare. Both are held in memory. See the module's docstring."""
+    import torch
+
+    source = _load(made, made.source, trust_remote_code)
+    converted = _load(made, folder, trust_remote_code)
+    if made.anatomy.difference is not None:
+        state = made.anatomy.difference.expand(converted.state_dict())
+        source.load_state_dict(state, strict=False)
+    inputs = _token_inputs(converted)
+    with torch.no_grad():
+        try:
+            expected = source(**inputs, use_cache=False).logits
+        except Exception as error:
+            raise VerificationError(
+                f"{made.class_name}: cannot be run on text alone ({type(error).__name__}: {error}). "
+                "Use --verify structure."
+            ) from error
+        seen = converted(**inputs, use_cache=False).logits
+    scale = float(expected.abs().max())
+    difference = float((seen - expected).abs().max())
+    if not difference <= LOGIT_TOLERANCE * max(scale, 1e-30):
+        raise VerificationError(
+            f"{folder}: logits differ by {difference:.3g} at scale {scale:.3g} from the source with merged heads."
+        )
+    return {"logit_difference": difference, "logit_scale": scale}
+
+
+def _load(made: ConvertPlan, folder: Path, trust_remote_code: bool) -> Any:
+    import torch
+
+    cls = transformers_api.model_class(made.anatomy.config, folder=folder, trust_remote_code=trust_remote_code)
+    with transformers_api.quiet():
+        model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise VerificationError(f"{folder}: loading reports {kind.replace('_', ' ')}: {sorted(info[kind])[:3]}")
+    return model.eval()
+
+
+def _token_inputs(model: Any) -> dict[str, Tensor]:
+    import torch
+
+    text = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, int(text.vocab_size) - 1), (2, 12), generator=generator)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    return {"input_ids": ids}
+
+
+def compare_weights(made: ConvertPlan, folder: Path) -> dict[str, Any]:
+    """Compare every tensor of a converted folder with the source's bytes, or with the merge computed again.
+
+    Returns:
+        Counts of `identical` (copied byte for byte) and `merged` (as the plan's method gives them) tensors, and the
+        keys of `differing` ones (a checkpoint that was trained further differs everywhere).
+    """
+    written = Checkpoint.open(folder)
+    merges = {merge.key: merge for merge in made.anatomy.merges}
+    identical = as_merged = 0
+    differing: list[str] = []
+    for key, same in _compare(made, written):
+        if not same:
+            differing.append(key)
+        elif key in merges:
+            as_merged += 1
+        else:
+            identical += 1
+    return {"identical": identical, "merged": as_merged, "differing": differing}
+
+
+def _compare(made: ConvertPlan, written: Checkpoint) -> Iterator[tuple[str, bool]]:
+    import torch
+
+    from gqa_convert.conversion import merged_tensor
+    from gqa_convert.merge.registry import get_method
+
+    method = get_method(made.method)
+    merges = {merge.key: merge for merge in made.anatomy.merges}
+    for key in written.tensors:
+        seen = written.tensor(key)
+        if key in merges:
+            expected = merged_tensor(made.checkpoint, merges[key], method, made.seed)
+        else:
+            expected = made.checkpoint.tensor(key)
+        same = seen.shape == expected.shape and seen.dtype == expected.dtype
+        yield key, same and torch.equal(_bits(seen), _bits(expected))
+
+
+def _bits(x: Tensor) -> Tensor:
+    import torch
+
+    return x.contiguous().flatten().view(torch.uint8)
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return a converted folder's `gqa_convert.json`, empty if it has none."""
+    from gqa_convert.checkpoint.provenance import PROVENANCE
+
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
