@@ -93,7 +93,7 @@ def _explicit(folder: Path, name: Any) -> WeightSet:
 
 
 def _from_index(folder: Path, index: Path, kind: str) -> WeightSet:
-    weight_map = _weight_map(index)
+    weight_map = read_weight_map(index)
     suffixes = (".safetensors",) if kind == "safetensors" else (".bin", ".pt", ".pth")
     files = []
     for name in sorted(set(weight_map.values())):
@@ -104,7 +104,12 @@ def _from_index(folder: Path, index: Path, kind: str) -> WeightSet:
     return WeightSet(format=kind, files=tuple(files), index=index, weight_map=weight_map)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read which file holds which tensor from an index file; the file names are not checked.
+
+    Raises:
+        CheckpointError: if it is not an index.
+    """
     try:
         found = json.loads(index.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

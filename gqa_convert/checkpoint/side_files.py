@@ -7,8 +7,8 @@ Weights in any format, indexes, training state and hidden files stay behind: a s
 from __future__ import annotations
 
 import os
-from fnmatch import fnmatch
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
 
 from gqa_convert.checkpoint.resolve import stays_inside
 from gqa_convert.errors import CheckpointError
@@ -57,6 +57,17 @@ _SKIPPED_FOLDERS = (
 _REWRITTEN = frozenset({"config.json", "gqa_convert.json"})
 
 
+def is_side_file(relative: PurePath) -> bool:
+    """Tell by its name whether a file of a checkpoint goes along (config.json and gqa_convert.json are rewritten)."""
+    *folders, name = relative.parts
+    return not (
+        name.startswith(".")
+        or (not folders and name in _REWRITTEN)
+        or _matches(name, _WEIGHT_PATTERNS)
+        or any(_matches(folder, _SKIPPED_FOLDERS) for folder in folders)
+    )
+
+
 def split_side_files(folder: Path, weight_files: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Sort a checkpoint's files, other than its weights and config.json, into those to copy and those to leave.
 
@@ -72,32 +83,30 @@ def split_side_files(folder: Path, weight_files: tuple[Path, ...]) -> tuple[tupl
     """
     copied: list[Path] = []
     left: list[Path] = []
-    weights = {file.relative_to(folder) for file in weight_files}
+    mine = {file.relative_to(folder) for file in weight_files} | {Path(name) for name in _REWRITTEN}
     for root, folders, files in os.walk(folder):
         base = Path(root).relative_to(folder)
         for name in sorted(folders):
             if _matches(name, _SKIPPED_FOLDERS) or (Path(root) / name).is_symlink():
                 folders.remove(name)
                 left.append(base / name)
-        for name in files:
-            relative = base / name
-            if relative in weights or (base == Path() and name in _REWRITTEN):
+        for relative in (base / name for name in files):
+            if relative in mine:
                 continue
-            if name.startswith(".") or _matches(name, _WEIGHT_PATTERNS):
+            if not is_side_file(relative):
                 left.append(relative)
             elif (folder / relative).is_file():
-                copied.append(_checked(folder, relative))
+                _check_inside(folder, folder / relative)
+                copied.append(relative)
     return tuple(sorted(copied)), tuple(sorted(left))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name.lower(), pattern) for pattern in patterns)
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
-def _checked(folder: Path, relative: Path) -> Path:
-    file = folder / relative
+def _check_inside(folder: Path, file: Path) -> None:
     if not stays_inside(folder, file):
         raise CheckpointError(
             f"{file}: a link that leaves the model folder ({file.resolve()}). Refused: put the file itself there."
         )
-    return relative

@@ -1,0 +1,164 @@
+"""From what the user calls a model (a folder or a hub id) to a folder on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path, PurePosixPath
+
+from gqa_convert.checkpoint.reader import CONFIG
+from gqa_convert.checkpoint.resolve import BIN_INDEX, BIN_WEIGHTS, SAFE_INDEX, SAFE_WEIGHTS, read_weight_map
+from gqa_convert.checkpoint.side_files import is_side_file
+from gqa_convert.errors import CheckpointError, HubError
+
+_TIMEOUT_S = 30.0
+
+
+def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+    """Return the folder of a model, downloading it from the Hugging Face hub if it is named by id.
+
+    Only what a conversion reads is fetched: config, tokenizer and other small files, and the one set of weights that
+    transformers would load. A warm cache serves without a network, and alone under `HF_HUB_OFFLINE=1`.
+
+    Args:
+        model: a folder, or a hub id such as `"org/name"`.
+        revision: branch, tag or commit on the hub; for a folder it means nothing.
+        cache_dir: hub cache to use in place of the default one.
+
+    Raises:
+        CheckpointError: if `model` is a path that does not exist, or a repository without usable weights.
+        HubError: if the hub cannot be reached or refuses.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{model}: is a file. Give the folder that holds config.json and the weights.")
+    if not model or model.startswith(("./", "../", "/", "~")) or model in (".", "..") or model.count("/") > 1:
+        raise CheckpointError(f"{model}: no such folder.")
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        with _hub_errors(model, revision):
+            return resolve_local(model, revision=revision, cache_dir=cache_dir)
+    with _hub_errors(model, revision):
+        try:
+            return _download(model, revision, cache_dir)
+        except Exception as error:
+            if not _is_unreachable(error):
+                raise
+            try:
+                return resolve_local(model, revision=revision, cache_dir=cache_dir)
+            except OSError:
+                raise error from None
+
+
+def resolve_local(model: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
+    """Return the folder of a hub model that is already in the cache; touches no network.
+
+    Raises:
+        huggingface_hub.errors.LocalEntryNotFoundError: if it is not, or not completely.
+    """
+    from huggingface_hub import snapshot_download
+
+    # Only what every use of the model downloads: its cache may be another program's, which took no README.
+    needed = [CONFIG, "tokenizer*"]
+    return Path(
+        snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=needed)
+    )
+
+
+def _download(model: str, revision: str | None, cache_dir: Path | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(model, revision=revision, timeout=_TIMEOUT_S)
+    files = [sibling.rfilename for sibling in info.siblings or []]
+
+    def fetch(names: list[str]) -> Path:
+        patterns = [escape(name) for name in names]
+        return Path(snapshot_download(model, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+
+    described = {CONFIG, SAFE_INDEX, BIN_INDEX, "adapter_config.json"}
+    small = [name for name in files if name in described or is_side_file(PurePosixPath(name))]
+    if not {CONFIG, "adapter_config.json"} & set(small):
+        raise CheckpointError(f"{model}: has no config.json on the hub, so it is not a transformers checkpoint.")
+    folder = fetch(small)
+    if "adapter_config.json" in files:
+        return folder
+    weights = _weights(folder, files)
+    if not weights:
+        raise CheckpointError(f"{model}: has neither safetensors nor .bin weights for transformers on the hub.")
+    return fetch(small + weights)
+
+
+def _weights(folder: Path, files: list[str]) -> list[str]:
+    """Choose the weight files of a repository in the order of `resolve_weights`."""
+    try:
+        explicit = json.loads((folder / CONFIG).read_text("utf-8")).get("transformers_weights")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: not a JSON object ({error}).") from error
+    if isinstance(explicit, str):
+        return [name for name in files if name == explicit]
+    for whole, index in ((SAFE_WEIGHTS, SAFE_INDEX), (BIN_WEIGHTS, BIN_INDEX)):
+        if whole in files:
+            return [whole]
+        if index in files:
+            named = set(read_weight_map(folder / index).values())
+            return [name for name in files if name in named]
+    return []
+
+
+def _is_unreachable(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and error.response.status_code >= 500
+    return isinstance(error, (LocalEntryNotFoundError, ConnectionError, TimeoutError)) or _is_transport_error(error)
+
+
+def _is_transport_error(error: Exception) -> bool:
+    # huggingface_hub's HTTP client has changed its name twice (requests, httpx, httpx2); its errors keep theirs.
+    return any(kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__)
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever the hub's client raises into one line."""
+    from huggingface_hub import constants, errors
+
+    at = f"{model}@{revision}" if revision else model
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except errors.HFValidationError as error:
+        raise HubError(f"{model!r}: neither a folder that exists nor a hub id such as org/name.") from error
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{at}: gated. Accept its conditions at {constants.ENDPOINT}/{model}, then log in with `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{at}: no such folder here, and no such model at {constants.ENDPOINT}. Check the spelling; if it is "
+            "private, log in with `hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{at}: the hub has the model but not revision {revision!r}.") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise HubError(
+            f"{at}: not (completely) in the local hub cache, and {why}. Go online, or give a folder."
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no"
+        raise HubError(f"{at}: {constants.ENDPOINT} answered with HTTP status {status}. Try again later.") from error
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reach = _is_unreachable(error)
+        raise HubError(
+            f"{at}: {constants.ENDPOINT} cannot be reached ({line}). Check the network, or give a folder."
+            if reach
+            else f"{at}: download failed ({line})."
+        ) from error
