@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+# `generate` gives these what their bare forward pass leaves out: the positions of a step, the cache to fill.
+NEEDS_POSITIONS = ("bamba",)
+NEEDS_CACHE = ("granite4_vision", "recurrent_gemma")
+
 PREFILL = 7  # positions of the first cached call; the rest follow one by one
 
 
@@ -15,30 +19,48 @@ def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     import torch
 
     with torch.no_grad():
-        return _logits_of(model(**_arguments(inputs), use_cache=False))
+        return _logits_of(speaker(model)(**_arguments(inputs), use_cache=False))
 
 
 def cached_logits(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
-    """Return the logits at every position, computed by prefill and single steps with a cache, and that cache."""
+    """Return the logits at every position, computed by prefill and single steps with a cache, and that cache.
+
+    The cache is the one the model makes for itself, or a `DynamicCache` where it takes one but returns none.
+    """
     import torch
 
     decoded = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     length = inputs[decoded].shape[1]
-    pieces, cache, encoded = [], None, None
+    model = speaker(model)
+    cache = _own_cache(model) if model.config.model_type in NEEDS_CACHE else None
+    pieces, encoded = [], None
     with torch.no_grad():
         for start, stop in [(0, PREFILL), *((i, i + 1) for i in range(PREFILL, length))]:
             piece = dict(inputs)
             for name in (decoded, "token_type_ids"):
                 if name in piece:
                     piece[name] = piece[name][:, start:stop]
+            if model.config.model_type in NEEDS_POSITIONS:
+                piece["position_ids"] = torch.arange(start, stop)[None]
             arguments = _arguments(piece)
             if encoded is not None:
                 arguments["encoder_outputs"] = encoded
             output = model(**arguments, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", cache)
             encoded = _encoder_outputs(output, arguments, decoded)
             pieces.append(_logits_of(output))
     return torch.cat(pieces, dim=1), cache
+
+
+def speaker(model: Any) -> Any:
+    """Return the part of `model` that maps text to logits: the model itself, or the part its `generate` calls."""
+    return getattr(model, "thinker", model)
+
+
+def _own_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def _arguments(inputs: dict[str, Tensor]) -> dict[str, Any]:

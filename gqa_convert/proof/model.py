@@ -109,6 +109,8 @@ def _code_channels(config: Any) -> tuple[int, ...]:
         return (config.decoder_config.num_channels,)
     if config.model_type == "csm":
         return (config.num_codebooks,)
+    if config.model_type == "kyutai_speech_to_text":
+        return (config.num_codebooks + 1,)
     return ()
 
 

@@ -15,19 +15,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     # layer kinds have no default
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 11},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_experts_per_tok": 6},
     # required, but None by default
     "chameleon": {"vocabulary_map": {"<image>": 127}},
     "emu3": {"vocabulary_map": {"<image>": 127, "<|extra_200|>": 126}},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "diffusion_gemma_text": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 96},
-    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0]},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0], "downsample_rate": "4/8"},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl_text": {"head_dim": 128},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 48},
+    "qwen3_omni_moe": {"talker_config.spatial_merge_size": 2},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 96},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
@@ -62,17 +63,32 @@ SHRUNK: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0],
         "intermediate_size": [96] * 4,
     },
-    # the attention block is shared, which takes two layers that use it
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    # the attention block is shared, which takes two layers that use it, and reads states beside embeddings
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": lambda sizes: 2 * sizes.hidden,
+        "attention_head_dim": lambda sizes: 2 * sizes.head_dim,
+    },
     "zamba2": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": lambda sizes: 2 * sizes.hidden,
+        "attention_head_dim": lambda sizes: 2 * sizes.head_dim,
+        "n_mamba_heads": 8,
+        "time_step_min": 1e-6,
+        "mamba_headdim": lambda sizes: sizes.hidden // 4,
     },
     # products that must come out right
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 16, "head_dim": 8},
     "fun_asr_nano": {"adaptor_config.intermediate_size": lambda sizes: sizes.hidden // 4},
+    # the single step does not clamp its time step as prefill does: a bound that real time steps do not reach
+    "nemotron_h": {"time_step_min": 1e-6},
+    # the window bounds the cache but not the mask: it must not be reached
+    "kyutai_speech_to_text": {"sliding_window": 64},
+    "moshi": {"sliding_window": 64},
     # layer numbers that count from the vision tower's end or beyond two layers
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
 }
@@ -83,6 +99,7 @@ MROPE_SECTIONS: dict[str, list[int]] = {
     "glm4v_text": [8, 12, 12],
     "glm4v_moe_text": [8, 12, 12],
     "glm_ocr_text": [8, 12, 12],
+    "hunyuan_vl_text": [16, 16, 16, 16],
     "paddleocr_vl_text": [16, 24, 24],
     "qwen2_5_omni_text": [16, 24, 24],
     "qwen2_5_omni_talker": [16, 24, 24],

@@ -43,7 +43,7 @@ def share(total: int, parts: list[int]) -> list[int]:
     """Split `total` in the proportions of `parts`, each part at least 1."""
     scale = total / sum(parts)
     shares = [max(1, int(part * scale)) for part in parts]
-    shares[0] += total - sum(shares)
+    shares[-1] += total - sum(shares)
     return shares
 
 
