@@ -32,12 +32,12 @@ _HOMES = {
 }
 
 __all__ = [
-    "__version__",
     "ConvertPlan",
     "ConvertResult",
     "GQAConvertError",
     "Grouping",
     "HeadLayout",
+    "__version__",
     "convert",
     "execute",
     "plan",

@@ -9,7 +9,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.anatomy.anatomy import Merge
+from gqa_convert.anatomy.finder import Merge
 from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
@@ -150,8 +150,11 @@ def merged_tensor(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, see
         method = get_method("mean")  # a norm or bias redrawn about zero is damage that no paper means by "random"
     generator = generator_for(seed, merge.key) if method.name == "random" else None
 
+    pooled = method.pool or get_method("mean").pool  # a method of whole blocks leaves norms and the like to the mean
+
     def pool(x: Tensor, grouping: Any, dim: int) -> Tensor:
-        return method.pool(x, grouping, dim, generator=generator)
+        assert pooled is not None
+        return pooled(x, grouping, dim, generator=generator)
 
     if len(parts) > 1:
         return merge.rows.merge(torch.stack(parts), pool).squeeze(0)

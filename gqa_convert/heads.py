@@ -128,7 +128,8 @@ def split_heads(x: Tensor, num_heads: int, dim: int = 0) -> Tensor:
     size = x.shape[dim]
     if size % num_heads:
         raise ValueError(f"axis {dim} of size {size} does not split into {num_heads} heads")
-    return x.unflatten(dim, (num_heads, size // num_heads))
+    heads: Tensor = x.unflatten(dim, (num_heads, size // num_heads))
+    return heads
 
 
 def merge_heads(x: Tensor, dim: int = 0) -> Tensor:
@@ -141,4 +142,5 @@ def split_groups(x: Tensor, grouping: Grouping, dim: int = 0) -> Tensor:
     heads = split_heads(x, grouping.num_heads, dim)
     if not grouping.is_contiguous:
         heads = heads.index_select(dim, heads.new_tensor(grouping.order).long())
-    return heads.unflatten(dim, (grouping.num_groups, grouping.group_size))
+    grouped: Tensor = heads.unflatten(dim, (grouping.num_groups, grouping.group_size))
+    return grouped

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.anatomy.anatomy import Anatomy, Merge, dissect, read_fields
+from gqa_convert.anatomy.anatomy import Anatomy, dissect, read_fields
+from gqa_convert.anatomy.finder import Merge
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import GQAConvertError, UsageError

@@ -1,4 +1,4 @@
-"""Check a written checkpoint: against the target model's keys and shapes, against the source's bytes, and by running it.
+"""Check a written checkpoint: its keys and shapes, its bytes against the source's, and what it computes.
 
 `structure` reads headers and configuration only. `logits` loads both models: the converted one must agree with the
 source in which every KV head was replaced by its group's merged head, which is the same function by construction, so

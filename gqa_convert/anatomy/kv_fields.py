@@ -86,7 +86,7 @@ def _fields_at(config: Any, prefix: Path, values: Mapping[str, Any]) -> Iterator
     owner = get_path(config, prefix) if prefix else config
     if owner is None:
         return
-    paths = [(name,) for name in _kv_names(owner)]
+    paths: list[Path] = [(name,) for name in _kv_names(owner)]
     if not paths and getattr(owner, "attn_config", None) is not None:
         paths = [("attn_config", name) for name in _kv_names(owner.attn_config)]
     raw = _json_at(values, prefix)
@@ -184,7 +184,7 @@ def _edit_one(
         if read == groups or (read is None and field.path[-1].startswith("num_global_")):
             return {path: groups}
     raise UnsupportedModelError(
-        f"{type(config).__name__}: setting {field.name}={groups} in config.json does not change what transformers reads."
+        f"{type(config).__name__}: transformers does not read {field.name}={groups} from config.json."
     )
 
 

@@ -6,7 +6,7 @@ Shape suffixes: K source KV heads, G groups, H query heads, D head_dim, X everyt
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gqa_convert.heads import Grouping, merge_heads, split_heads
@@ -58,6 +58,11 @@ class Rows:
     def _parts(self) -> int:
         return 1 if self.layout == "heads" else 2
 
+    def with_heads(self, kv_heads: int) -> Rows:
+        """The tensor as it is with `kv_heads`: in the source's layout if that is all heads, else in the target's."""
+        layout = self.layout if kv_heads == self.heads else self.target_layout
+        return replace(self, heads=kv_heads, groups=kv_heads, layout=layout, target_layout=layout)
+
     def grouping(self) -> Grouping:
         """The contiguous grouping of these heads."""
         return Grouping.contiguous(self.heads, self.groups)
@@ -71,30 +76,23 @@ class Rows:
         grouping = grouping or self.grouping()
         if self.layout == "heads":
             return pool(x, grouping, self.dim)
-        q, k, v = self._split(x)
-        return self._join(q, pool(k, grouping, self.dim), pool(v, grouping, self.dim))
+        q, k, v = self.split(x)
+        return self.join(q, pool(k, grouping, self.dim), pool(v, grouping, self.dim))
 
     def expand(self, x: Tensor) -> Tensor:
         """Undo a merge: repeat every merged KV head for each of its source heads, in the source's layout."""
         if self.layout == "heads":
             return self._repeat(x)
-        target = Rows(
-            dim=self.dim,
-            heads=self.groups,
-            groups=self.groups,
-            head_dim=self.head_dim,
-            layout=self.target_layout,
-            target_layout=self.layout,
-            query_heads=self.query_heads,
-        )
-        q, k, v = target._split(x)
-        return target._join(q, self._repeat(k), self._repeat(v))
+        target = replace(self, heads=self.groups, layout=self.target_layout, target_layout=self.layout)
+        q, k, v = target.split(x)
+        return target.join(q, self._repeat(k), self._repeat(v))
 
     def _repeat(self, x: Tensor) -> Tensor:
         heads = split_heads(x, self.groups, self.dim)
         return merge_heads(heads.repeat_interleave(self.heads // self.groups, dim=self.dim), self.dim)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut a fused axis in the source's layout into its q, k and v parts, heads in order."""
         heads = split_heads(x, self.query_heads + 2 * self.heads, self.dim)
         if self.layout == "concat":
             q, k, v = heads.split([self.query_heads, self.heads, self.heads], dim=self.dim)
@@ -102,7 +100,8 @@ class Rows:
             q, k, v = heads.unflatten(self.dim, (self.heads, 3)).unbind(self.dim + 1)
         return merge_heads(q, self.dim), merge_heads(k, self.dim), merge_heads(v, self.dim)
 
-    def _join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Lay q, k and v parts out in the target's fused layout."""
         import torch
 
         if self.target_layout == "concat":

@@ -156,7 +156,7 @@ class ShapeDifference:
             kept = sum(n in self.target_shapes for n in names)
             if not prefix or not kept or len(names) % kept:
                 raise UnsupportedModelError(
-                    f"{gone[0]}: this parameter disappears with {self.groups} KV heads, and not as one of a list of heads."
+                    f"{gone[0]}: it vanishes with {self.groups} KV heads, and not as one of a list of heads."
                 )
             stacks.update(dict.fromkeys(names, tuple(names)))
         return stacks
