@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 from gqa_convert.proof.layers import choose_layers, cut_layers
@@ -35,11 +37,19 @@ DROPPED = ("quantization_config", "auto_map", "transformers_weights", "_name_or_
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "layers", "depth", "decoder_layers")
 
 
-def tiny_config(model_type: str, *, num_heads: int = 8, num_kv_heads: int = 8, num_layers: int = 2) -> Any:
+def tiny_config(
+    model_type: str,
+    *,
+    num_heads: int = 8,
+    num_kv_heads: int = 8,
+    num_layers: int = 2,
+    changes: Mapping[str, Any] | None = None,
+) -> Any:
     """Return a tiny `PreTrainedConfig` of `model_type`, shrunk from the defaults of its config class.
 
     Layers are `num_layers`, or as many as it takes to have one of every kind. Only the decoder gets `num_kv_heads`;
-    towers and encoders have as many as query heads.
+    towers and encoders have as many as query heads. `changes` are set on every config of the tree that has the field,
+    to reach variants that are not the default (`{"use_qk_norm": True}`).
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -47,10 +57,10 @@ def tiny_config(model_type: str, *, num_heads: int = 8, num_kv_heads: int = 8, n
     for part in config_tree(config):
         for path, value in DEFAULTS.get(part.model_type, {}).items():
             *owners, name = path.split(".")
-            owner = part
-            for each in owners:
-                owner = getattr(owner, each)
-            setattr(owner, name, deepcopy(value))
+            setattr(reduce(getattr, owners, part), name, deepcopy(value))
+        for name, value in (changes or {}).items():
+            if name in vars(part):
+                setattr(part, name, deepcopy(value))
     return shrink(config, num_heads=num_heads, num_kv_heads=num_kv_heads, num_layers=num_layers)
 
 
@@ -78,14 +88,13 @@ def config_tree(config: Any) -> list[Any]:
 
 def head_counts(fields: dict[str, Any], heads: int | None, kv_heads: int | None) -> tuple[int, int]:
     """Return tiny query and KV head counts, in the ratio of the first decoder found where not given."""
-    found = _find_heads(fields)
-    ratio = max(1, found[0] // found[1]) if found else 1
-    if kv_heads is None:
-        if heads is not None:
-            kv_heads = max(1, heads // ratio)
-        else:
-            kv_heads = 1 if found and found[1] == 1 else max(2, 8 // ratio)
-    return (heads if heads is not None else kv_heads * min(ratio, 8)), kv_heads
+    query, kv = _find_heads(fields) or (1, 1)
+    ratio = max(1, query // kv)
+    if kv_heads is None and heads is None:
+        kv_heads = 1 if kv == 1 < query else max(2, 8 // ratio)
+    elif kv_heads is None:
+        kv_heads = max(1, (heads or 1) // ratio)
+    return heads or kv_heads * min(ratio, 8), kv_heads
 
 
 def _find_heads(fields: dict[str, Any]) -> tuple[int, int] | None:

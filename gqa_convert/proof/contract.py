@@ -1,0 +1,224 @@
+"""The contract, shown for one family on a tiny random model.
+
+    tied heads exact; groups = heads identical; other tensors identical; cached decode equals full forward; reload clean
+
+A GQA model G is made at random and turned into an MHA model M by writing each KV head several times. M computes what G
+does, so converting M back must give G, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.anatomy.special import refused_families
+from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
+from gqa_convert.proof.kv_axes import KVAxes
+from gqa_convert.proof.model import text_inputs, tiny_model
+from gqa_convert.proof.overrides import KV_HEADS
+from gqa_convert.proof.tiny import tiny_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAME_FUNCTION = 1e-5  # largest difference of logits, as a share of their scale, that is float32 rounding
+SAME_DECODE = 1e-4  # state-space layers round more between their parallel and their step-by-step form
+
+
+@dataclass
+class Record:
+    """What the contract found for one family.
+
+    `proven` if every check held, `refused` if the converter declines the family on purpose; `reason` says why not.
+    """
+
+    model_type: str
+    proven: bool = False
+    refused: bool = False
+    checks: dict[str, bool] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values."""
+        return asdict(self)
+
+
+class Broken(Exception):
+    """A check did not hold."""
+
+
+def prove(model_type: str, folder: Path, *, changes: dict[str, Any] | None = None) -> Record:
+    """Run the contract for `model_type` with its config defaults and `changes`, writing checkpoints below `folder`."""
+    record = Record(model_type)
+    started = time.perf_counter()
+    try:
+        contract = _Contract(model_type, folder, changes or {}, record)
+        if refused_families().get(model_type, ("",))[0] in ("C", "D"):
+            contract.refusal()
+            record.refused = True
+        else:
+            contract.run()
+            record.proven = all(record.checks.values())
+    except Broken as error:
+        record.reason = str(error)
+    except Exception as error:  # whatever a family's own code raises is a finding, not a fault of the run
+        record.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    record.seconds = round(time.perf_counter() - started, 2)
+    return record
+
+
+class _Contract:
+    """The steps for one family; each notes its checks in the record and stops at the first that does not hold."""
+
+    def __init__(self, model_type: str, folder: Path, changes: dict[str, Any], record: Record) -> None:
+        self.folder = folder
+        self.record = record
+        self.heads, self.groups = KV_HEADS.get(model_type, (8, 2))
+
+        def build(kv_heads: int, seed: int) -> Any:
+            config = tiny_config(model_type, num_kv_heads=kv_heads, changes=changes)
+            return tiny_model(config, seed)
+
+        self.build: Callable[[int, int], Any] = build
+
+    def run(self) -> None:
+        """Run every step."""
+        self.gqa = self.build(self.groups, 0)
+        self.mha = self.build(self.heads, 1)
+        self.axes = KVAxes(self.mha, self.gqa, self.heads, self.groups)
+        self.check("builds_differ", bool(self.axes.changed()), "the number of KV heads changes no parameter")
+        self.inputs = text_inputs(self.gqa)
+        self.gqa.save_pretrained(self.folder / "gqa")
+        self.mha.save_pretrained(self.folder / "untied")
+        self.untied = {name: tensor.clone() for name, tensor in self.mha.state_dict().items()}
+        self.mha.load_state_dict(self.axes.expand(self.gqa.state_dict()))
+        self.mha.save_pretrained(self.folder / "mha")
+        self.same_function()
+        self.tied_heads_exact()
+        self.groups_equal_heads_identical()
+        self.untied_heads_averaged()
+
+    def refusal(self) -> None:
+        """The converter declines with the reason on record, before it writes anything."""
+        from gqa_convert import convert
+
+        self.record.reason = refused_families()[self.record.model_type][1]
+        try:
+            self.build(self.heads, 0).save_pretrained(self.folder / "mha")
+        except Exception:  # families that this proof cannot build tiny are declined by name all the same
+            return
+        try:
+            convert(self.folder / "mha", groups=self.groups, out=self.folder / "converted")
+        except UnsupportedModelError as error:
+            self.check("refused_with_reason", self.record.reason in str(error), str(error)[:200])
+        else:
+            self.check("refused_with_reason", False, "converted, though it is on record as refused")
+        self.check("nothing_written", not (self.folder / "converted").exists(), "a folder was left behind")
+
+    def check(self, name: str, held: bool, otherwise: str) -> None:
+        """Note a check.
+
+        Raises:
+            Broken: with `otherwise`, if it did not hold.
+        """
+        self.record.checks[name] = held and self.record.checks.get(name, True)
+        if not held:
+            raise Broken(f"{name}: {otherwise}")
+
+    def close(self, name: str, a: Tensor, b: Tensor, bound: float) -> None:
+        """Check that two results agree within `bound` of their scale."""
+        found = difference(a, b)
+        self.record.numbers[name] = max(float(f"{found:.1e}"), self.record.numbers.get(name, 0.0))
+        self.check(name, found <= bound, f"differs by {found:.1e} of scale")
+
+    def same_function(self) -> None:
+        """The model with repeated heads is the GQA model, and the GQA model's cache is the smaller."""
+        self.full = logits(self.gqa, self.inputs)
+        self.check("finite", bool(self.full.isfinite().all()), "logits are not finite")
+        self.close("repeated_heads_same_logits", self.full, logits(self.mha, self.inputs), SAME_FUNCTION)
+        stepped, cache = cached_logits(self.gqa, self.inputs)
+        self.close("cached_decode_equals_full_forward", self.full, stepped, SAME_DECODE)
+        large, large_cache = cached_logits(self.mha, self.inputs)
+        self.close("cached_decode_equals_full_forward", self.full, large, SAME_DECODE)
+        few, many = cache_head_counts(cache), cache_head_counts(large_cache)
+        ratio = self.axes.ratio
+        self.check(
+            "cache_holds_groups",
+            bool(few) and min(few) == self.groups and [ratio * count for count in few] == many,
+            f"cache layers hold {few} heads with {self.groups} KV heads, {many} with {self.heads}",
+        )
+
+    def tied_heads_exact(self) -> None:
+        """Converting the model with repeated heads gives the GQA model's files back."""
+        from gqa_convert import convert
+
+        out = self.folder / "converted"
+        convert(self.folder / "mha", groups=self.groups, out=out)
+        expected, found = read_tensors(self.folder / "gqa"), read_tensors(out)
+        self.check("same_keys", expected.keys() == found.keys(), _first(expected.keys() ^ found.keys()))
+        unlike = [key for key, tensor in expected.items() if not same_bits(tensor, found[key])]
+        self.check("tied_heads_exact", not unlike, _first(unlike))
+        want, got = (json.loads((path / "config.json").read_text()) for path in (self.folder / "gqa", out))
+        self.check("config_same", want == got, _first(key for key in want | got if want.get(key) != got.get(key)))
+        loaded = self.reload(out)
+        self.check("converted_same_logits", bool((logits(loaded, self.inputs) == self.full).all()), "differs")
+
+    def reload(self, folder: Path) -> Any:
+        """Load a folder as a user would and check that nothing is missing, unexpected or of another shape."""
+        loaded, info = type(self.gqa).from_pretrained(folder, output_loading_info=True)
+        troubles = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+        self.check("reload_clean", not troubles, str(troubles)[:200])
+        return loaded.eval()
+
+    def groups_equal_heads_identical(self) -> None:
+        """Converting to as many groups as there are heads copies the weights byte for byte."""
+        from gqa_convert import convert
+
+        out = self.folder / "identity"
+        convert(self.folder / "mha", groups=self.heads, out=out)
+        for source in sorted((self.folder / "mha").glob("*.safetensors")):
+            same = source.read_bytes() == (out / source.name).read_bytes()
+            self.check("groups_equal_heads_identical", same, source.name)
+
+    def untied_heads_averaged(self) -> None:
+        """Heads that differ become their mean, and every tensor outside the plan is copied."""
+        from gqa_convert import convert
+
+        out = self.folder / "averaged"
+        result = convert(self.folder / "untied", groups=self.groups, out=out)
+        merged = {merge.key for merge in result.plan.anatomy.merges}
+        before, after = read_tensors(self.folder / "untied"), read_tensors(out)
+        unlike = [key for key in after if key not in merged and not same_bits(before[key], after[key])]
+        self.check("other_tensors_identical", not unlike, _first(unlike))
+        loaded = self.reload(out).state_dict()
+        for name, expected in self.axes.pool(self.untied).items():
+            self.close("untied_heads_averaged", expected.float(), loaded[name].float(), 1e-6)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint folder by its raw key."""
+    from safetensors.torch import load_file
+
+    return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return True if two tensors are of one dtype and shape and equal bit for bit."""
+    import torch
+
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def _first(keys: Any) -> str:
+    """Name the first of some keys and count the others."""
+    listed = sorted(keys)
+    return f"{listed[0]} ({len(listed)} in all)" if listed else ""

@@ -1,0 +1,142 @@
+"""Run the contract on every generative family of the installed transformers and record what it found.
+
+    python -m gqa_convert.proof.run --out gqa_convert/proof/record.json
+
+Each family runs in a process of its own with a time limit, so that one that crashes or hangs costs only itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gqa_convert.proof.contract import Record, prove
+from gqa_convert.proof.survey import survey_model_types
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write; without it the results are only printed.")
+    ] = None,
+    families: Annotated[list[str] | None, typer.Argument(help="Model types; all of them if none is named.")] = None,
+    jobs: Annotated[int, typer.Option(help="Families to run at a time.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Seconds a family may take.")] = 120.0,
+) -> None:
+    """Prove the contract for each model type: tied heads exact, groups = heads identical, and the rest of it."""
+    names = families or survey_model_types()
+    started = time.perf_counter()
+    records = run_all(names, jobs=jobs, timeout=timeout)
+    proven = sum(record.proven for record in records)
+    refused = sum(record.refused for record in records)
+    typer.echo(
+        f"{len(records)} model types: {proven} proven, {refused} refused by the converter, "
+        f"{len(records) - proven - refused} not proven, in {time.perf_counter() - started:.0f} s"
+    )
+    if out is not None:
+        out.write_text(json.dumps(document(records), indent=1) + "\n", encoding="utf-8")
+
+
+def document(records: list[Record]) -> dict[str, Any]:
+    """Return the JSON of a run: the versions it holds for, counts, and a record for each family."""
+    return {
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "counts": {
+            "model_types": len(records),
+            "proven": sum(record.proven for record in records),
+            "refused": sum(record.refused for record in records),
+        },
+        "families": [record.to_json() for record in sorted(records, key=lambda record: record.model_type)],
+    }
+
+
+def run_all(names: list[str], *, jobs: int = 2, timeout: float = 120.0) -> list[Record]:
+    """Run the contract for each name, `jobs` at a time, and return the records in the order they finish."""
+    _warm_up()
+    context = multiprocessing.get_context("fork")
+    waiting = list(names)
+    running: list[_Running] = []
+    done: list[Record] = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            running.append(_Running(context, waiting.pop(0), timeout))
+        time.sleep(0.02)
+        for process in [process for process in running if process.finished()]:
+            running.remove(process)
+            done.append(process.record)
+            typer.echo(f"[{len(done)}/{len(names)}] {_line(process.record)}")
+    return done
+
+
+class _Running:
+    """One family in a child process."""
+
+    def __init__(self, context: Any, name: str, timeout: float) -> None:
+        self.record = Record(name, reason="the process ended without a result")
+        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        self._receiver, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=_child, args=(name, sender), daemon=True)
+        self._process.start()
+        sender.close()
+
+    def finished(self) -> bool:
+        """Collect the result if there is one; end the process if its time is up."""
+        if self._receiver.poll():
+            try:
+                self.record = self._receiver.recv()
+            except EOFError:
+                self.record.reason = f"the process ended without a result (exit code {self._exit_code()})"
+        elif time.monotonic() > self._deadline:
+            self._process.kill()
+            self.record = Record(self.record.model_type, reason=f"took longer than {self._timeout:.0f} s")
+        elif self._process.is_alive():
+            return False
+        self._process.join()
+        self._receiver.close()
+        return True
+
+    def _exit_code(self) -> int | None:
+        self._process.join()
+        code: int | None = self._process.exitcode
+        return code
+
+
+def _warm_up() -> None:
+    """Import what every child needs, once."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        prove("llama", Path(folder))
+
+
+def _child(name: str, sender: Connection) -> None:
+    with tempfile.TemporaryDirectory(prefix="gqa-proof-") as folder:
+        sender.send(prove(name, Path(folder)))
+    sender.close()
+
+
+def _line(record: Record) -> str:
+    state = "proven" if record.proven else "refused" if record.refused else "NOT PROVEN"
+    return f"{record.model_type}: {state} ({record.seconds:.1f} s){' ' + record.reason if record.reason else ''}"
+
+
+if __name__ == "__main__":
+    app()
