@@ -6,6 +6,7 @@ Also the two ways across the border between tensors and bytes. Neither converts 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqa_convert.errors import CheckpointError
@@ -102,15 +103,35 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def tensor_from_bytes(data: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Wrap bytes as a tensor of a safetensors dtype; the tensor owns `data` from here on.
+def read_bytes(file: Path, offset: int, nbytes: int) -> torch.Tensor:
+    """Read part of a file into new memory: a uint8 tensor of shape `(nbytes,)`.
+
+    Raises:
+        CheckpointError: if the file cannot be read or ends before that.
+    """
+    import torch
+
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view, done = data.numpy().data, 0
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            stream.seek(offset)
+            while done < nbytes:
+                got = stream.readinto(view[done:])
+                if not got:
+                    raise CheckpointError(
+                        f"{file}: ends {nbytes - done:,} bytes early: it changed while it was being read."
+                    )
+                done += got
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}).") from error
+    return data
+
+
+def from_bytes(data: torch.Tensor, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """View the bytes in a uint8 tensor as a tensor of a safetensors dtype; no copy.
 
     Raises:
         CheckpointError: if torch has no such dtype.
     """
-    import torch
-
-    kind = torch_dtype(dtype)
-    if not data:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(data, dtype=torch.uint8).view(kind).reshape(shape)
+    return data.view(torch_dtype(dtype)).reshape(shape)

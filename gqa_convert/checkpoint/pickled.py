@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.checkpoint.dtypes import dtype_name, tensor_from_bytes
+from gqa_convert.checkpoint.dtypes import dtype_name, from_bytes, read_bytes
 from gqa_convert.checkpoint.safetensors_file import TensorInfo
 from gqa_convert.errors import CheckpointError
 
@@ -115,7 +115,7 @@ def _describe(path: Path, key: str, tensor: torch.Tensor, records: dict[int, int
         elements = length // width
 
         def load() -> torch.Tensor:
-            flat = tensor_from_bytes(_read(path, begin, elements * width), dtype, (elements,))
+            flat = from_bytes(read_bytes(path, begin, elements * width), dtype, (elements,))
             return flat.as_strided(shape, stride, first).contiguous()
 
     return TensorInfo(
@@ -127,15 +127,6 @@ def _describe(path: Path, key: str, tensor: torch.Tensor, records: dict[int, int
         nbytes=tensor.numel() * width,
         load=load,
     )
-
-
-def _read(path: Path, offset: int, nbytes: int) -> bytearray:
-    data = bytearray(nbytes)
-    with open(path, "rb") as file:
-        file.seek(offset)
-        if file.readinto(data) != nbytes:
-            raise CheckpointError(f"{path}: ends before byte {offset + nbytes:,}. Download it again.")
-    return data
 
 
 class _LegacyFile:

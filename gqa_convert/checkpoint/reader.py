@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.checkpoint.dtypes import tensor_from_bytes
+from gqa_convert.checkpoint.dtypes import from_bytes, read_bytes
 from gqa_convert.checkpoint.pickled import read_pickled
 from gqa_convert.checkpoint.resolve import SAFE_WEIGHTS, WeightSet, resolve_weights
 from gqa_convert.checkpoint.safetensors_file import TensorInfo, read_header
@@ -133,20 +133,7 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     """
     if info.load is not None:
         return info.load()
-    data = bytearray(info.nbytes)
-    try:
-        with open(info.file, "rb", buffering=0) as file:
-            file.seek(info.offset)
-            view, done = memoryview(data), 0
-            while done < info.nbytes:
-                got = file.readinto(view[done:])
-                if not got:
-                    raise CheckpointError(f"{info.file}: ends inside {info.key!r}: it changed while it was being read.")
-                done += got
-            view.release()
-    except OSError as error:
-        raise CheckpointError(f"{info.file}: {info.key!r} cannot be read ({error.strerror}).") from error
-    return tensor_from_bytes(data, info.dtype, info.shape)
+    return from_bytes(read_bytes(info.file, info.offset, info.nbytes), info.dtype, info.shape)
 
 
 def _config_text(folder: Path) -> str:

@@ -21,12 +21,13 @@ from gqa_convert.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MAX_HEADER_BYTES", "TensorInfo", "build_header", "read_header", "torch_dtype"]
+__all__ = ["ALIGNMENT", "MAX_HEADER_BYTES", "TensorInfo", "build_header", "read_header", "torch_dtype"]
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors itself accepts."""
 
-_ALIGNMENT = 8
+ALIGNMENT = 8
+"""The tensors begin at a multiple of this many bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +85,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return {tensor.key: tensor for tensor in tensors}, metadata
 
 
-def build_header(entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]) -> bytes:
+def build_header(
+    entries: Sequence[tuple[str, str, Sequence[int], int]], metadata: dict[str, str], padding: int = 0
+) -> bytes:
     """Make the bytes that precede the tensors, the 8-byte length included, padded so that they end 8-byte aligned.
 
     Args:
         entries: key, safetensors dtype, shape and byte count of each tensor, in the order of the file.
         metadata: text to text; left out of the file if empty.
+        padding: further bytes to add, a multiple of 8, to shift where the tensors begin.
 
     Raises:
         CheckpointError: if a key is used twice or the header would be longer than safetensors reads.
@@ -102,7 +106,7 @@ def build_header(entries: Sequence[tuple[str, str, Sequence[int], int]], metadat
         table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
         position += nbytes
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % ALIGNMENT + padding)
     if len(text) > MAX_HEADER_BYTES:
         raise CheckpointError(f"a safetensors header of {len(text):,} bytes is over the limit of {MAX_HEADER_BYTES:,}.")
     return len(text).to_bytes(8, "little") + text

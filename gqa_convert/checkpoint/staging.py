@@ -33,7 +33,7 @@ _ADVICE = {
 
 
 @contextmanager
-def staged_output(target: Path, *, force: bool, source: Path, needed_bytes: int) -> Iterator[Path]:
+def staged_output(target: Path, *, force: bool, source: Path, needed_bytes: int, sync: bool = True) -> Iterator[Path]:
     """Yield an empty folder to fill; when the block ends without an exception, it becomes `target`.
 
     With `force`, an existing folder is replaced if it is a checkpoint (it holds config.json or gqa_convert.json) or is
@@ -45,6 +45,7 @@ def staged_output(target: Path, *, force: bool, source: Path, needed_bytes: int)
         force: replace an existing checkpoint.
         source: the folder being read, which `target` may not be, hold, or lie in.
         needed_bytes: free space to require before anything is written.
+        sync: flush everything to the disk before the rename, so that even a power cut cannot leave half an output.
 
     Yields:
         The folder to write into.
@@ -60,7 +61,8 @@ def staged_output(target: Path, *, force: bool, source: Path, needed_bytes: int)
         stage, lock = _make_stage(target)
         try:
             yield stage
-            _sync(stage)
+            if sync:
+                _sync(stage)
             _publish(stage, target, force)
             (target / _LOCK).unlink()
         finally:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gqa_convert.checkpoint.copying import copy_span, write_all
+from gqa_convert.checkpoint.copying import BLOCK, copy_span, reserve, write_all
 from gqa_convert.checkpoint.dtypes import BITS, dtype_name, tensor_bytes
-from gqa_convert.checkpoint.safetensors_file import TensorInfo, build_header
+from gqa_convert.checkpoint.safetensors_file import ALIGNMENT, TensorInfo, build_header
 from gqa_convert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -65,15 +66,6 @@ class TargetTensor:
         return self.source.nbytes if self.source is not None else math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Bytes that lie in a row in a source file and in the target."""
-
-    file: Path
-    offset: int
-    nbytes: int
-
-
 def write_shard(
     path: Path,
     tensors: Sequence[TargetTensor],
@@ -83,8 +75,9 @@ def write_shard(
 ) -> None:
     """Write one safetensors file, in the given order of tensors.
 
-    Neighbours that are also neighbours in their source file are copied as one span by the kernel. Memory: one produced
-    tensor at a time.
+    Neighbours that are also neighbours in their source file are copied as one span by the kernel. Blanks at the end of
+    the header (the format allows them) put the tensors at the same place within a disk block as in the source, which
+    the kernel copies more than twice as fast. Memory: one produced tensor at a time.
 
     Args:
         path: file to create; an existing one is replaced.
@@ -98,13 +91,15 @@ def write_shard(
         OSError: if writing fails (disk full, ...).
     """
     tell = on_bytes or (lambda _: None)
-    header = build_header([(t.key, t.dtype, t.shape, t.nbytes) for t in tensors], {"format": "pt", **metadata})
+    parts = list(_parts(tensors))
+    header = _header(tensors, {"format": "pt", **metadata}, parts)
     with ExitStack() as stack:
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         stack.callback(os.close, target)
+        reserve(target, len(header) + sum(tensor.nbytes for tensor in tensors))
         write_all(target, memoryview(header), lambda _: None)
         sources: dict[Path, int] = {}
-        for part in _parts(tensors):
+        for part in parts:
             if isinstance(part, TargetTensor):
                 write_all(target, tensor_bytes(_produced(part)), tell)
                 continue
@@ -145,6 +140,15 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Bytes that lie in a row in a source file and in the target."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
 def _parts(tensors: Sequence[TargetTensor]) -> Iterator[_Span | TargetTensor]:
     """Join neighbouring copies into spans; empty tensors take no part."""
     span: _Span | None = None
@@ -152,19 +156,35 @@ def _parts(tensors: Sequence[TargetTensor]) -> Iterator[_Span | TargetTensor]:
         info = tensor.source
         if tensor.nbytes == 0:
             continue
-        if info is None or info.load is not None:
-            if span is not None:
-                yield span
-                span = None
-            yield tensor
-        elif span is not None and (info.file, info.offset) == (span.file, span.offset + span.nbytes):
-            span = _Span(span.file, span.offset, span.nbytes + info.nbytes)
-        else:
+        if info is not None and info.load is None:
+            if span is not None and (info.file, info.offset) == (span.file, span.offset + span.nbytes):
+                span = _Span(span.file, span.offset, span.nbytes + info.nbytes)
+                continue
             if span is not None:
                 yield span
             span = _Span(info.file, info.offset, info.nbytes)
+            continue
+        if span is not None:
+            yield span
+            span = None
+        yield tensor
     if span is not None:
         yield span
+
+
+def _header(tensors: Sequence[TargetTensor], metadata: dict[str, str], parts: Sequence[_Span | TargetTensor]) -> bytes:
+    """Make the header, padded so that as many bytes as possible keep their place within a block."""
+    entries = [(tensor.key, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors]
+    header = build_header(entries, metadata)
+    matched: Counter[int] = Counter()
+    position = len(header)
+    for part in parts:
+        if isinstance(part, _Span):
+            matched[(part.offset - position) % BLOCK] += part.nbytes
+        position += part.nbytes
+    choices = [shift for shift in matched if shift % ALIGNMENT == 0]
+    best = max(choices, key=lambda shift: (matched[shift], -shift), default=0)
+    return build_header(entries, metadata, padding=best) if best else header
 
 
 def _produced(target: TargetTensor) -> Tensor:
