@@ -1,6 +1,7 @@
 """A checkpoint folder as a value: read lazily, edited exactly, written as a stream, published by rename."""
 
 from gqa_convert.checkpoint.config_json import edit_json
+from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.reader import CONFIG, PROVENANCE, Checkpoint, Shard, read_tensor
 from gqa_convert.checkpoint.safetensors_file import TensorInfo, build_header, read_header
 from gqa_convert.checkpoint.staging import check_output, staged_output
@@ -10,6 +11,7 @@ __all__ = [
     "CONFIG",
     "PROVENANCE",
     "Checkpoint",
+    "Flusher",
     "Shard",
     "TargetTensor",
     "TensorInfo",

@@ -90,8 +90,11 @@ def _set(text: str, path: Path, value: Any, after: str | None) -> str:
         at = parent.start + 1
         return text[:at] + name + style.colon + style.spell(value, "") + text[at:]
     at = sibling.value.end
-    lead = _lead(text, sibling.start)
     colon = text[sibling.key_end : sibling.value.start]
+    lead = _lead(text, sibling.start)
+    if "\n" not in lead and sibling is (parent.members or [sibling])[0]:
+        # The first of a line has no comma before it, so nothing shows how wide the gap after one is.
+        lead = " " if colon.endswith(" ") else ""
     return text[:at] + "," + lead + name + colon + style.spell(value, lead) + text[at:]
 
 

@@ -57,7 +57,7 @@ class Checkpoint:
         shards: the weight files, in the order in which transformers reads them.
         tensors: every tensor by key, over all shards.
         format: `"safetensors"` or `"bin"`.
-        is_sharded: True if an index names the weight files, so that a copy needs one too.
+        is_sharded: True if there are several weight files, so that a copy needs an index.
         side_files: files to carry into a copy (tokenizer, chat template, remote code, ...), relative to `folder`.
         left_files: files a copy leaves behind (other weights, training state), relative to `folder`.
         provenance: the folder's gqa_convert.json if it was itself converted.
@@ -97,7 +97,7 @@ class Checkpoint:
             shards=shards,
             tensors=tensors,
             format=weights.format,
-            is_sharded=weights.index is not None,
+            is_sharded=len(shards) > 1,
             side_files=side,
             left_files=left,
             provenance=_provenance(folder),
@@ -169,7 +169,7 @@ def _shards(weights: WeightSet) -> tuple[Shard, ...]:
     shards, count = [], len(weights.files)
     keep_names = weights.format == "safetensors" and SAFE_WEIGHTS not in {file.name for file in weights.files}
     for number, file in enumerate(weights.files, start=1):
-        if weights.index is None:
+        if count == 1:
             name = SAFE_WEIGHTS
         else:
             name = file.name if keep_names else f"model-{number:05d}-of-{count:05d}.safetensors"

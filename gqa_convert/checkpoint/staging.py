@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gqa_convert.checkpoint.flushing import sync_path, sync_tree
 from gqa_convert.checkpoint.reader import CONFIG, PROVENANCE
 from gqa_convert.errors import CheckpointError, OutputError
 
@@ -62,7 +63,7 @@ def staged_output(target: Path, *, force: bool, source: Path, needed_bytes: int,
         try:
             yield stage
             if sync:
-                _sync(stage)
+                sync_tree(stage)
             _publish(stage, target, force)
             (target / _LOCK).unlink()
         finally:
@@ -184,7 +185,7 @@ def _publish(stage: Path, target: Path, force: bool) -> None:
     """Rename the finished folder into place; an old one is moved aside first and put back if that fails."""
     if not target.exists():
         os.rename(stage, target)
-        _sync_path(target.parent)
+        sync_path(target.parent)
         return
     _check_replaceable(target, force)
     aside = target.with_name(f".{target.name}.old-{stage.name.removeprefix(f'.{target.name}.tmp-')}")
@@ -195,24 +196,8 @@ def _publish(stage: Path, target: Path, force: bool) -> None:
         if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
-    _sync_path(target.parent)
+    sync_path(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(stage: Path) -> None:
-    """Flush every file and folder of the tree, so that the rename never overtakes their contents."""
-    for root, _, files in os.walk(stage):
-        for name in files:
-            _sync_path(Path(root) / name)
-        _sync_path(Path(root))
-
-
-def _sync_path(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
