@@ -1,0 +1,1 @@
+"""Text into token blocks: sources, packing without waste, positions that resume exactly, span corruption."""

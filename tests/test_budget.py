@@ -1,0 +1,158 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from gqa_convert.budget import budget, format_count, horizon, parse_count
+from gqa_convert.budget_shape import devices, known_model, known_models, peak_flops, shape_of_folder
+from gqa_convert.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2T", 2 * 10**12),
+        ("299.9B", 299_900_000_000),
+        ("50k", 50_000),
+        ("1e9", 10**9),
+        (17, 17),
+        ("2_097_152", 2097152),
+    ],
+)
+def test_counts_read_as_people_write_them(text, value):
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["two", "-3", "1.5", "", "3Q", True])
+def test_what_is_no_count_is_refused(text):
+    with pytest.raises(UsageError):
+        parse_count(text)
+
+
+def test_counts_are_spelt_for_people():
+    assert [format_count(v) for v in (999, 2_100_000, 52.4e9, 2e12)] == ["999", "2.1M", "52.4B", "2T"]
+
+
+def test_steps_win_over_tokens_and_tokens_over_alpha():
+    given = {"batch_tokens": 100, "alpha": 0.05, "pretraining_tokens": 100_000}
+    assert horizon(**given, steps=7, tokens=900).steps == 7
+    assert horizon(**given, tokens=901).steps == 10
+    found = horizon(**given)
+    assert (found.steps, found.tokens, found.came_from) == (50, 5000, "alpha")
+    assert found.alpha == pytest.approx(0.05)
+
+
+def test_the_papers_recipe_is_fifty_thousand_steps():
+    model = known_model("t5-v1_1-xxl")
+    found = horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens)
+    assert found.steps == 50_000
+
+
+def test_alpha_of_pretraining_steps():
+    assert horizon(batch_tokens=10, alpha=0.1, pretraining_steps=100, pretraining_batch_tokens=50).steps == 50
+
+
+@pytest.mark.parametrize("given", [{}, {"alpha": 2.0, "pretraining_tokens": 10}])
+def test_a_share_needs_a_whole(given):
+    with pytest.raises(UsageError, match="alpha"):
+        horizon(batch_tokens=10, **given)
+
+
+def test_llama_flops_agree_with_six_n_plus_attention():
+    shape = known_model("llama-2-7b").shape
+    assert shape.matmul_parameters == 6738415616 - 32000 * 4096
+    assert shape.training_flops_per_token(4096) == 6 * shape.matmul_parameters + 12 * 32 * 4096 * 4096
+
+
+def test_the_papers_600_tpu_v3_chip_days_are_a_plausible_utilisation():
+    # Ainslie et al. 2023, section 2.1: alpha = 0.05 took about 600 TPUv3 chip-days.
+    model = known_model("t5-v1_1-xxl")
+    found = budget(
+        model.shape,
+        horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens),
+        hardware="tpuv3",
+        mfu=1.0,
+    )
+    assert 0.2 < found.device_hours / 24 / 600 < 0.6
+
+
+def test_distillation_from_a_model_as_large_costs_a_third_more():
+    shape = known_model("pythia-1b").shape
+    found = budget(shape, horizon(batch_tokens=2048, steps=10), teacher=shape)
+    assert found.distillation_overhead == pytest.approx(1 / 3)
+    assert found.flops == pytest.approx(found.student_flops * 4 / 3)
+
+
+def test_hours_and_bytes():
+    shape = known_model("pythia-1b").shape
+    found = budget(shape, horizon(batch_tokens=2_097_152, steps=100), hardware="100", device_count=4, mfu=0.5)
+    assert found.hours == pytest.approx(found.flops / (100e12 * 4 * 0.5) / 3600)
+    assert found.device_hours == pytest.approx(4 * found.hours)
+    assert found.checkpoint_bytes == 12 * shape.parameters
+
+
+@pytest.mark.parametrize("wrong", [{"hardware": "abacus"}, {"mfu": 0}, {"device_count": 0}])
+def test_impossible_hardware_is_refused(wrong):
+    with pytest.raises(UsageError):
+        budget(known_model("pythia-1b").shape, horizon(batch_tokens=1, steps=1), **wrong)
+
+
+def test_every_known_model_is_consistent_and_says_where_it_is_from():
+    for name, model in known_models().items():
+        assert model.source, name
+        assert 0 < model.shape.encoder_parameters < model.shape.matmul_parameters or not model.shape.encoder_parameters
+        # Published parameter counts against the shape: attention and a feed-forward of about 4x the width.
+        assert model.shape.parameters > 6 * model.shape.layers * model.shape.attention_width**2, name
+        if model.steps and model.batch_tokens:
+            assert model.steps * model.batch_tokens == pytest.approx(model.tokens, rel=0.01), name
+
+
+def test_an_unknown_model_names_its_neighbours():
+    with pytest.raises(UsageError, match="llama-2-7b"):
+        known_model("llama2-7b")
+
+
+def test_peaks_are_found_by_the_drivers_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("cpu") is None
+    assert all(entry["source"] for entry in devices().values())
+
+
+def test_a_folders_shape_is_read_from_headers(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    shape = shape_of_folder(tmp_path)
+    assert shape.parameters == model.num_parameters()
+    assert shape.matmul_parameters == shape.parameters - 99 * 32
+    assert (shape.layers, shape.attention_width, shape.context, shape.weight_bytes) == (2, 32, 128, 4)
+
+
+def test_the_command_prints_json_without_torch():
+    code = (
+        "import sys; from gqa_convert.cli import app\n"
+        "app(['budget', 'llama-2-7b', '--alpha', '0.05', '--json', '--distill'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["tokens"] == pytest.approx(100e9, rel=1e-4)
+    assert found["steps"] == 25_000
+
+
+def test_the_command_lists_and_shows():
+    from gqa_convert.cli import app
+
+    runner = CliRunner()
+    assert "pythia-1.4b" in runner.invoke(app, ["budget", "--list"]).output
+    shown = runner.invoke(app, ["budget", "t5-v1_1-xxl", "--hardware", "tpuv3", "--devices", "600"]).output
+    assert "50,000 steps" in shown
+    assert "FLOPs" in shown
