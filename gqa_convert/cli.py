@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gqa_convert import __version__
+from gqa_convert.budget_command import budget_command
 from gqa_convert.errors import GQAConvertError
 
 app = typer.Typer(
@@ -170,6 +171,9 @@ def demo_command(
     from gqa_convert.demo.run import run_demo
 
     run_demo(out, groups=groups, json=json)
+
+
+app.command("budget")(budget_command)
 
 
 @app.callback(invoke_without_command=True)
