@@ -13,6 +13,7 @@ import typer
 from gqa_convert import __version__
 from gqa_convert.budget_command import budget_command
 from gqa_convert.errors import GQAConvertError
+from gqa_convert.evaluate import commands as evaluate_commands
 
 app = typer.Typer(
     name="gqa",
@@ -171,6 +172,9 @@ def demo_command(
     from gqa_convert.demo.run import run_demo
 
     run_demo(out, groups=groups, json=json)
+
+
+evaluate_commands.register(app)
 
 
 app.command("budget")(budget_command)

@@ -1,0 +1,1 @@
+"""What a conversion cost and what it saved: held-out loss, divergence, cache, decode time, and sweeps over groups."""

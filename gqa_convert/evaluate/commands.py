@@ -1,0 +1,101 @@
+"""`gqa eval`, `gqa bench`, `gqa sweep`: thin, and free of heavy imports until one of them runs."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Base = Annotated[
+    str, typer.Argument(help="The model before conversion: a folder, a hub id, or `demo`.", metavar="BASE")
+]
+Converted = Annotated[
+    list[str] | None, typer.Argument(help="Conversions of it: folders or hub ids.", metavar="CONVERTED...")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", "-d", help="Held-out text: a .jsonl or text file, or `demo` (the package's own held-out text)."
+    ),
+]
+Field = Annotated[str, typer.Option(help="Key of a .jsonl line that holds the text.")]
+Separator = Annotated[str, typer.Option(help="What stands between the documents of a plain text file.")]
+Context = Annotated[int | None, typer.Option(help="Tokens a window [default: the model's own, at most 2048].")]
+Stride = Annotated[
+    int | None, typer.Option(help="Tokens from one window to the next; CONTEXT: side by side [default: half of it].")
+]
+MaxWindows = Annotated[int | None, typer.Option(help="Score only this many windows, evenly spread.")]
+Special = Annotated[bool, typer.Option("--special/--no-special", help="Let the tokenizer add BOS and the like.")]
+Eos = Annotated[bool, typer.Option("--eos/--no-eos", help="End every document with EOS.")]
+BatchSize = Annotated[int, typer.Option(help="Windows run at a time.", min=1)]
+Dtype = Annotated[
+    str, typer.Option(help="auto (the checkpoint's own on a GPU, else float32), float32, bfloat16, float16.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+SaveTo = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JSON to this file.")]
+
+
+def eval_command(
+    base: Base,
+    converted: Converted = None,
+    data: Data = "demo",
+    field: Field = "text",
+    separator: Separator = "",
+    context: Context = None,
+    stride: Stride = None,
+    max_windows: MaxWindows = None,
+    special: Special = True,
+    eos: Eos = True,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    out: SaveTo = None,
+) -> None:
+    """Measure how much worse a converted model is on held-out text, and how much smaller."""
+    from gqa_convert.evaluate import show
+    from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
+
+    settings = EvalSettings(
+        data=data,
+        field=field,
+        separator=separator,
+        context=context,
+        stride=stride,
+        max_windows=max_windows,
+        special=special,
+        eos=eos,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    with show.counting("windows", quiet=json) as progress:
+        found = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
+    _save(found.to_json(), out)
+    _emit(found.to_json(), json, lambda: show.show_evaluation(found))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the umbrella command."""
+    app.command("eval")(eval_command)
+
+
+def _save(value: Any, out: Path | None) -> None:
+    if out is None:
+        return
+    from gqa_convert.evaluate.files import write_json
+
+    write_json(out, value)
+
+
+def _emit(value: Any, as_json: bool, show: Any) -> None:
+    if as_json:
+        typer.echo(jsonlib.dumps(value, indent=2))
+    else:
+        show()

@@ -1,0 +1,203 @@
+"""Evaluate a checkpoint and its conversions on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.errors import UsageError
+from gqa_convert.evaluate import examples as ex
+from gqa_convert.evaluate import models, text
+from gqa_convert.evaluate.intervals import mean_per_token
+from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
+from gqa_convert.evaluate.scoring import WindowSums, score
+
+DEFAULT_CONTEXT = 2048
+"""Tokens a window where neither the user nor the model's configuration says; also the most that is taken unasked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """How to measure. `None` for context and stride: the model's own context, and half of it."""
+
+    data: str
+    field: str = "text"
+    separator: str = ""
+    context: int | None = None
+    stride: int | None = None
+    max_windows: int | None = None
+    special: bool = True
+    eos: bool = True
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the models are scored on, and what to call it."""
+
+    name: str
+    context: int
+    stride: int
+    examples: list[ex.Example] = field(repr=False)
+
+
+def evaluate(
+    base: str | Path,
+    converted: Sequence[str | Path],
+    settings: EvalSettings,
+    *,
+    on_windows: Callable[[int], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Measure what conversions cost on held-out text.
+
+    The original and one conversion are in memory at a time.
+
+    Args:
+        base: the original: a folder, a hub id, or `demo`.
+        converted: conversions of it.
+        settings: the data and how to cut it.
+        on_windows: called with the number of windows scored since the last call.
+        on_total: called once with the number of windows that will be scored.
+
+    Raises:
+        UsageError: if the data or a setting does not fit.
+        GQAConvertError: if a model cannot be loaded.
+    """
+    trust = settings.trust_remote_code
+    first = models.subject(str(base), trust_remote_code=trust)
+    others = [models.subject(str(folder), trust_remote_code=trust) for folder in converted]
+    tokenizer = models.load_tokenizer(first, trust_remote_code=trust)
+    task = make_task(first, tokenizer, settings)
+    if on_total is not None:
+        on_total(len(task.examples) * max(1, len(others)))
+    original = models.load(first, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
+    comparisons: list[Comparison] = []
+    sums: WindowSums | None = None
+    for other in others:
+        model = models.load(other, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
+        sums, seen, seconds = score(
+            original, model, task.examples, batch_size=settings.batch_size, on_windows=on_windows
+        )
+        assert seen is not None
+        comparisons.append(_compare(sums, seen, _figures(other, model, seen), seconds))
+        del model
+    if sums is None:
+        sums, _, _ = score(original, None, task.examples, batch_size=settings.batch_size, on_windows=on_windows)
+    return Evaluation(
+        task=task.name,
+        data=Path(settings.data).name,
+        context=task.context,
+        stride=task.stride,
+        windows=len(task.examples),
+        tokens=sum(sums.tokens),
+        bytes=sum(sums.size),
+        dtype=models.dtype_name(original),
+        device=device_name(original),
+        settings={name: getattr(settings, name) for name in ("field", "separator", "special", "eos", "max_windows")},
+        versions={name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
+        base=_figures(first, original, sums),
+        converted=tuple(comparisons),
+    )
+
+
+def make_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings) -> Task:
+    """Cut the data into what models of this kind are scored on.
+
+    Raises:
+        UsageError: if the data or a setting does not fit the model.
+    """
+    longest = subject.max_context
+    context = settings.context or min(longest or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if longest is not None and context > longest:
+        raise UsageError(f"--context {context}: {subject.name} is made for {longest} tokens (config.json).")
+    if settings.max_windows is not None and settings.max_windows < 1:
+        raise UsageError(f"--max-windows {settings.max_windows}: at least one window is needed.")
+    if subject.is_encoder_decoder:
+        return _encoder_decoder_task(subject, tokenizer, settings, context)
+    stride = settings.stride or max(1, context // 2)
+    made = ex.causal_examples(_stream(tokenizer, settings), context=context, stride=stride, limit=settings.max_windows)
+    return Task(name="next token", context=context, stride=stride, examples=made)
+
+
+def _stream(tokenizer: Any, settings: EvalSettings) -> text.TokenStream:
+    documents = text.read_documents(settings.data, field=settings.field, separator=settings.separator)
+    return text.encode(documents, tokenizer, special=settings.special, eos=settings.eos)
+
+
+def _encoder_decoder_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings, context: int) -> Task:
+    start = _decoder_start(subject.config)
+    is_pairs = Path(settings.data).suffix in (".jsonl", ".ndjson") and "input" in next(
+        text.read_records(settings.data), {}
+    )
+    if is_pairs:
+        made = ex.pair_examples(settings.data, tokenizer, start=start, context=context)[: settings.max_windows]
+        return Task(name="pairs", context=context, stride=context, examples=made)
+    sentinels = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(100)]
+    sentinels = [i for i in sentinels if i is not None and i != tokenizer.unk_token_id]
+    if not sentinels:
+        raise UsageError(
+            f"--data {settings.data}: {subject.name} is an encoder-decoder model without <extra_id_0> tokens, so spans "
+            'of plain text cannot be hidden. Give a .jsonl file with {"input": ..., "target": ...} lines.'
+        )
+    made = ex.span_examples(
+        _stream(tokenizer, settings), sentinels, start=start, context=context, limit=settings.max_windows
+    )
+    return Task(name="span corruption", context=context, stride=context, examples=made)
+
+
+def _decoder_start(config: Any) -> int:
+    for owner in (config, config.get_text_config(decoder=True)):
+        for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    return 0
+
+
+def _figures(subject: models.Subject, model: Any, sums: WindowSums) -> ModelResult:
+    loss = mean_per_token(sums.loss, sums.tokens)
+    size = sum(sums.size)
+    return ModelResult(
+        name=subject.name,
+        query_heads=subject.query_heads,
+        kv_heads=subject.kv_heads,
+        parameters=models.parameters(model),
+        kv_cache_bytes_per_token=models.cache_bytes_per_token(model),
+        loss=loss.value,
+        loss_interval=(loss.low, loss.high),
+        bits_per_byte=sum(sums.loss) / math.log(2) / size if size else None,
+    )
+
+
+def _compare(base: WindowSums, seen: WindowSums, figures: ModelResult, seconds: float) -> Comparison:
+    rise = mean_per_token([b - a for a, b in zip(base.loss, seen.loss, strict=True)], seen.tokens)
+    kl = mean_per_token(seen.kl, seen.tokens)
+    agree = mean_per_token(seen.agree, seen.tokens)
+    return Comparison(
+        model=figures,
+        loss_difference=rise.value,
+        loss_difference_interval=(rise.low, rise.high),
+        kl=kl.value,
+        kl_interval=(kl.low, kl.high),
+        top1_agreement=agree.value,
+        top1_interval=(agree.low, agree.high),
+        seconds=seconds,
+    )
+
+
+def device_name(model: Any) -> str:
+    """The device in words: the GPU's name, or `cpu` with its number of threads."""
+    import torch
+
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

@@ -1,0 +1,48 @@
+"""Bootstrap intervals of token means, resampled by whole windows.
+
+Tokens of one window are not independent, windows nearly are; a difference between two models is resampled in pairs, so
+what makes one window hard for both cancels out (Koehn 2004; Efron and Tibshirani 1993, chapter 13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with the bounds of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        """The three numbers by name."""
+        return asdict(self)
+
+
+def mean_per_token(sums: Sequence[float], tokens: Sequence[int], *, seed: int = 0) -> Estimate:
+    """Estimate `sum(sums) / sum(tokens)` over windows.
+
+    For a paired difference pass the difference of the two models' sums, window by window. With a single window the
+    bounds are the value itself.
+    """
+    top = torch.tensor(sums, dtype=torch.float64)
+    bottom = torch.tensor(tokens, dtype=torch.float64)
+    value = float(top.sum() / bottom.sum())
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    step = max(1, (1 << 22) // len(top))
+    for done in range(0, RESAMPLES, step):
+        chosen = torch.randint(len(top), (min(step, RESAMPLES - done), len(top)), generator=generator)
+        means.append(top[chosen].sum(1) / bottom[chosen].sum(1))
+    tail = (1 - LEVEL) / 2
+    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Estimate(value, low, high)

@@ -1,0 +1,179 @@
+"""Load checkpoint folders to run them, and measure what their caches hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gqa_convert.anatomy import transformers_api
+from gqa_convert.anatomy.anatomy import read_fields
+from gqa_convert.checkpoint.hub import resolve_model
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
+from gqa_convert.evaluate.text import DEMO
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A checkpoint to be measured, before it is loaded. `kv_heads` and `query_heads` are of its decoder."""
+
+    name: str
+    folder: Path
+    config: Any
+    query_heads: int
+    kv_heads: int
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether it has an encoder and cross-attention."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def max_context(self) -> int | None:
+        """The longest context the model is made for, where its configuration says so."""
+        text = self.config.get_text_config(decoder=True)
+        value = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        return value if isinstance(value, int) and value > 1 else None
+
+
+def subject(model: str, *, trust_remote_code: bool = False) -> Subject:
+    """Describe a folder or hub id; `demo` is the checkpoint that comes with the package.
+
+    Raises:
+        GQAConvertError: if it cannot be read or has no KV heads.
+    """
+    if model == DEMO and not Path(model).exists():
+        from gqa_convert.demo.run import CHECKPOINT
+
+        folder = CHECKPOINT
+    else:
+        folder = resolve_model(model)
+    config, fields = read_fields(Checkpoint.open(folder), trust_remote_code=trust_remote_code)
+    name = DEMO if model == DEMO else folder.resolve().name
+    return Subject(
+        name=name, folder=folder, config=config, query_heads=fields[0].query_heads, kv_heads=fields[0].kv_heads
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UsageError: if the device does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: not available here ({str(error).splitlines()[0]}).") from error
+    return found
+
+
+def load(made: Subject, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> Any:
+    """Load a model for inference.
+
+    Args:
+        made: which one.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on the CPU.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        trust_remote_code: run Python code that the checkpoint brings along.
+
+    Raises:
+        UsageError: if dtype or device cannot be had.
+        CheckpointError: if weights are missing, or the loader refuses them.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}.")
+    where = pick_device(device)
+    wanted: Any = DTYPES.get(dtype, "auto" if where.type == "cuda" else torch.float32)
+    cls: Any = transformers_api.model_class(made.config, folder=made.folder, trust_remote_code=trust_remote_code)
+    try:
+        with transformers_api.quiet():
+            model, info = cls.from_pretrained(
+                made.folder, dtype=wanted, output_loading_info=True, local_files_only=True
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{made.folder}: cannot be loaded ({' '.join(str(error).split())[:300]}).") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckpointError(f"{made.folder}: loading reports {kind.replace('_', ' ')}: {sorted(info[kind])[:3]}.")
+    return model.eval().to(where)
+
+
+def load_tokenizer(made: Subject, *, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: if the folder has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with transformers_api.quiet():
+            return AutoTokenizer.from_pretrained(
+                made.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"{made.folder}: has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]})."
+        ) from error
+
+
+def parameters(model: Any) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def dtype_name(model: Any) -> str:
+    """The dtype of most of the model's parameters, as transformers spells it."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def cache_tensors(cache: Any) -> Iterator[Tensor]:
+    """Yield every tensor of keys or values that a transformers cache holds; of the decoder's own attention only."""
+    own = getattr(cache, "self_attention_cache", cache)
+    for layer in own.layers:
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, Tensor):
+                yield tensor
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values in a cache, as allocated."""
+    return sum(tensor.nbytes for tensor in cache_tensors(cache))
+
+
+@torch.inference_mode()
+def cache_bytes_per_token(model: Any, *, short: int = 4, long: int = 12) -> int:
+    """Measure KV-cache bytes per token of the decoder's own attention, in the dtype the model runs in.
+
+    Two passes of different length are compared, so that what does not grow with the text is left out.
+
+    Raises:
+        UnsupportedModelError: if the model returns no cache of keys and values.
+    """
+    held = [cache_bytes(_cache_after(model, length)) for length in (short, long)]
+    if held[1] <= held[0]:
+        raise UnsupportedModelError(f"{type(model).__name__}: its cache does not grow with the text.")
+    return (held[1] - held[0]) // (long - short)
+
+
+def _cache_after(model: Any, length: int) -> Any:
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, length, dtype=torch.long, device=device) + 3
+    inputs = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    cache = getattr(model(**inputs, use_cache=True), "past_key_values", None)
+    if cache is None or not hasattr(getattr(cache, "self_attention_cache", cache), "layers"):
+        raise UnsupportedModelError(f"{type(model).__name__}: returns no cache of keys and values.")
+    return cache
