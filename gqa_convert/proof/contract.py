@@ -20,7 +20,7 @@ from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
 from gqa_convert.proof.kv_axes import KVAxes
 from gqa_convert.proof.model import text_inputs, tiny_model
-from gqa_convert.proof.overrides import KV_HEADS
+from gqa_convert.proof.overrides import KV_HEADS, SIDE_FILES
 from gqa_convert.proof.tiny import tiny_config
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def prove(model_type: str, folder: Path, *, changes: dict[str, Any] | None = Non
     started = time.perf_counter()
     try:
         contract = _Contract(model_type, folder, changes or {}, record)
-        if refused_families().get(model_type, ("",))[0] in ("C", "D"):
+        if model_type in refused_families():
             contract.refusal()
             record.refused = True
         else:
@@ -95,21 +95,32 @@ class _Contract:
         self.axes = KVAxes(self.mha, self.gqa, self.heads, self.groups)
         self.check("builds_differ", bool(self.axes.changed()), "the number of KV heads changes no parameter")
         self.inputs = text_inputs(self.gqa)
-        self.gqa.save_pretrained(self.folder / "gqa")
-        self.mha.save_pretrained(self.folder / "untied")
+        self.save(self.gqa, "gqa")
+        self.save(self.mha, "untied")
         self.untied = {name: tensor.clone() for name, tensor in self.mha.state_dict().items()}
         self.mha.load_state_dict(self.axes.expand(self.gqa.state_dict()))
-        self.mha.save_pretrained(self.folder / "mha")
+        self.save(self.mha, "mha")
         self.same_function()
         self.tied_heads_exact()
         self.groups_equal_heads_identical()
         self.untied_heads_averaged()
 
+    def save(self, model: Any, name: str) -> None:
+        """Save a model as the hub would have it."""
+        import torch
+
+        model.save_pretrained(self.folder / name)
+        for file, content in SIDE_FILES.get(self.record.model_type, {}).items():
+            torch.save(content, self.folder / name / file)
+
     def refusal(self) -> None:
-        """The converter declines with the reason on record, before it writes anything."""
+        """The converter declines, with the reason on record where it knows the family, and writes nothing.
+
+        Wrappers (class N) are as their default decoder is, which none of them lets have fewer KV heads.
+        """
         from gqa_convert import convert
 
-        self.record.reason = refused_families()[self.record.model_type][1]
+        kind, self.record.reason = refused_families()[self.record.model_type]
         try:
             self.build(self.heads, 0).save_pretrained(self.folder / "mha")
         except Exception:  # families that this proof cannot build tiny are declined by name all the same
@@ -117,10 +128,11 @@ class _Contract:
         try:
             convert(self.folder / "mha", groups=self.groups, out=self.folder / "converted")
         except UnsupportedModelError as error:
-            self.check("refused_with_reason", self.record.reason in str(error), str(error)[:200])
+            known = kind == "N" or self.record.reason in str(error)
+            self.check("refused_with_reason", known, str(error)[:200])
         else:
             self.check("refused_with_reason", False, "converted, though it is on record as refused")
-        self.check("nothing_written", not (self.folder / "converted").exists(), "a folder was left behind")
+        self.check("refused_writes_nothing", not (self.folder / "converted").exists(), "a folder was left behind")
 
     def check(self, name: str, held: bool, otherwise: str) -> None:
         """Note a check.
@@ -168,7 +180,7 @@ class _Contract:
         want, got = (json.loads((path / "config.json").read_text()) for path in (self.folder / "gqa", out))
         self.check("config_same", want == got, _first(key for key in want | got if want.get(key) != got.get(key)))
         loaded = self.reload(out)
-        self.check("converted_same_logits", bool((logits(loaded, self.inputs) == self.full).all()), "differs")
+        self.close("converted_same_logits", self.full, logits(loaded, self.inputs), SAME_FUNCTION)
 
     def reload(self, folder: Path) -> Any:
         """Load a folder as a user would and check that nothing is missing, unexpected or of another shape."""

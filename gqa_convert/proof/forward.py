@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.proof.unusual import UNUSUAL
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,6 +21,8 @@ def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     import torch
 
     with torch.no_grad():
+        if model.config.model_type in UNUSUAL:
+            return UNUSUAL[model.config.model_type].full(model, inputs)
         return _logits_of(speaker(model)(**_arguments(inputs), use_cache=False))
 
 
@@ -29,6 +33,9 @@ def cached_logits(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
     """
     import torch
 
+    if model.config.model_type in UNUSUAL:
+        with torch.no_grad():
+            return UNUSUAL[model.config.model_type].cached(model, inputs)
     decoded = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     length = inputs[decoded].shape[1]
     model = speaker(model)
@@ -53,7 +60,7 @@ def cached_logits(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Any]:
 
 
 def speaker(model: Any) -> Any:
-    """Return the part of `model` that maps text to logits: the model itself, or the part its `generate` calls."""
+    """Return the part of `model` that maps text to logits: the model itself, or the one its `generate` calls."""
     return getattr(model, "thinker", model)
 
 

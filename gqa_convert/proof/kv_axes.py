@@ -93,16 +93,17 @@ class KVAxes:
         return torch.cat([q, *(_mean(part, dim, width, self.ratio) for part in (k, v))], dim)
 
     def _width(self, name: str, size: int) -> int:
-        """Return D of an axis that holds `size` elements in the smaller build: what its attention module says."""
-        if size == self.groups:
-            return 1
+        """Return D on an axis of `size` in the smaller build: by its attention module's count or width, or G heads."""
+        widths = ("v_head_dim", "head_dim") if ".v_" in name else ("head_dim",)
         path = name.split(".")[:-1]
-        names = ("v_head_dim", "head_dim") if ".v_" in name else ("head_dim",)
         while path:
-            module = self.small.get_submodule(".".join(path))
-            for own in (getattr(module, attribute, None) for attribute in names):
-                if isinstance(own, int) and size % own == 0:
-                    return own
+            module: Any = self.small.get_submodule(".".join(path))
+            heads = getattr(module, "num_key_value_heads", None)
+            if isinstance(heads, int) and size % heads == 0:
+                return size // heads
+            for width in (getattr(module, own, None) for own in widths):
+                if isinstance(width, int) and size % (width * self.groups) == 0:
+                    return width
             path.pop()
         return size // self.groups
 
@@ -140,5 +141,6 @@ def _repeat(x: Tensor, dim: int, width: int, times: int) -> Tensor:
 
 
 def _mean(x: Tensor, dim: int, width: int, times: int) -> Tensor:
-    pooled: Tensor = x.float().unflatten(dim, (-1, times, width)).mean(dim + 1).flatten(dim, dim + 1).to(x.dtype)
+    # in float64, where the sum of equal float32 values is exact for any number of heads
+    pooled: Tensor = x.double().unflatten(dim, (-1, times, width)).mean(dim + 1).flatten(dim, dim + 1).to(x.dtype)
     return pooled

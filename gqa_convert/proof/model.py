@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.proof.sizes import TEXT_IDS
 from gqa_convert.proof.survey import mapping_names
+from gqa_convert.proof.unusual import UNUSUAL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,6 +87,8 @@ def text_inputs(model: Any, batch: int = 2, length: int = 12, seed: int = 0) -> 
 
     generator = torch.Generator().manual_seed(seed)
     config = model.config
+    if config.model_type in UNUSUAL:
+        return UNUSUAL[config.model_type].inputs(model, batch, length, generator)
 
     def ids(*shape: int) -> Tensor:
         return torch.randint(FIRST_TEXT_ID, TEXT_IDS, shape, generator=generator)

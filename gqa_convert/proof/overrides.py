@@ -89,6 +89,9 @@ SHRUNK: dict[str, dict[str, Any]] = {
     # the window bounds the cache but not the mask: it must not be reached
     "kyutai_speech_to_text": {"sliding_window": 64},
     "moshi": {"sliding_window": 64},
+    # a few tokens or actions are as good as hundreds
+    "diffusion_gemma": {"canvas_length": 8},
+    "pi0": {"chunk_size": 4},
     # layer numbers that count from the vision tower's end or beyond two layers
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
 }
@@ -118,4 +121,9 @@ KV_HEADS: dict[str, tuple[int, int]] = {
     "falcon": (8, 1),  # multi_query is a switch: all heads or one
     "gpt_bigcode": (8, 1),
     "mimo_v2_flash": (4, 2),  # sliding layers have twice as many
+}
+
+# Files beside the weights that a family's `from_pretrained` reads, with what they hold (saved by torch).
+SIDE_FILES: dict[str, dict[str, Any]] = {
+    "qwen2_5_omni": {"spk_dict.pt": {}},  # speakers' voices
 }
