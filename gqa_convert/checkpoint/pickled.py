@@ -8,7 +8,9 @@ a `load` of its own.
 
 from __future__ import annotations
 
+import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -84,15 +86,18 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        table = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: the outcome below says all
+            table = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), "")
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"its pickle names {named[1]}" if named else "it is damaged or not a pickle of tensors alone"
         raise CheckpointError(
-            f"{path}: its pickle holds more than tensors, so unpickling could run code. It was refused and nothing "
-            f"in it was executed. {reason[:160]}".rstrip()
+            f"{path}: {what}, so unpickling could run code. It was refused and nothing in it was executed."
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0][:160]}). Download it again.") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: damaged ({reason[:160]}). Download it again.") from error
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: holds a {type(table).__name__}, not a table of tensors.")
     for key, value in table.items():

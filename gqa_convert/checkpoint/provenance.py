@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_convert.checkpoint.reader import CONFIG, PROVENANCE, Checkpoint
-from gqa_convert.checkpoint.resolve import hub_repo
+from gqa_convert.checkpoint.resolve import hub_snapshot
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.errors import CheckpointError
 
@@ -34,11 +34,12 @@ def source_identity(checkpoint: Checkpoint, hash_files: bool = False) -> dict[st
         CheckpointError: if a file can no longer be read.
     """
     folder = checkpoint.folder.resolve()
-    repo = hub_repo(folder)
+    snapshot = hub_snapshot(folder)
+    repo = snapshot[0] if snapshot else None
     identity: dict[str, Any] = {"name": folder.name, "format": checkpoint.format}
-    if repo is not None:
-        identity["hub"] = {"repo_id": _repo_id(repo), "revision": folder.name}
-        identity["name"] = _repo_id(repo)
+    if snapshot is not None:
+        identity["hub"] = {"repo_id": _repo_id(snapshot[0]), "revision": snapshot[1]}
+        identity["name"] = _repo_id(snapshot[0])
     try:
         identity["config_sha256"] = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
         identity["files"] = [_file_identity(file, repo, hash_files) for file in checkpoint.weight_files]

@@ -63,18 +63,20 @@ def resolve_weights(folder: Path, config: dict[str, Any]) -> WeightSet:
     raise CheckpointError(_no_weights(folder))
 
 
-def hub_repo(folder: Path) -> Path | None:
-    """Return the `models--X--Y` folder of a hub cache if `folder` is one of its snapshots, else None."""
+def hub_snapshot(folder: Path) -> tuple[Path, str] | None:
+    """Return the `models--X--Y` folder and the revision if `folder` is a hub cache's snapshot or inside one."""
     real = folder.resolve()
-    repo = real.parent.parent
-    return repo if real.parent.name == "snapshots" and repo.name.startswith("models--") else None
+    for here in (real, *real.parents):
+        repo = here.parent.parent
+        if here.parent.name == "snapshots" and repo.name.startswith("models--"):
+            return repo, here.name
+    return None
 
 
 def stays_inside(folder: Path, file: Path) -> bool:
     """Tell whether `file`, symlinks resolved, lies in `folder`, or in the same hub cache entry if it is a snapshot."""
-    real = file.resolve()
-    home = hub_repo(folder) or folder.resolve()
-    return real.is_relative_to(home)
+    snapshot = hub_snapshot(folder)
+    return file.resolve().is_relative_to(snapshot[0] if snapshot else folder.resolve())
 
 
 def _explicit(folder: Path, name: Any) -> WeightSet:

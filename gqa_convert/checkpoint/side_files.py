@@ -15,7 +15,7 @@ from gqa_convert.errors import CheckpointError
 
 _WEIGHT_PATTERNS = (
     "*.safetensors",
-    "*.index.json",
+    "*.index*.json",
     "*.bin",
     "*.pt",
     "*.pth",

@@ -92,7 +92,7 @@ def write_shard(
     """
     tell = on_bytes or (lambda _: None)
     parts = list(_parts(tensors))
-    header = _header(tensors, {"format": "pt", **metadata}, parts)
+    header = _header(tensors, {**metadata, "format": metadata.get("format", "pt")}, parts)
     with ExitStack() as stack:
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         stack.callback(os.close, target)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.errors import CheckpointError
+
+from .helpers import sharded, single, write_config
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def test_a_folder_is_recognised_by_its_headers_and_on_request_by_every_byte(tmp_path: Path):
+    folder = sharded(tmp_path / "model")
+    checkpoint = Checkpoint.open(folder)
+
+    quick, full = source_identity(checkpoint), source_identity(checkpoint, hash_files=True)
+
+    assert quick["name"] == "model"
+    assert quick["config_sha256"] == sha256((folder / "config.json").read_bytes())
+    assert [file["name"] for file in quick["files"]] == [file.name for file in checkpoint.weight_files]
+    for file, more in zip(quick["files"], full["files"], strict=True):
+        raw = (folder / file["name"]).read_bytes()
+        assert file["bytes"] == len(raw)
+        assert file["header_sha256"] == sha256(raw[: 8 + int.from_bytes(raw[:8], "little")])
+        assert more == file | {"sha256": sha256(raw)}
+    assert "hub" not in quick
+    assert str(tmp_path) not in json.dumps(full)
+
+
+def test_a_hub_snapshot_is_named_by_repository_revision_and_blobs(tmp_path: Path):
+    repo = tmp_path / "models--org--name"
+    snapshot = single(repo / "snapshots" / "abc")
+    (repo / "blobs").mkdir()
+    (snapshot / "model.safetensors").rename(repo / "blobs" / "f00d")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/f00d")
+
+    identity = source_identity(Checkpoint.open(snapshot))
+
+    assert identity["name"] == "org/name"
+    assert identity["hub"] == {"repo_id": "org/name", "revision": "abc"}
+    assert identity["files"][0]["blob"] == "f00d"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights_have_an_identity_too(tmp_path: Path, zipped: bool):
+    found = []
+    for folder, value in ((tmp_path / "a", 1.0), (tmp_path / "b", 1.0), (tmp_path / "c", 2.0)):
+        write_config(folder)
+        table = {"x": torch.full((4,), value)}
+        torch.save(table, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        found.append(source_identity(Checkpoint.open(folder))["files"][0]["header_sha256"])
+    assert found[0] != found[2]
+    if zipped:
+        assert found[0] == found[1]
+
+
+def test_what_is_written_is_read_back(tmp_path: Path):
+    folder = single(tmp_path)
+    data = {"method": "mean", "name": "Ångström", "groups": 4}
+    write_provenance(folder / PROVENANCE, data)
+    assert Checkpoint.open(folder).provenance == data
+    assert (folder / PROVENANCE).read_text("utf-8").endswith("}\n")
+
+
+def test_a_source_that_is_gone(tmp_path: Path):
+    checkpoint = Checkpoint.open(single(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="can no longer be read"):
+        source_identity(checkpoint)
