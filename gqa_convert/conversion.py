@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.finder import Merge
 from gqa_convert.checkpoint.config_json import edit_json
+from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.staging import staged_output
@@ -111,22 +113,22 @@ def _write_weights(made: ConvertPlan, folder: Path, on_bytes: Callable[[int], No
     merges = {merge.key: merge for merge in made.anatomy.merges}
     dropped = set(made.anatomy.dropped)
     weight_map: dict[str, str] = {}
-    for shard in checkpoint.shards:
-        targets = []
-        for key, info in shard.tensors.items():
-            if key in dropped:
-                continue
-            weight_map[key] = shard.name
-            merge = merges.get(key)
-            if merge is None:
-                targets.append(TargetTensor(key=key, dtype=info.dtype, shape=info.shape, source=info, produce=None))
-            else:
-                produce = _producer(checkpoint, merge, method, made.seed)
-                targets.append(
-                    TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, source=None, produce=produce)
-                )
-        if targets:
-            write_shard(folder / shard.name, targets, dict(shard.metadata), on_bytes=on_bytes)
+    with Flusher() as flusher:
+        for shard in checkpoint.shards:
+            targets = []
+            for key, info in shard.tensors.items():
+                if key in dropped:
+                    continue
+                weight_map[key] = shard.name
+                merge = merges.get(key)
+                if merge is None:
+                    targets.append(TargetTensor.copy_of(info))
+                else:
+                    produce = _producer(checkpoint, merge, method, made.seed)
+                    targets.append(TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, produce=produce))
+            if targets:
+                write_shard(folder / shard.name, targets, dict(shard.metadata), on_bytes=on_bytes, sync=False)
+                flusher.flush(folder / shard.name)
     if len(checkpoint.shards) > 1:
         write_index(folder / _INDEX, weight_map, made.bytes_out, made.parameters_out)
 
@@ -135,6 +137,20 @@ def _producer(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: i
     return lambda: merged_tensor(checkpoint, merge, method, seed)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one processor: means are bound by memory; torch's threads wait for each other on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def merged_tensor(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: int) -> Tensor:
     """Compute one merged tensor from the source's, in float32, in the source's dtype.
 
@@ -164,8 +180,9 @@ def merged_tensor(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, see
 def _check_finite(checkpoint: Checkpoint, key: str, x: Tensor) -> None:
     import torch
 
-    # A sum is not finite if any element is not; it may also overflow, so only then is every element looked at.
-    if torch.isfinite(x.sum(dtype=torch.float32)):
+    # A sum is not finite if any element is not; it may also overflow, so only then is every element looked at. A sum
+    # in x's own dtype is the fastest: torch accumulates half precision in float32 all the same.
+    if torch.isfinite(x.sum()):
         return
     bad = int((~torch.isfinite(x)).sum())
     if bad:
