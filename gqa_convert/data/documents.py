@@ -1,0 +1,283 @@
+"""Documents from files and hub ids, read as streams by `datasets`: always in the same order, resumable at any document.
+
+A corpus is a list of shards (files). Shards are shuffled by us and never through a buffer: with a buffer, `datasets`
+5.2 resumes by repeating some documents and losing others.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.errors import HubError, UsageError
+
+KINDS = ("text", "jsonl", "parquet", "folder", "hub", "python")
+WHOLE = {"file": "document", "line": "line", "paragraph": "paragraph"}
+_BUILDERS = {"jsonl": "json", "parquet": "parquet"}
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+_RETRY_SECONDS = (1.0, 4.0, 16.0, 64.0)
+
+Shard = Callable[[], Any]
+"""Opens one shard as an iterable with `state_dict` and `load_state_dict`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """Where documents come from.
+
+    Attributes:
+        kind: one of `KINDS`. `folder` takes every file below a folder by its suffix; `python` calls a function.
+        paths: files and glob patterns; for `folder` the folder; for `hub` the dataset's id; for `python` `module:name`.
+        text_field: the column that holds the text.
+        documents: how a text file is cut: `file`, `line`, `paragraph`, or a separator that stands between documents.
+        pattern: which files of a folder.
+        config_name: configuration of a hub dataset.
+        split: split of a hub dataset.
+        revision: branch, tag or commit of a hub dataset.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    text_field: str = "text"
+    documents: str = "file"
+    pattern: str = "**/*"
+    config_name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+@dataclass
+class Corpus:
+    """Documents in shards. `identity` changes when the files do (names, sizes, times; not contents)."""
+
+    spec: SourceSpec
+    shards: Sequence[Shard]
+    identity: list[Any]
+    remote: bool = False
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    def read(self, shard: int, state: dict[str, Any] | None = None) -> ShardReader:
+        """Start reading a shard, from `state` if given (see `ShardReader.state`)."""
+        return ShardReader(self, shard, state)
+
+    def all_documents(self) -> Iterator[str]:
+        """Every document, shard after shard."""
+        for shard in range(len(self.shards)):
+            yield from self.read(shard)
+
+
+class ShardReader:
+    """An iterator over one shard's documents that can say where it is and survives a hub that is away for a while."""
+
+    def __init__(self, corpus: Corpus, shard: int, state: dict[str, Any] | None = None) -> None:
+        self._corpus = corpus
+        self._shard = shard
+        self._open(state)
+
+    def _open(self, state: dict[str, Any] | None) -> None:
+        self._data = self._corpus.shards[self._shard]()
+        self._ready: list[str] = list(state["ready"]) if state else []
+        self._pending = str(state["pending"]) if state else ""
+        if state is not None:
+            self._data.load_state_dict(state["rows"])
+        self._rows = iter(self._data)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        waits = iter(_RETRY_SECONDS)
+        while True:
+            safe = self.state() if self._corpus.remote else None
+            try:
+                return self._next()
+            except StopIteration:
+                raise
+            except Exception as error:
+                if safe is None or not _is_outage(error):
+                    raise
+                wait = next(waits, None)
+                if wait is None:
+                    raise HubError(
+                        f"{', '.join(self._corpus.spec.paths)}: reading failed {len(_RETRY_SECONDS) + 1} times "
+                        f"({type(error).__name__}: {error}). Run again to go on from the last checkpoint, or "
+                        "download the data first and read it from disk."
+                    ) from error
+                self._corpus.sleep(wait)
+                self._open(safe)
+
+    def _next(self) -> str:
+        while not self._ready:
+            row = next(self._rows, None)
+            if row is None:
+                if not self._pending.strip():
+                    raise StopIteration
+                self._ready, self._pending = [self._pending.strip("\n")], ""
+            else:
+                self._take(_text_of(row, self._corpus.spec))
+        return self._ready.pop(0)
+
+    def _take(self, text: str) -> None:
+        spec = self._corpus.spec
+        if spec.kind not in ("text", "folder") or spec.documents in WHOLE:
+            self._ready = [text] if text else []
+            return
+        *done, self._pending = (self._pending + text).split(spec.documents)
+        self._ready = [piece.strip("\n") for piece in done if piece.strip()]
+
+    def state(self) -> dict[str, Any]:
+        """Where the next document starts, JSON-ready."""
+        return {"rows": self._data.state_dict(), "ready": list(self._ready), "pending": self._pending}
+
+
+def _text_of(row: dict[str, Any], spec: SourceSpec) -> str:
+    column = "text" if spec.kind in ("text", "python") else spec.text_field
+    if column not in row and not (spec.kind == "folder" and "text" in row):
+        raise UsageError(f"data: rows have no field {column!r}; they have {', '.join(map(str, row))}.")
+    return str(row.get(column, row.get("text")) or "")
+
+
+def open_corpus(spec: SourceSpec, *, sleep: Callable[[float], None] = time.sleep) -> Corpus:
+    """List a corpus's shards; reads no document.
+
+    Raises:
+        UsageError: if a path matches nothing or the kind is unknown.
+        HubError: if a hub dataset cannot be reached.
+    """
+    if spec.kind not in KINDS:
+        raise UsageError(f"data source kind {spec.kind!r}: choose one of {', '.join(KINDS)}.")
+    if spec.kind == "hub":
+        return _hub(spec, sleep)
+    if spec.kind == "python":
+        shards: list[Shard] = [_function_shard(path) for path in spec.paths]
+        return Corpus(spec=spec, shards=shards, identity=[list(spec.paths)], sleep=sleep)
+    files = _files(spec)
+    shards = [_file_shard(kind, file, spec) for kind, file in files]
+    identity = [[kind, file.name, file.stat().st_size, file.stat().st_mtime_ns] for kind, file in files]
+    return Corpus(spec=spec, shards=shards, identity=identity, sleep=sleep)
+
+
+def _files(spec: SourceSpec) -> list[tuple[str, Path]]:
+    found: list[tuple[str, Path]] = []
+    for path in spec.paths:
+        if spec.kind == "folder":
+            root = Path(path)
+            matched = [file for file in sorted(root.glob(spec.pattern)) if file.is_file() and _shown(file, root)]
+            found += [(_SUFFIXES.get(_suffix(file), "text"), file) for file in matched]
+        else:
+            matched = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]
+            found += [(spec.kind, file) for file in matched]
+        if not matched:
+            raise UsageError(f"data: {path!r} matches no file (looked for kind {spec.kind} from {Path.cwd()}).")
+    return found
+
+
+def _suffix(file: Path) -> str:
+    """The suffix under any compression."""
+    return Path(file.stem).suffix if file.suffix in (".gz", ".zst", ".bz2", ".xz") else file.suffix
+
+
+def _shown(file: Path, root: Path) -> bool:
+    return not any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _file_shard(kind: str, file: Path, spec: SourceSpec) -> Shard:
+    def open_shard() -> Any:
+        from datasets import load_dataset
+
+        with _QuietDatasets():
+            if kind in _BUILDERS:
+                return load_dataset(_BUILDERS[kind], data_files=str(file), split="train", streaming=True)
+            whole = WHOLE.get(spec.documents)
+            extra = {"sample_by": whole} if whole else {"sample_by": "line", "keep_linebreaks": True}
+            return load_dataset("text", data_files=str(file), split="train", streaming=True, **extra)
+
+    return open_shard
+
+
+class _FunctionShard:
+    """What a function yields, with the state of a `datasets` stream: how many documents were taken."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make, self._taken = make, 0
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for number, text in enumerate(self._make()):
+            if number < self._taken:
+                continue
+            self._taken = number + 1
+            yield {"text": text}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._taken = state["taken"]
+
+
+def _function_shard(path: str) -> Shard:
+    module, _, name = path.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"data: {path!r} names no function ({error}). Write package.module:function.") from error
+    return lambda: _FunctionShard(make)
+
+
+def _hub(spec: SourceSpec, sleep: Callable[[float], None]) -> Corpus:
+    from datasets import load_dataset
+
+    name = spec.paths[0]
+    for wait in (*_RETRY_SECONDS, None):
+        try:
+            with _QuietDatasets():
+                data = load_dataset(name, spec.config_name, split=spec.split, streaming=True, revision=spec.revision)
+            break
+        except Exception as error:
+            if wait is None or not _is_outage(error):
+                raise HubError(
+                    f"{name}: the dataset cannot be read ({type(error).__name__}: {str(error)[:200]}). Check the id, "
+                    "configuration, split and connection, or download it and read the files."
+                ) from error
+            sleep(wait)
+    count = data.num_shards
+
+    def shard(index: int) -> Shard:
+        return lambda: data.shard(num_shards=count, index=index)
+
+    identity = [name, spec.config_name, spec.split, spec.revision, count]
+    return Corpus(spec=spec, shards=[shard(i) for i in range(count)], identity=identity, remote=True, sleep=sleep)
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether waiting may help: a connection, a time-out or a server's fault; not a missing dataset."""
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+        return False
+    name = type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return bool(status >= 500 or status == 429)
+    return isinstance(error, (ConnectionError, TimeoutError, OSError)) or any(
+        word in name for word in ("Connect", "Timeout", "ReadError", "RemoteProtocol", "NetworkError")
+    )
+
+
+class _QuietDatasets:
+    """Keep `datasets` from drawing progress bars over ours."""
+
+    def __enter__(self) -> None:
+        from datasets.utils import logging
+
+        self._shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from datasets.utils import logging
+
+        if self._shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,144 @@
+"""Blocks from a corpus that is too large to tokenise beforehand: read, tokenised and packed as training goes.
+
+Shards are permuted anew each epoch and read in order; packed blocks are permuted within windows. The state is where
+a window starts (epoch, shard, the shard's own position, tokens carried over): resuming reads one window again at most,
+never the stream from its beginning.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from gqa_convert.data.blocks import DEFAULT_WINDOW, Block, shuffled_index
+from gqa_convert.data.documents import Corpus, ShardReader
+from gqa_convert.data.encoding import Encoder
+from gqa_convert.data.split import is_held_out
+from gqa_convert.errors import UsageError
+
+_BATCH = 64
+_KEPT_STATES = 4
+
+
+class StreamedBlocks:
+    """Blocks of a corpus in one pass after another. `get` goes forwards, or back within the present window.
+
+    Args:
+        corpus: the documents.
+        encoder: makes them token ids.
+        length: tokens a block.
+        seed: of the order; None keeps shards and blocks as they are.
+        window: blocks that are held in memory and permuted together.
+        held_out: fraction of documents to leave out.
+        state: from `state`, to go on from there.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        encoder: Encoder,
+        length: int,
+        *,
+        seed: int | None,
+        window: int = DEFAULT_WINDOW,
+        held_out: float = 0.0,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._corpus, self._encoder, self._length = corpus, encoder, length
+        self._seed, self._window, self._held_out = seed, window, held_out
+        self._states: dict[int, dict[str, Any]] = {}
+        self._number = -1
+        self._blocks: list[Block] = []
+        self._restore(state or {"window": 0, "epoch": 0, "slot": 0, "shard": None, "ids": [], "documents": []})
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._next = int(state["window"])
+        self._epoch, self._slot = int(state["epoch"]), int(state["slot"])
+        self._ids = [np.asarray(state["ids"], np.int64)]
+        self._documents = [np.asarray(state["documents"], np.int64)]
+        self._held = len(state["ids"])
+        self._document = int(state["documents"][-1]) if state["documents"] else -1
+        self._reader: ShardReader | None = None
+        if state["shard"] is not None:
+            self._reader = self._corpus.read(self._shard_order()[self._slot], state["shard"])
+        self._start = state
+
+    def state(self, index: int) -> dict[str, Any]:
+        """What to keep so that a later run can go on with block `index`. JSON-ready.
+
+        Raises:
+            KeyError: if the block's window was passed long ago.
+        """
+        number = index // self._window
+        return self._start if number == self._next and number not in self._states else self._states[number]
+
+    def get(self, index: int) -> Block:
+        """Return block `index` of the training order.
+
+        Raises:
+            ValueError: for a block before the present window.
+        """
+        number, _ = divmod(index, self._window)
+        if number < self._number or (number < self._next and number != self._number):
+            raise ValueError(f"block {index} lies before the present window of the stream")
+        while self._number < number:
+            self._fill()
+        if self._seed is not None:
+            index = shuffled_index(index, seed=self._seed, window=self._window)
+        return self._blocks[index % self._window]
+
+    def _shard_order(self) -> list[int]:
+        count = len(self._corpus.shards)
+        if self._seed is None:
+            return list(range(count))
+        return [int(i) for i in np.random.default_rng([self._seed, 0, self._epoch]).permutation(count)]
+
+    def _fill(self) -> None:
+        """Read the next window."""
+        self._number = self._next
+        self._states[self._number] = self._start
+        for old in sorted(self._states)[:-_KEPT_STATES]:
+            del self._states[old]
+        need = self._window * self._length + 1
+        while self._held < need:
+            self._read_some()
+        ids, documents = np.concatenate(self._ids), np.concatenate(self._documents)
+        self._blocks = [
+            Block(ids[i : i + self._length + 1], documents[i : i + self._length + 1])
+            for i in range(0, need - 1, self._length)
+        ]
+        # Slices of these keep the whole window alive; what is carried over gets memory of its own.
+        self._ids, self._documents = [ids[need - 1 :].copy()], [documents[need - 1 :].copy()]
+        self._held = len(self._ids[0])
+        self._next = self._number + 1
+        self._start = {
+            "window": self._next,
+            "epoch": self._epoch,
+            "slot": self._slot,
+            "shard": None if self._reader is None else self._reader.state(),
+            "ids": self._ids[0].tolist(),
+            "documents": self._documents[0].tolist(),
+        }
+
+    def _read_some(self) -> None:
+        """Append a few documents' tokens, moving on to the next shard or epoch where one ends."""
+        if self._reader is None:
+            self._reader = self._corpus.read(self._shard_order()[self._slot])
+        texts = list(islice(self._reader, _BATCH))
+        kept = [text for text in texts if not is_held_out(text, self._held_out)]
+        for ids in self._encoder.encode(kept) if kept else []:
+            self._document += 1
+            self._ids.append(ids)
+            self._documents.append(np.full(len(ids), self._document))
+            self._held += len(ids)
+        if len(texts) == _BATCH:
+            return
+        self._reader = None
+        self._slot += 1
+        if self._slot == len(self._corpus.shards):
+            self._slot = 0
+            self._epoch += 1
+            if not self._held and self._epoch > 1:
+                raise UsageError("data: a whole pass over the corpus gave no tokens to train on.")

@@ -1,0 +1,167 @@
+import gzip
+import json
+
+import pytest
+
+from gqa_convert.data import documents as module
+from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
+from gqa_convert.data.split import is_held_out
+from gqa_convert.errors import HubError, UsageError
+
+
+def texts(spec):
+    return list(open_corpus(spec).all_documents())
+
+
+@pytest.fixture
+def corpus_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    with open(tmp_path / "b.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": t, "other": 1}) + "\n" for t in ("four", "five"))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["six", "seven"]}), tmp_path / "c.parquet")
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
+        file.write('{"text": "eight"}\n')
+    (tmp_path / ".hidden.txt").write_text("no")
+    return tmp_path
+
+
+def test_every_kind_of_file(corpus_folder):
+    here = str(corpus_folder)
+    assert texts(SourceSpec(kind="text", paths=(f"{here}/*.txt",))) == ["one\ntwo\n\nthree\n"]
+    assert texts(SourceSpec(kind="text", paths=(f"{here}/a.txt",), documents="line")) == ["one", "two", "three"]
+    assert texts(SourceSpec(kind="jsonl", paths=(f"{here}/b.jsonl",))) == ["four", "five"]
+    assert texts(SourceSpec(kind="parquet", paths=(f"{here}/c.parquet",))) == ["six", "seven"]
+    found = texts(SourceSpec(kind="folder", paths=(here,)))
+    assert found == ["one\ntwo\n\nthree\n", "four", "five", "six", "seven", "eight"]
+
+
+def test_a_separator_cuts_documents_and_can_be_resumed_within_a_line(tmp_path):
+    file = tmp_path / "stories.txt"
+    file.write_text("once\nupon<|end|>a<|end|>time\n<|end|>\nlast\n")
+    spec = SourceSpec(kind="text", paths=(str(file),), documents="<|end|>")
+    expected = ["once\nupon", "a", "time", "last"]
+    assert texts(spec) == expected
+    for taken in range(5):
+        reader = open_corpus(spec).read(0)
+        before = [next(reader) for _ in range(taken)]
+        state = json.loads(json.dumps(reader.state()))
+        assert before + list(open_corpus(spec).read(0, state)) == expected
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_resumes_at_any_document(corpus_folder, kind):
+    spec = SourceSpec(kind=kind, paths=(str(corpus_folder / {"jsonl": "b.jsonl", "parquet": "c.parquet"}[kind]),))
+    whole = texts(spec)
+    reader = open_corpus(spec).read(0)
+    first = next(reader)
+    assert [first, *open_corpus(spec).read(0, reader.state())] == whole
+
+
+def some_documents():
+    yield from ("x", "y", "z")
+
+
+def test_a_python_function_is_a_source():
+    spec = SourceSpec(kind="python", paths=(f"{__name__}:some_documents",))
+    reader = open_corpus(spec).read(0)
+    assert next(reader) == "x"
+    assert list(open_corpus(spec).read(0, reader.state())) == ["y", "z"]
+    with pytest.raises(UsageError, match="names no function"):
+        open_corpus(SourceSpec(kind="python", paths=("no_such_module:make",)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (SourceSpec(kind="jsonl", paths=("/nowhere/*.jsonl",)), "matches no file"),
+        (SourceSpec(kind="tape", paths=("x",)), "choose one of"),
+    ],
+)
+def test_what_is_not_there_is_said(spec, message):
+    with pytest.raises(UsageError, match=message):
+        open_corpus(spec)
+
+
+def test_a_missing_field_names_the_present_ones(corpus_folder):
+    with pytest.raises(UsageError, match="text, other"):
+        texts(SourceSpec(kind="jsonl", paths=(str(corpus_folder / "b.jsonl"),), text_field="body"))
+
+
+class Flaky:
+    """Five rows; the connection drops before the third, `drops` times over all openings."""
+
+    drops = 0
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        for i in range(self.at, 5):
+            if i == 2 and Flaky.drops > 0:
+                Flaky.drops -= 1
+                raise ConnectionError("connection reset")
+            self.at = i + 1
+            yield {"text": f"row {i}"}
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def flaky_corpus(waits):
+    spec = SourceSpec(kind="hub", paths=("org/data",))
+    return Corpus(spec=spec, shards=[Flaky], identity=[], remote=True, sleep=waits.append)
+
+
+def test_an_outage_is_waited_out_without_losing_or_repeating_a_document():
+    Flaky.drops, waits = 3, []
+    assert list(flaky_corpus(waits).all_documents()) == [f"row {i}" for i in range(5)]
+    assert waits == list(module._RETRY_SECONDS[:3])
+
+
+def test_a_lasting_outage_stops_clean():
+    Flaky.drops = 99
+    with pytest.raises(HubError, match="Run again"):
+        list(flaky_corpus([]).all_documents())
+
+
+def test_a_hub_dataset_that_cannot_be_loaded_is_a_hub_error(monkeypatch):
+    import datasets
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    waits = []
+    with pytest.raises(HubError, match="org/data"):
+        open_corpus(SourceSpec(kind="hub", paths=("org/data",)), sleep=waits.append)
+    assert len(waits) == 4
+
+
+def test_a_hub_dataset_is_streamed_shard_by_shard(monkeypatch, corpus_folder):
+    import datasets
+
+    real = datasets.load_dataset
+
+    def local(name, config, **kwargs):
+        return real("json", data_files=[str(corpus_folder / "b.jsonl"), str(corpus_folder / "d.jsonl.gz")],
+                    split="train", streaming=True)  # fmt: skip
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    corpus = open_corpus(SourceSpec(kind="hub", paths=("org/data",)))
+    assert len(corpus.shards) == 2
+    assert list(corpus.all_documents()) == ["four", "five", "eight"]
+
+
+def test_the_split_follows_the_document_and_nothing_else():
+    some = [f"document {i}" for i in range(20_000)]
+    held = [t for t in some if is_held_out(t, 0.05)]
+    assert 0.04 < len(held) / len(some) < 0.06
+    assert set(held) <= {t for t in some if is_held_out(t, 0.1)}
+    assert not any(is_held_out(t, 0.0) for t in some)
+    assert all(is_held_out(t, 1.0) for t in some)

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gqa_convert.data.batches import collate_spans
+from gqa_convert.data.blocks import Block
+from gqa_convert.data.spans import SpanCorruption, noise_mask, sentinel_ids
+from gqa_convert.errors import UsageError
+
+SENTINELS = tuple(range(32099, 31999, -1))
+
+
+def t5(inputs=512, **options):
+    return SpanCorruption.fitting(inputs, sentinels=SENTINELS, eos=1, **options)
+
+
+def test_lengths_are_those_of_the_paper():
+    found = t5()
+    assert (found.raw_length, found.inputs_length, found.targets_length) == (568, 512, 114)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    inputs=st.integers(8, 600),
+    density=st.floats(0.05, 0.6),
+    mean_span=st.floats(1, 10),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(inputs, density, mean_span, seed):
+    try:
+        made = t5(inputs, density=density, mean_span=mean_span)
+    except UsageError:
+        return
+    rng = np.random.default_rng(seed)
+    text = rng.integers(2, 31000, made.raw_length)
+    source, target = made.corrupt(text, rng)
+    assert len(source) == made.inputs_length <= inputs
+    assert len(target) == made.targets_length
+    assert (made.reconstruct(source, target) == text).all()
+    assert source[-1] == target[-1] == 1
+
+
+def test_sentinels_come_in_order_in_both():
+    made = t5(64)
+    source, target = made.corrupt(np.arange(2, 2 + made.raw_length), np.random.default_rng(0))
+    for row in (source, target):
+        used = [i for i in row.tolist() if i in SENTINELS]
+        assert used == list(SENTINELS[: len(used)])
+
+
+def test_density_and_span_length_are_as_asked():
+    rng = np.random.default_rng(0)
+    masks = np.stack([noise_mask(568, 0.15, 3.0, rng) for _ in range(2000)])
+    assert masks.mean() == pytest.approx(0.15, abs=0.001)
+    starts = (masks & ~np.pad(masks, ((0, 0), (1, 0)))[:, :-1]).sum()
+    assert masks.sum() / starts == pytest.approx(3.0, rel=0.02)
+    assert not masks[:, 0].any()
+    # Every place but the ends is noise about equally often: four standard errors of a share of 0.15.
+    middle = masks[:, 20:-20].mean(0)
+    assert abs(middle - middle.mean()).max() < 4.5 * np.sqrt(0.15 * 0.85 / 2000)
+
+
+def test_the_batch_is_a_function_of_seed_and_block():
+    made = t5(32)
+    block = Block(np.arange(2, 2 + made.raw_length + 1), np.zeros(made.raw_length + 1, np.int64))
+    collate = collate_spans(made, seed=4, decoder_start=0)
+    one, same, other = collate([(5, block, 99)]), collate([(5, block, 99)]), collate([(6, block, 99)])
+    assert (one.labels == same.labels).all()
+    assert (one.labels != other.labels).any()
+    assert one.inputs["decoder_input_ids"][0, 0] == 0
+    assert (one.inputs["decoder_input_ids"][0, 1:] == one.labels[0, :-1]).all()
+    assert one.valid == made.targets_length
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options"), [(4000, {}), (512, {"density": 1.5}), (512, {"mean_span": 0.5}), (2, {})]
+)
+def test_impossible_corruption_is_refused(inputs, options):
+    with pytest.raises(UsageError):
+        t5(inputs, **options)
+
+
+class Tokenizer:
+    def __init__(self, vocabulary):
+        self._vocabulary = vocabulary
+
+    def get_vocab(self):
+        return self._vocabulary
+
+
+def test_sentinels_are_found_by_name():
+    assert sentinel_ids(Tokenizer({"<extra_id_0>": 9, "<extra_id_1>": 8, "a": 0})) == (9, 8)
+    with pytest.raises(UsageError, match="sentinel"):
+        sentinel_ids(Tokenizer({"a": 0}))
