@@ -13,8 +13,6 @@ from gqa_convert.checkpoint.resolve import BIN_INDEX, BIN_WEIGHTS, SAFE_INDEX, S
 from gqa_convert.checkpoint.side_files import is_side_file
 from gqa_convert.errors import CheckpointError, HubError
 
-_TIMEOUT_S = 30.0
-
 
 def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
     """Return the folder of a model, downloading it from the Hugging Face hub if it is named by id.
@@ -32,12 +30,12 @@ def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | 
         HubError: if the hub cannot be reached or refuses.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
-    if path.exists():
+    if model and path.exists():
         raise CheckpointError(f"{model}: is a file. Give the folder that holds config.json and the weights.")
     if not model or model.startswith(("./", "../", "/", "~")) or model in (".", "..") or model.count("/") > 1:
-        raise CheckpointError(f"{model}: no such folder.")
+        raise CheckpointError(f"{model or repr(model)}: no such folder.")
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -71,9 +69,9 @@ def resolve_local(model: str, *, revision: str | None = None, cache_dir: Path | 
 
 
 def _download(model: str, revision: str | None, cache_dir: Path | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    info = HfApi().model_info(model, revision=revision, timeout=_TIMEOUT_S)
+    info = HfApi().model_info(model, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     files = [sibling.rfilename for sibling in info.siblings or []]
 
     def fetch(names: list[str]) -> Path:
