@@ -20,7 +20,7 @@ from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
 from gqa_convert.proof.kv_axes import KVAxes
 from gqa_convert.proof.model import text_inputs, tiny_model
-from gqa_convert.proof.overrides import KV_HEADS, SIDE_FILES
+from gqa_convert.proof.overrides import KV_HEADS, SIDE_FILES, TOWERS
 from gqa_convert.proof.tiny import tiny_config
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Record:
     """What the contract found for one family.
 
     `proven` if every check held, `refused` if the converter declines the family on purpose; `reason` says why not.
+    `note` says what of the family was replaced to build it.
     """
 
     model_type: str
@@ -43,6 +44,7 @@ class Record:
     checks: dict[str, bool] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    note: str = ""
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -81,6 +83,9 @@ class _Contract:
         self.folder = folder
         self.record = record
         self.heads, self.groups = KV_HEADS.get(model_type, (8, 2))
+
+        if model_type in TOWERS:
+            record.note = "with another vision tower, as its own needs a package that is not a dependency"
 
         def build(kv_heads: int, seed: int) -> Any:
             config = tiny_config(model_type, num_kv_heads=kv_heads, changes=changes)
@@ -184,7 +189,13 @@ class _Contract:
 
     def reload(self, folder: Path) -> Any:
         """Load a folder as a user would and check that nothing is missing, unexpected or of another shape."""
-        loaded, info = type(self.gqa).from_pretrained(folder, output_loading_info=True)
+        from transformers import PreTrainedModel
+
+        cls = type(self.gqa)
+        # Qwen2.5-Omni's own from_pretrained, which also reads voices, cannot return what was missing.
+        loaded, info = PreTrainedModel.from_pretrained.__func__(cls, folder, output_loading_info=True)
+        if cls.from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__:
+            loaded = cls.from_pretrained(folder)
         troubles = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         self.check("reload_clean", not troubles, str(troubles)[:200])
         return loaded.eval()

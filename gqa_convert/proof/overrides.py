@@ -45,6 +45,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Families whose vision tower needs a package that this proof does without: any other tower leaves the decoder as it is.
+# model type -> (the replacing tower's config class, fields that the family's own code reads from a tower's config)
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fast_vlm": ("siglip_vision_model", {}),
+    "perception_lm": ("siglip_vision_model", {"model_args": {"embed_dim": 64}}),
+}
+
 # Applied after the general rule to any config.
 SHRUNK: dict[str, dict[str, Any]] = {
     # placement of layers by arithmetic: a shallow model would lack a kind

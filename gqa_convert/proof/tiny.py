@@ -13,7 +13,7 @@ from functools import reduce
 from typing import Any
 
 from gqa_convert.proof.layers import choose_layers, cut_layers
-from gqa_convert.proof.overrides import DEFAULTS, MROPE_SECTIONS, SHRUNK, SWITCHES
+from gqa_convert.proof.overrides import DEFAULTS, MROPE_SECTIONS, SHRUNK, SWITCHES, TOWERS
 from gqa_convert.proof.rotary import rope_dicts, shrink_rope, smallest_head_dim
 from gqa_convert.proof.sizes import (
     HEADS,
@@ -30,7 +30,7 @@ from gqa_convert.proof.sizes import (
 # Parts beside the decoder that is converted: their KV heads are never reduced.
 SIDE = re.compile(
     r"\w*(vision|audio|image|codec|vq|qformer|perceiver|adapt[eo]r|speech|token2wav|code2wav|flow|diffusion|head_config"
-    r"|projector|tower|semantic|acoustic|encoder_config|depth_decoder|talker|patcher)\w*|encoder"
+    r"|projector|tower|semantic|acoustic|encoder_config|depth_decoder|talker|patcher|timestamp)\w*|encoder"
 )
 # Describe where the config came from, not the model.
 DROPPED = ("quantization_config", "auto_map", "transformers_weights", "_name_or_path", "transformers_version")
@@ -54,6 +54,9 @@ def tiny_config(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[model_type]()
+    if model_type in TOWERS:
+        tower, fields = TOWERS[model_type]
+        config.vision_config = CONFIG_MAPPING[tower](**fields)
     for part in config_tree(config):
         for path, value in DEFAULTS.get(part.model_type, {}).items():
             *owners, name = path.split(".")
@@ -165,6 +168,8 @@ class _Shrinker:
             wanted = max(1, sizes.heads * own[1] // own[0])
             sizes = replace(sizes, kv_heads=max(d for d in range(1, wanted + 1) if sizes.heads % d == 0))
         depth = next((fields[name] for name in DEPTHS if positive_int(fields.get(name))), None)
+        if depth is None and isinstance(fields.get("layers_block_type"), list):  # Nemotron-H counts its layers by it
+            depth = len(fields["layers_block_type"])
         if depth is not None:
             chosen = choose_layers(fields, depth, min(depth, sizes.layers))
             fields.update(cut_layers(fields, depth, chosen))
