@@ -81,9 +81,58 @@ def eval_command(
     _emit(found.to_json(), json, lambda: show.show_evaluation(found))
 
 
+def bench_command(
+    base: Base,
+    converted: Converted = None,
+    batch: Annotated[str, typer.Option(help="Sequences decoded together: a list.")] = "1,8",
+    context: Annotated[str, typer.Option(help="Tokens in the cache: a list (8k is 8192).")] = "512,2k",
+    cache: Annotated[str, typer.Option(help="dynamic, static, or both: a list.")] = "dynamic,static",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="eager; compile: torch.compile, with CUDA graphs on a GPU; graph: one CUDA graph, uncompiled."
+        ),
+    ] = "eager",
+    steps: Annotated[int, typer.Option(help="Tokens decoded a round.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed rounds a point.")] = 5,
+    prefill_tokens: Annotated[int, typer.Option(help="Leave prefill out where batch x context is more.")] = 4096,
+    memory: Annotated[str, typer.Option(help="Also say how many sequences fit in this much: 80GiB.")] = "",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    out: SaveTo = None,
+) -> None:
+    """Measure how much faster and smaller a converted model decodes, and where it does not."""
+    from gqa_convert.evaluate import show, show_bench
+    from gqa_convert.evaluate.contenders import load_contenders
+    from gqa_convert.evaluate.decode.bench import BenchSettings, bench
+    from gqa_convert.evaluate.sizes import parse_bytes, parse_counts
+
+    settings = BenchSettings(
+        batches=parse_counts(batch, "--batch"),
+        contexts=parse_counts(context, "--context"),
+        caches=tuple(part.strip() for part in cache.split(",")),
+        mode=mode,
+        steps=steps,
+        rounds=rounds,
+        prefill_tokens=prefill_tokens,
+        memory=parse_bytes(memory, "--memory") if memory else None,
+    )
+    contenders = load_contenders(
+        [base, *(converted or [])], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    with show.counting("points", quiet=json) as progress:
+        progress.total(len(settings.batches) * len(settings.contexts) * len(settings.caches))
+        found = bench(contenders, settings, on_point=lambda point: progress.advance())
+    _save(found.to_json(), out)
+    _emit(found.to_json(), json, lambda: show_bench.show_bench(found))
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the umbrella command."""
     app.command("eval")(eval_command)
+    app.command("bench")(bench_command)
 
 
 def _save(value: Any, out: Path | None) -> None:

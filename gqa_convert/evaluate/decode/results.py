@@ -1,0 +1,182 @@
+"""What the decode benchmark found: plain values that turn into JSON, and what follows from them. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+from typing import Any
+
+NO_DIFFERENCE = 0.03
+"""Time ratios within this of 1, or whose spread reaches there, are called no difference."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise; with fewer than two values the quartiles are the value."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        quartiles = quantiles(values, n=4, method="inclusive")
+        return cls(median(values), quartiles[0], quartiles[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """One model at one point.
+
+    Attributes:
+        name: of the model.
+        query_heads: of the model.
+        kv_heads: of the model.
+        seconds: per decoded token of every sequence (one step), over the rounds.
+        tokens_per_second: over all sequences, from the median.
+        cache_bytes: measured, of all sequences.
+        cache_ratio: of the base's cache, measured.
+        step_bytes: how far memory rises during a step; None where the system does not tell.
+        peak_bytes: weights, cache and `step_bytes`; None with it.
+        floor_seconds: weights and cache over the measured bandwidth: no step can take less.
+        floor_share: `floor_seconds` over the median.
+        time_ratio: seconds over the base's, round by round; None for the base.
+        floor_ratio: the same of the floors.
+        prefill_seconds: to read the whole context; None where it was left out.
+        prefill_ratio: over the base's, round by round; None likewise and for the base.
+        verdict: `base`, `faster`, `slower`, `no difference`.
+    """
+
+    name: str
+    query_heads: int
+    kv_heads: int
+    seconds: Spread
+    tokens_per_second: float
+    cache_bytes: int
+    cache_ratio: float
+    step_bytes: int | None
+    peak_bytes: int | None
+    floor_seconds: float
+    floor_share: float
+    time_ratio: Spread | None
+    floor_ratio: float
+    prefill_seconds: Spread | None
+    prefill_ratio: Spread | None
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """All models at one batch and context, or why they were not run there."""
+
+    batch: int
+    context: int
+    cache: str
+    mode: str
+    models: tuple[DecodeResult, ...] = ()
+    skipped: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """Most sequences of `context` tokens that fit beside a model's weights in `memory_bytes`."""
+
+    name: str
+    context: int
+    memory_bytes: int
+    sequences: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A whole benchmark; `weights` are bytes of each model, `bandwidth` bytes per second as measured."""
+
+    device: str
+    dtype: str
+    bandwidth: float
+    steps: int
+    rounds: int
+    versions: dict[str, str]
+    weights: dict[str, int]
+    weights_read: dict[str, int]
+    points: tuple[Point, ...]
+    capacities: tuple[Capacity, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The benchmark as JSON values, with its conclusions in words."""
+        return {"format": 1, "kind": "bench"} | asdict(self) | {"conclusions": conclusions(self)}
+
+
+def verdict(ratio: Spread) -> str:
+    """Name a time ratio: a difference counts only where the quartiles lie clear of 1."""
+    if ratio.high < 1 - NO_DIFFERENCE:
+        return "faster"
+    return "slower" if ratio.low > 1 + NO_DIFFERENCE else "no difference"
+
+
+def conclusions(bench: Bench) -> list[str]:
+    """Say in words, for each converted model, where it is faster, where it is not, and why."""
+    lines = []
+    names = dict.fromkeys(model.name for point in bench.points for model in point.models if model.time_ratio)
+    for name in names:
+        for kind in dict.fromkeys((point.cache, point.mode) for point in bench.points):
+            lines += _of_one(bench, name, *kind)
+    return lines
+
+
+def _of_one(bench: Bench, name: str, cache: str, mode: str) -> list[str]:
+    runs = [
+        (point, model, point.models[0])
+        for point in bench.points
+        if (point.cache, point.mode) == (cache, mode)
+        for model in point.models
+        if model.name == name
+    ]
+    if not runs:
+        return []
+    lines = []
+    label = f"{name}, {cache} cache" + ("" if mode == "eager" else f", {mode}")
+    faster = [run for run in runs if run[1].verdict == "faster"]
+    if faster:
+        point, model, _ = min(faster, key=lambda run: run[1].time_ratio.median if run[1].time_ratio else 1.0)
+        assert model.time_ratio is not None
+        lines.append(
+            f"{label}: decodes faster at {len(faster)} of {len(runs)} points, most at {_where(point)}: "
+            f"x {1 / model.time_ratio.median:.2f} (memory traffic alone would allow x {1 / model.floor_ratio:.2f})."
+        )
+    for kind, words in (("no difference", "gives nothing"), ("slower", "is slower")):
+        there = [run for run in runs if run[1].verdict == kind]
+        if there:
+            shares = [base.cache_bytes / (base.cache_bytes + bench.weights_read[base.name]) for _, _, base in there]
+            traffic = [base.floor_share for _, _, base in there]
+            lines.append(
+                f"{label}: {words} in decode time at {'; '.join(_where(point) for point, _, _ in there)}. There "
+                f"the base's cache is {_percent(shares)} of the bytes a step reads, and reading them is "
+                f"{_percent(traffic)} of its time."
+            )
+    ratios = [model.prefill_ratio for _, model, _ in runs if model.prefill_ratio is not None]
+    if ratios:
+        middle = [ratio.median for ratio in ratios]
+        gains = sum(verdict(ratio) == "faster" for ratio in ratios)
+        lines.append(
+            f"{label}: reading the prompt takes x {min(middle):.2f} to x {max(middle):.2f} of the base's time"
+            + (
+                "."
+                if gains
+                else ": nothing is gained there, and nothing should be, for it does not wait for the cache."
+            )
+        )
+    return lines
+
+
+def _percent(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _where(point: Point) -> str:
+    return f"batch {point.batch}, context {point.context}"
