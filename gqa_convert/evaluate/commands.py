@@ -94,7 +94,7 @@ def bench_command(
         ),
     ] = "eager",
     steps: Annotated[int, typer.Option(help="Tokens decoded a round.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed rounds a point.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Timed rounds a point.")] = 7,
     prefill_tokens: Annotated[int, typer.Option(help="Leave prefill out where batch x context is more.")] = 4096,
     memory: Annotated[str, typer.Option(help="Also say how many sequences fit in this much: 80GiB.")] = "",
     dtype: Dtype = "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,11 @@ _ROWS = (
     "KL",
     "top-1 agreement",
 )
+
+
+def wide_console() -> Console:
+    """The console for wide tables; as wide as they need where no terminal limits them."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 class Counter:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from gqa_convert.console import console, size
+from gqa_convert.console import size
 from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread, conclusions
+from gqa_convert.evaluate.show import wide_console
 
 
 def milliseconds(spread: Spread) -> str:
@@ -28,7 +29,7 @@ def point_line(point: Point) -> str:
 
 def show_bench(found: Bench) -> None:
     """Print a benchmark: one table a point, then what follows from it."""
-    out = console()
+    out = wide_console()
     for point in found.points:
         if point.skipped:
             out.print(point_line(point), highlight=False)

@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache", default="dynamic,static")
     parser.add_argument("--mode", default="eager")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prefill-tokens", type=int, default=512)
     parser.add_argument("--memory", default="16GiB", help="say how many sequences fit in this much")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)

@@ -20,6 +20,11 @@ from gqa_convert.proof.tiny import tiny_config
 BYTES_PER_TOKEN = 2 * 2 * 4 * 8 * 4  # keys and values, layers, heads, head_dim, float32
 
 
+@pytest.fixture(autouse=True)
+def _known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gqa_convert.evaluate.decode.bench.read_bandwidth", lambda device: 1e10)
+
+
 @pytest.fixture(scope="module")
 def model(llama: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(llama).eval()

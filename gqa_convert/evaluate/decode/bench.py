@@ -54,7 +54,7 @@ class BenchSettings:
     caches: tuple[str, ...] = ("dynamic", "static")
     mode: str = "eager"
     steps: int = 8
-    rounds: int = 5
+    rounds: int = 7
     prefill_tokens: int = 4096
     memory: int | None = None
 

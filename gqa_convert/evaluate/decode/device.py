@@ -85,7 +85,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 @torch.inference_mode()
-def read_bandwidth(device: torch.device, *, repeats: int = 7) -> float:
+def read_bandwidth(device: torch.device, *, repeats: int = 5) -> float:
     """Measure the fastest rate at which the device reads memory, in bytes per second.
 
     The best of a sum and a matrix-vector product over a block much larger than the caches, so that a floor computed

@@ -162,14 +162,9 @@ def _of_one(bench: Bench, name: str, cache: str, mode: str) -> list[str]:
     if ratios:
         middle = [ratio.median for ratio in ratios]
         gains = sum(verdict(ratio) == "faster" for ratio in ratios)
-        lines.append(
-            f"{label}: reading the prompt takes x {min(middle):.2f} to x {max(middle):.2f} of the base's time"
-            + (
-                "."
-                if gains
-                else ": nothing is gained there, and nothing should be, for it does not wait for the cache."
-            )
-        )
+        span = f"x {min(middle):.2f}" + (f" to x {max(middle):.2f}" if len(middle) > 1 else "")
+        why = "." if gains else ": no clear gain, and none is due, for reading a prompt does not wait for the cache."
+        lines.append(f"{label}: reading the prompt takes {span} of the base's time{why}")
     return lines
 
 
