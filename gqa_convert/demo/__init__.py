@@ -1,0 +1,1 @@
+"""The embedded default: a small MHA checkpoint, the text it was trained on, and the run that converts it."""
