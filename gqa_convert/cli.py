@@ -14,6 +14,7 @@ from gqa_convert import __version__
 from gqa_convert.budget_command import budget_command
 from gqa_convert.errors import GQAConvertError
 from gqa_convert.evaluate import commands as evaluate_commands
+from gqa_convert.recipe import make_recipe
 
 app = typer.Typer(
     name="gqa",
@@ -30,8 +31,25 @@ Groups = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder to write [default: MODEL-gqa<GROUPS> beside it].")
 ]
-Method = Annotated[str, typer.Option(help="How heads are merged; `gqa methods` lists them.")]
-Seed = Annotated[int, typer.Option(help="Seed of methods that draw random numbers.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="paper: mean of adjacent heads; fast: calibrated pca of searched groups; best: fast, then layers refitted."
+    ),
+]
+Method = Annotated[str | None, typer.Option(help="How heads are merged; `gqa methods` lists them. (default: mean)")]
+Seed = Annotated[int | None, typer.Option(help="Seed of sampling and of random heads. (default: 0)")]
+Grouping = Annotated[
+    str | None,
+    typer.Option(help="contiguous: adjacent heads; search: equal groups of least residual. (default: contiguous)"),
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to measure layers on: a file, a folder, a hub dataset, or `self` (sampled from the model).",
+        metavar="DATA",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Force = Annotated[bool, typer.Option(help="Replace an earlier conversion at --out.")]
 Verify = Annotated[
@@ -48,8 +66,32 @@ def convert_command(
     model: Model,
     groups: Groups,
     out: Out = None,
-    method: Method = "mean",
-    seed: Seed = 0,
+    preset: Preset = None,
+    method: Method = None,
+    grouping: Grouping = None,
+    calibrate: Calibrate = None,
+    calibration_sequences: Annotated[int | None, typer.Option(help="Calibration sequences. (default: 128)")] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens of each, at most the model's context. (default: 2048)")
+    ] = None,
+    fold: Annotated[
+        bool | None, typer.Option("--fold/--no-fold", help="pca: let rotary pairs that hardly turn share freely.")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Longest context that --fold keeps sound. (default: the config's)")
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Fit each layer to the original's attention output.")
+    ] = None,
+    refit_steps: Annotated[
+        int | None, typer.Option(help="Gradient steps a layer; 0: least squares of o_proj alone. (default: 300)")
+    ] = None,
+    refit_tokens: Annotated[int | None, typer.Option(help="Tokens of each step. (default: 2048)")] = None,
+    refit_lr: Annotated[float | None, typer.Option(help="Peak learning rate. (default: by width)")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep solved layers here, to resume or reuse. (default: beside --out, removed)")
+    ] = None,
+    seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: AsJson = False,
     force: Force = False,
@@ -64,21 +106,36 @@ def convert_command(
     """
     from gqa_convert import console, conversion, planning
 
-    made = planning.plan(
-        model,
-        groups=groups,
-        out=out,
+    recipe = make_recipe(
+        preset,
         method=method,
+        grouping=grouping,
+        calibrate=calibrate,
+        sequences=calibration_sequences,
+        length=calibration_length,
+        fold=fold,
+        max_context=max_context,
+        refit=refit,
+        refit_steps=refit_steps,
+        refit_tokens=refit_tokens,
+        refit_lr=refit_lr,
         seed=seed,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
+    )
+    made = planning.plan(
+        model, groups=groups, out=out, recipe=recipe, trust_remote_code=trust_remote_code, revision=revision
     )
     if dry_run:
         _emit(made.to_json(), json, lambda: console.show_plan(made))
         return
-    with console.byte_progress(made.bytes_out, quiet=json) as on_bytes:
+    with console.conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
         result = conversion.execute(
-            made, verify=verify, force=force, trust_remote_code=trust_remote_code, on_bytes=on_bytes
+            made,
+            verify=verify,
+            force=force,
+            work=work,
+            trust_remote_code=trust_remote_code,
+            on_bytes=on_bytes,
+            on_layer=on_layer,
         )
     described = {"out": str(result.out), "verified": result.verified, "checks": result.checks, "plan": made.to_json()}
     _emit(described, json, lambda: console.show_result(result))
@@ -92,23 +149,18 @@ def plan_command(
     model: Model,
     groups: Groups,
     out: Out = None,
-    method: Method = "mean",
-    seed: Seed = 0,
+    preset: Preset = None,
+    method: Method = None,
     json: AsJson = False,
     trust_remote_code: Trust = False,
     revision: Revision = None,
 ) -> None:
-    """Print what converting would read, merge, edit and write."""
+    """Print what converting would read, merge, edit and write. `gqa convert --dry-run` takes every option."""
     from gqa_convert import console, planning
 
+    recipe = make_recipe(preset, method=method)
     made = planning.plan(
-        model,
-        groups=groups,
-        out=out,
-        method=method,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
+        model, groups=groups, out=out, recipe=recipe, trust_remote_code=trust_remote_code, revision=revision
     )
     _emit(made.to_json(), json, lambda: console.show_plan(made))
 

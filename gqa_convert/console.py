@@ -9,8 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -59,6 +68,19 @@ def _cache(before: int, after: int) -> str:
     return f"{size(before)} -> {size(after)} per token ({after / before:.3g} of the source)"
 
 
+def recipe_words(made: ConvertPlan) -> str:
+    """The recipe in words: `pca of searched groups, calibrated on self, folded, refitted`."""
+    recipe = made.recipe
+    words = recipe.method + (" of searched groups" if recipe.grouping == "search" else "")
+    if recipe.calibrate is not None:
+        words += f", calibrated on {recipe.calibrate} ({recipe.sequences} x {recipe.length} tokens)"
+    if recipe.fold:
+        words += ", folded" + (f" for {recipe.max_context} tokens" if recipe.max_context else "")
+    if recipe.refit:
+        words += ", refitted" + (f" in {recipe.refit_steps} steps" if recipe.refit_steps else " by least squares")
+    return words
+
+
 def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
     """The plan as label and value, for a table."""
     rows = [
@@ -66,10 +88,11 @@ def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
         ("target", str(made.target)),
         ("model", f"{made.model_type} ({made.class_name})"),
         ("heads", f"{layout(made.layout_before)} -> {layout(made.layout_after)}"),
-        ("method", made.method),
+        ("method", recipe_words(made)),
         (
             "tensors",
             f"{made.merged_tensors} merged, {made.copied_tensors} copied as they are"
+            + (f", {made.solved_tensors} q, k, v, o tensors solved layer by layer" if made.solved_tensors else "")
             + (f", {made.dropped_tensors} dropped" if made.dropped_tensors else ""),
         ),
         ("config.json", ", ".join(f"{key} = {value}" for key, value in made.config_edits.items()) or "unchanged"),
@@ -151,33 +174,55 @@ def show_methods(found: Sequence[MergeMethod]) -> None:
     console().print(table)
 
 
+OnBytes = Callable[[int], None]
+OnLayer = Callable[[str, int, int], None]
+
+
 @contextmanager
-def byte_progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show bytes written: a bar on a terminal, one line a minute elsewhere, nothing if `quiet`."""
+def conversion_progress(total_bytes: int, *, quiet: bool) -> Iterator[tuple[OnBytes, OnLayer]]:
+    """Show layers solved and bytes written: bars on a terminal, a line a minute elsewhere, nothing if `quiet`.
+
+    Yields:
+        A function to call with bytes written since its last call, and one to call with what is being done, the number
+        of layers finished and of all layers.
+    """
     if quiet:
-        yield lambda count: None
+        yield lambda count: None, lambda what, done, total: None
         return
     err = Console(stderr=True)
     if not err.is_terminal:
-        with _lines(err, total) as advance:
-            yield advance
+        yield _lines(err, total_bytes)
         return
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("write", total=total)
-        yield lambda count: progress.advance(task, count)
+    layers = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    written = Progress(
+        TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    )
+    solve_task = layers.add_task("solving layers", total=None, visible=False)
+    write_task = written.add_task("write", total=total_bytes)
+
+    def on_layer(what: str, done: int, total: int) -> None:
+        layers.update(solve_task, description=what, completed=done, total=total, visible=True)
+
+    with Live(Group(layers, written), console=err, transient=True):
+        yield lambda count: written.advance(write_task, count), on_layer
 
 
-@contextmanager
-def _lines(err: Console, total: int) -> Iterator[Callable[[int], None]]:
-    done = 0
-    last = time.monotonic()
+def _lines(err: Console, total_bytes: int) -> tuple[OnBytes, OnLayer]:
+    state = {"bytes": 0.0, "last": time.monotonic()}
 
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            err.print(f"written {size(done)} of {size(total)}")
+    def due() -> bool:
+        if time.monotonic() - state["last"] < _SECONDS_BETWEEN_LINES:
+            return False
+        state["last"] = time.monotonic()
+        return True
 
-    yield advance
+    def on_bytes(count: int) -> None:
+        state["bytes"] += count
+        if due():
+            err.print(f"written {size(int(state['bytes']))} of {size(total_bytes)}")
+
+    def on_layer(what: str, done: int, total: int) -> None:
+        if due() or done == total:
+            err.print(f"{what}: {done} of {total} layers")
+
+    return on_bytes, on_layer

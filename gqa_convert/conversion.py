@@ -21,11 +21,14 @@ from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.merge.registry import MergeMethod, get_method
 from gqa_convert.merge.seeding import generator_for
 from gqa_convert.planning import ConvertPlan, plan
+from gqa_convert.recipe import Recipe
 from gqa_convert.verify import verify_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+OnBytes = Callable[[int], None]
+OnLayer = Callable[[str, int, int], None]
 VERIFY_LEVELS = ("none", "structure", "logits")
 _INDEX = "model.safetensors.index.json"
 
@@ -47,11 +50,14 @@ def convert(
     out: str | Path | None = None,
     method: str = "mean",
     seed: int = 0,
+    recipe: Recipe | None = None,
     verify: str = "structure",
     force: bool = False,
+    work: str | Path | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    on_bytes: Callable[[int], None] | None = None,
+    on_bytes: OnBytes | None = None,
+    on_layer: OnLayer | None = None,
 ) -> ConvertResult:
     """Convert a checkpoint to `groups` KV heads and write it to a new folder.
 
@@ -61,11 +67,15 @@ def convert(
         out: the folder to write; by default `<source>-gqa<groups>` beside the source.
         method: a merge method by name.
         seed: for methods that draw random numbers.
+        recipe: all choices about the merge at once, instead of `method` and `seed`.
         verify: `none`, `structure` (keys and shapes against the target model) or `logits` (run both models).
         force: replace an earlier conversion at `out`.
+        work: folder for the solved layers of a recipe that solves any, kept for reuse; by default one beside `out`,
+            resumed by the next run if this one is interrupted, and removed at the end.
         trust_remote_code: allow the model's own Python code to run.
         revision: a branch, tag or commit of a hub id.
         on_bytes: called with the number of bytes written since the last call.
+        on_layer: called with what is being done, the number of layers finished, and of all layers.
 
     Raises:
         GQAConvertError: of the kind that fits; nothing is left at `out` then.
@@ -78,10 +88,19 @@ def convert(
         out=out,
         method=method,
         seed=seed,
+        recipe=recipe,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    return execute(made, verify=verify, force=force, trust_remote_code=trust_remote_code, on_bytes=on_bytes)
+    return execute(
+        made,
+        verify=verify,
+        force=force,
+        work=work,
+        trust_remote_code=trust_remote_code,
+        on_bytes=on_bytes,
+        on_layer=on_layer,
+    )
 
 
 def execute(
@@ -89,8 +108,10 @@ def execute(
     *,
     verify: str = "structure",
     force: bool = False,
+    work: str | Path | None = None,
     trust_remote_code: bool = False,
-    on_bytes: Callable[[int], None] | None = None,
+    on_bytes: OnBytes | None = None,
+    on_layer: OnLayer | None = None,
 ) -> ConvertResult:
     """Carry a plan out. See `convert`."""
     checkpoint = made.checkpoint

@@ -9,11 +9,12 @@ from typing import Any
 
 from gqa_convert.anatomy.anatomy import Anatomy, dissect, read_fields
 from gqa_convert.anatomy.finder import Merge
+from gqa_convert.blockplan import BlockPlan, plan_blocks
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.heads import HeadLayout
-from gqa_convert.merge.registry import get_method
+from gqa_convert.recipe import Recipe
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -26,8 +27,7 @@ class ConvertPlan:
     target: Path
     model_type: str
     class_name: str
-    method: str
-    seed: int
+    recipe: Recipe
     layout_before: HeadLayout
     layout_after: HeadLayout
     merged_tensors: int
@@ -45,6 +45,22 @@ class ConvertPlan:
     notes: tuple[str, ...]
     checkpoint: Checkpoint = field(repr=False, compare=False)
     anatomy: Anatomy = field(repr=False, compare=False)
+    blocks: BlockPlan | None = field(repr=False, compare=False)
+
+    @property
+    def method(self) -> str:
+        """The merge method's name."""
+        return self.recipe.method
+
+    @property
+    def seed(self) -> int:
+        """Seed of methods that draw random numbers."""
+        return self.recipe.seed
+
+    @property
+    def solved_tensors(self) -> int:
+        """Tensors that are solved with their whole attention block: q, k, v and o."""
+        return len(self.blocks.raw_keys) if self.blocks else 0
 
     @property
     def groups(self) -> int:
@@ -69,9 +85,11 @@ class ConvertPlan:
             "class": self.class_name,
             "method": self.method,
             "seed": self.seed,
+            "recipe": self.recipe.to_json(),
             "before": _layout_json(self.layout_before),
             "after": _layout_json(self.layout_after),
             "merged_tensors": self.merged_tensors,
+            "solved_tensors": self.solved_tensors,
             "copied_tensors": self.copied_tensors,
             "dropped_tensors": self.dropped_tensors,
             "config_edits": self.config_edits,
@@ -105,6 +123,7 @@ def plan(
     out: str | Path | None = None,
     method: str = "mean",
     seed: int = 0,
+    recipe: Recipe | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> ConvertPlan:
@@ -116,19 +135,20 @@ def plan(
         out: the folder to write; by default `<source>-gqa<groups>` beside the source.
         method: a merge method by name; see `gqa_convert.merge.registry.all_methods`.
         seed: for methods that draw random numbers.
+        recipe: all choices about the merge at once, instead of `method` and `seed`.
         trust_remote_code: allow the model's own Python code to run.
         revision: a branch, tag or commit of a hub id.
 
     Raises:
         GQAConvertError: of the kind that fits; see `gqa_convert.errors`.
     """
-    get_method(method)
+    chosen = recipe or Recipe(method=method, seed=seed)
     if groups < 1:
         raise UsageError(f"--groups {groups}: at least one KV head is needed; 1 is multi-query attention.")
     folder = resolve_model(str(source), revision=revision)
     checkpoint = Checkpoint.open(folder)
     anatomy = dissect(checkpoint, groups, trust_remote_code=trust_remote_code)
-    return _assemble(checkpoint, anatomy, _target(source, folder, groups, out), method, seed, trust_remote_code)
+    return _assemble(checkpoint, anatomy, _target(source, folder, groups, out), chosen, trust_remote_code)
 
 
 def _target(source: str | Path, folder: Path, groups: int, out: str | Path | None) -> Path:
@@ -143,8 +163,10 @@ def _target(source: str | Path, folder: Path, groups: int, out: str | Path | Non
 
 
 def _assemble(
-    checkpoint: Checkpoint, anatomy: Anatomy, target: Path, method: str, seed: int, trust_remote_code: bool
+    checkpoint: Checkpoint, anatomy: Anatomy, target: Path, recipe: Recipe, trust_remote_code: bool
 ) -> ConvertPlan:
+    blocks = plan_blocks(checkpoint, anatomy, recipe)
+    solved = blocks.raw_keys if blocks else frozenset()
     tensors = checkpoint.tensors
     by_key = {merge.key: merge for merge in anatomy.merges}
     dropped = set(anatomy.dropped)
@@ -164,16 +186,15 @@ def _assemble(
         target=target,
         model_type=anatomy.model_type,
         class_name=anatomy.class_name,
-        method=method,
-        seed=seed,
+        recipe=recipe,
         layout_before=HeadLayout(
             num_query_heads=main.query_heads, num_kv_heads=main.kv_heads, head_dim=anatomy.head_dim
         ),
         layout_after=HeadLayout(
             num_query_heads=main.query_heads, num_kv_heads=anatomy.groups, head_dim=anatomy.head_dim
         ),
-        merged_tensors=len(by_key),
-        copied_tensors=len(tensors) - len(by_key) - len(dropped),
+        merged_tensors=len(by_key.keys() - solved),
+        copied_tensors=len(tensors.keys() - by_key.keys() - dropped - solved),
         dropped_tensors=len(dropped),
         config_edits={".".join(path): value for path, value in anatomy.edits.items()},
         side_files=tuple(str(path) for path in checkpoint.side_files),
@@ -184,9 +205,10 @@ def _assemble(
         kv_cache_bytes_per_token_before=before,
         kv_cache_bytes_per_token_after=after,
         working_bytes=max((_working_bytes(checkpoint, merge) for merge in anatomy.merges), default=0),
-        notes=anatomy.notes + _field_notes(anatomy),
+        notes=anatomy.notes + _field_notes(anatomy) + (blocks.notes() if blocks else ()),
         checkpoint=checkpoint,
         anatomy=anatomy,
+        blocks=blocks,
     )
 
 
