@@ -192,9 +192,11 @@ class _Contract:
         from transformers import PreTrainedModel
 
         cls = type(self.gqa)
+        own, common = (getattr(each.from_pretrained, "__func__", None) for each in (cls, PreTrainedModel))
+        assert common is not None
         # Qwen2.5-Omni's own from_pretrained, which also reads voices, cannot return what was missing.
-        loaded, info = PreTrainedModel.from_pretrained.__func__(cls, folder, output_loading_info=True)
-        if cls.from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__:
+        loaded, info = common(cls, folder, output_loading_info=True)
+        if own is not common:
             loaded = cls.from_pretrained(folder)
         troubles = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         self.check("reload_clean", not troubles, str(troubles)[:200])
