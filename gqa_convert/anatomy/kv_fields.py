@@ -86,9 +86,9 @@ def _fields_at(config: Any, prefix: Path, values: Mapping[str, Any]) -> Iterator
     owner = get_path(config, prefix) if prefix else config
     if owner is None:
         return
-    paths: list[Path] = [(name,) for name in _kv_names(owner)]
-    if not paths and getattr(owner, "attn_config", None) is not None:
-        paths = [("attn_config", name) for name in _kv_names(owner.attn_config)]
+    # Where attention has a configuration of its own, a field beside it is a copy that no layer reads (DBRX).
+    paths: list[Path] = [("attn_config", name) for name in _kv_names(getattr(owner, "attn_config", None))]
+    paths = paths or [(name,) for name in _kv_names(owner)]
     raw = _json_at(values, prefix)
     paths += [(name,) for name in raw if name.startswith("num_global_") and _KV_NAME.match(name)]
     paths += _per_layer_paths(raw)
@@ -102,6 +102,10 @@ def _fields_at(config: Any, prefix: Path, values: Mapping[str, Any]) -> Iterator
 
 
 def _kv_names(owner: Any) -> list[str]:
+    if owner is None:
+        return []
+    if isinstance(owner, Mapping):
+        return sorted(name for name in owner if _KV_NAME.match(name))
     declared = set(getattr(type(owner), "__dataclass_fields__", {})) | set(vars(owner))
     aliases = set(getattr(owner, "attribute_map", None) or {})
     return sorted(name for name in declared - aliases if _KV_NAME.match(name))
@@ -166,7 +170,7 @@ def config_edits(
     edits: dict[Path, Any] = {}
     for field in fields:
         edits.update(_edit_one(config, values, edits, field, groups))
-    edits.update(special.extra_edits(config, groups))
+    edits.update(special.extra_edits(config, values, groups))
     edited = config_from_dict(config, apply_edits(values, edits))
     return edits, edited
 
@@ -177,7 +181,7 @@ def _edit_one(
     for path in _json_candidates(values, field):
         trial = {**done, path: groups}
         try:
-            edited = config_from_dict(config, apply_edits(values, trial | special.extra_edits(config, groups)))
+            edited = config_from_dict(config, apply_edits(values, trial | special.extra_edits(config, values, groups)))
         except Exception:  # a strict class refuses a key in the wrong place: try the next one
             continue
         read = get_path(edited, field.path)

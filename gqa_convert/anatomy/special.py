@@ -6,6 +6,7 @@ Each entry was checked against the modelling code of transformers 5.23.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -65,10 +66,13 @@ def effective_kv_heads(owner: Any, name: str, value: Any) -> Any:
     return value
 
 
-def extra_edits(config: Any, groups: int) -> dict[Path, Any]:
-    """Return the JSON edits that must accompany the KV field, for families that keep a derived copy or a switch."""
+def extra_edits(config: Any, values: Mapping[str, Any], groups: int) -> dict[Path, Any]:
+    """Return the JSON edits that must accompany the KV field, for families that keep a derived copy or a switch.
+
+    `values` is config.json as parsed.
+    """
     model_type = getattr(config, "model_type", "")
-    if model_type == "dbrx":
+    if model_type == "dbrx" and "num_key_value_heads" in values:
         return {("num_key_value_heads",): groups}
     if model_type in ("gpt_bigcode", "falcon") and groups == 1:
         return {("multi_query",): True}
