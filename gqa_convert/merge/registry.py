@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from gqa_convert.errors import UsageError
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from gqa_convert.heads import Grouping
+    from gqa_convert.merge.maps import GroupMaps
+    from gqa_convert.merge.moments import BlockMoments
+    from gqa_convert.merge.options import MergeOptions
 
 
 class PoolFunction(Protocol):
@@ -28,6 +31,22 @@ class PoolFunction(Protocol):
         self, x: Tensor, grouping: Grouping, dim: int, *, generator: Generator | None = None, std: float | None = None
     ) -> Tensor:
         """Take axis `dim` of size K*D to G*D; same dtype, device and remaining axes."""
+        ...
+
+
+class MapFunction(Protocol):
+    """Decide how one group's heads are mapped to their shared head, from the moments of the block."""
+
+    def __call__(self, moments: BlockMoments, members: tuple[int, ...], options: MergeOptions) -> GroupMaps:
+        """Return the maps of the KV heads `members` (two or more)."""
+        ...
+
+
+class CostFunction(Protocol):
+    """The residual that `MapFunction` would leave for a group, where it can be had without the maps."""
+
+    def __call__(self, moments: BlockMoments, members: tuple[int, ...]) -> tuple[float, float]:
+        """Return the (key, value) residual of the KV heads `members`."""
         ...
 
 
@@ -45,23 +64,39 @@ class MergeMethod:
     """True if the method loses much without second moments of the layer's input."""
     touches_query_output: bool
     """True if q and o change in value too (under any other grouping than the contiguous one their heads also move)."""
-    pool: PoolFunction
-    """The merge of one tensor."""
+    folds: bool = False
+    """True if the method makes use of `MergeOptions.max_context`."""
+    pool: PoolFunction | None = None
+    """The merge of one tensor; None for a method that must see the whole block."""
+    maps: MapFunction | None = None
+    """The merge of one group of a block; None for a method that pools tensors."""
+    cost: CostFunction | None = None
+    """The residual of a group, faster than through its maps; optional."""
 
 
 _METHODS: dict[str, MergeMethod] = {}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def merge_method(
-    *, name: str, title: str, reference: str, needs_statistics: bool, touches_query_output: bool
-) -> Callable[[PoolFunction], PoolFunction]:
+    *,
+    name: str,
+    title: str,
+    reference: str,
+    needs_statistics: bool,
+    touches_query_output: bool,
+    folds: bool = False,
+    cost: CostFunction | None = None,
+) -> Callable[[_Function], _Function]:
     """Register the decorated function as the merge method `name`.
+
+    The function is a `MapFunction` if the method touches q and o, else a `PoolFunction`.
 
     Raises:
         ValueError: if the name is taken by another function.
     """
 
-    def register(function: PoolFunction) -> PoolFunction:
+    def register(function: _Function) -> _Function:
         if name in _METHODS:
             raise ValueError(f"merge method {name!r} is registered twice")
         _METHODS[name] = MergeMethod(
@@ -70,7 +105,10 @@ def merge_method(
             reference=reference,
             needs_statistics=needs_statistics,
             touches_query_output=touches_query_output,
-            pool=function,
+            folds=folds,
+            pool=None if touches_query_output else function,
+            maps=function if touches_query_output else None,
+            cost=cost,
         )
         return function
 
