@@ -129,10 +129,93 @@ def bench_command(
     _emit(found.to_json(), json, lambda: show_bench.show_bench(found))
 
 
+def sweep_command(
+    model: Base,
+    groups: Annotated[str, typer.Option("--groups", "-g", help="KV-head counts: a list.")],
+    methods: Annotated[str, typer.Option(help="Merge methods or presets: a list; see `gqa methods`.")] = "mean",
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder [default: MODEL-sweep here].")] = None,
+    data: Data = "demo",
+    tolerance: Annotated[float, typer.Option(help="Loss rise that is acceptable, in nats per token.")] = 0.05,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="Text for methods that use statistics: a file, or `self`: the model's own."),
+    ] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Fit each layer to the original's after merging.")] = False,
+    benchmark: Annotated[bool, typer.Option("--bench/--no-bench", help="Also time decoding.")] = True,
+    batch: Annotated[str, typer.Option(help="Batches of the decode benchmark: a list.")] = "8",
+    cache_context: Annotated[str, typer.Option(help="Contexts of the decode benchmark: a list.")] = "2k",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity/--no-sensitivity", help="Also measure the cost of each layer alone.")
+    ] = True,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models/--no-keep-models", help="Keep the converted folders.")
+    ] = True,
+    field: Field = "text",
+    separator: Separator = "",
+    context: Context = None,
+    stride: Stride = None,
+    max_windows: MaxWindows = None,
+    special: Special = True,
+    eos: Eos = True,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+) -> None:
+    """Convert by every method to every number of groups, measure each, and recommend one. Goes on where it stopped."""
+    from gqa_convert.evaluate import show, show_sweep
+    from gqa_convert.evaluate.decode.bench import BenchSettings
+    from gqa_convert.evaluate.evaluation import EvalSettings
+    from gqa_convert.evaluate.sizes import parse_counts
+    from gqa_convert.evaluate.sweep import SweepSettings, sweep
+
+    timing = BenchSettings(
+        batches=parse_counts(batch, "--batch"),
+        contexts=parse_counts(cache_context, "--cache-context"),
+        caches=("static",),
+        prefill_tokens=0,
+    )
+    settings = SweepSettings(
+        groups=parse_counts(groups, "--groups"),
+        variants=tuple(part.strip() for part in methods.split(",")),
+        evaluation=EvalSettings(
+            data=data,
+            field=field,
+            separator=separator,
+            context=context,
+            stride=stride,
+            max_windows=max_windows,
+            special=special,
+            eos=eos,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        ),
+        benchmark=timing if benchmark else None,
+        tolerance=tolerance,
+        calibrate=calibrate,
+        refit=refit,
+        sensitivity=sensitivity,
+        keep_models=keep_models,
+    )
+    folder = run or Path(f"{Path(model).name}-sweep")
+    with show.counting("points", quiet=json) as progress:
+
+        def report(point: Any, known: bool) -> None:
+            progress.advance()
+            progress.say(show_sweep.point_line(point, known))
+
+        found = sweep(model, folder, settings, on_point=report, on_total=progress.total)
+    _emit(found.to_json(), json, lambda: show_sweep.show_sweep(found))
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the umbrella command."""
     app.command("eval")(eval_command)
     app.command("bench")(bench_command)
+    app.command("sweep")(sweep_command)
 
 
 def _save(value: Any, out: Path | None) -> None:

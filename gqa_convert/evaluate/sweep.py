@@ -1,0 +1,277 @@
+"""Convert a model in many ways, measure every result, and say which to take.
+
+Everything lives in a run folder, one folder a point. A point that is finished under the same settings is not done
+again, so an interrupted sweep goes on where it stopped, and a longer list of groups only adds to it. A point that fails
+is recorded with its reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.checkpoint.provenance import source_identity
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.conversion import execute
+from gqa_convert.errors import GQAConvertError, UsageError
+from gqa_convert.evaluate import models
+from gqa_convert.evaluate.contenders import load_contenders
+from gqa_convert.evaluate.decode.bench import BenchSettings, bench
+from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
+from gqa_convert.evaluate.files import read_json, write_json
+from gqa_convert.evaluate.frontier import Recommendation, SweepPoint, from_json, frontier, recommend
+from gqa_convert.evaluate.sensitivity import layer_costs
+from gqa_convert.planning import plan
+from gqa_convert.recipe import PRESETS, Recipe, make_recipe
+
+SUMMARY = "sweep.json"
+POINT = "point.json"
+SENSITIVITY = "sensitivity.json"
+SENSITIVITY_WINDOWS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """What to try and how to measure it.
+
+    Attributes:
+        groups: KV-head counts.
+        variants: merge methods, or presets by name.
+        evaluation: held-out data.
+        benchmark: decode benchmark of each point; None to leave it out.
+        tolerance: loss rise that is acceptable, nats per token.
+        calibrate: text for methods that use statistics; None for none (a preset's own choice stands).
+        refit: fit each layer to the original afterwards.
+        sensitivity: also measure the cost of each layer alone, for the point that is recommended.
+        keep_models: keep the converted folders.
+    """
+
+    groups: tuple[int, ...]
+    variants: tuple[str, ...] = ("mean",)
+    evaluation: EvalSettings
+    benchmark: BenchSettings | None = field(default_factory=BenchSettings)
+    tolerance: float = 0.05
+    calibrate: str | None = None
+    refit: bool = False
+    sensitivity: bool = True
+    keep_models: bool = True
+
+    def recipe(self, variant: str) -> Recipe:
+        """The recipe that a variant's name stands for.
+
+        Raises:
+            UsageError: if there is no such method or preset, or the choices do not go together.
+        """
+        chosen: dict[str, Any] = {"refit": self.refit or None}
+        if variant in PRESETS:
+            return make_recipe(variant, calibrate=self.calibrate, **chosen)
+        return make_recipe(None, method=variant, calibrate=self.calibrate, **chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A finished sweep."""
+
+    folder: Path
+    base: dict[str, Any]
+    points: tuple[SweepPoint, ...]
+    recommendation: Recommendation
+
+    def to_json(self) -> dict[str, Any]:
+        """The sweep as JSON values, with both frontiers."""
+        return {
+            "format": 1,
+            "kind": "sweep",
+            "base": self.base,
+            "points": [point.to_json() for point in self.points],
+            "frontier": {
+                "cache": frontier(self.points, lambda p: p.cache_bytes_per_token),
+                "time": frontier(self.points, lambda p: p.time_ratio),
+            },
+            "recommendation": asdict(self.recommendation),
+            "versions": {name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
+        }
+
+
+def sweep(
+    model: str,
+    run: Path,
+    settings: SweepSettings,
+    *,
+    on_point: Callable[[SweepPoint, bool], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> Sweep:
+    """Run a sweep, or go on with one.
+
+    Args:
+        model: the original: a folder, a hub id, or `demo`.
+        run: the run folder; made if missing.
+        settings: what to try and how to measure it.
+        on_point: called after each point, with True if it was there already.
+        on_total: called once with the number of points.
+
+    Raises:
+        UsageError: if a variant or setting is unknown.
+        GQAConvertError: if the original itself cannot be read or measured.
+    """
+    recipes = {variant: settings.recipe(variant) for variant in settings.variants}
+    subject = models.subject(model, trust_remote_code=settings.evaluation.trust_remote_code)
+    wrong = [g for g in settings.groups if subject.kv_heads % g]
+    if wrong:
+        raise UsageError(f"--groups {wrong[0]}: does not divide the {subject.kv_heads} KV heads of {subject.name}.")
+    if on_total is not None:
+        on_total(len(recipes) * len(settings.groups))
+    identity = source_identity(Checkpoint.open(subject.folder))
+    base = _base(subject, run, settings, identity)
+    points: list[SweepPoint] = []
+    for variant, recipe in recipes.items():
+        for groups in settings.groups:
+            point, known = _point(subject, run, settings, variant, recipe, groups, identity)
+            points.append(point)
+            write_json(run / SUMMARY, _summary(run, base, points, settings).to_json())
+            if on_point is not None:
+                on_point(point, known)
+    found = _summary(run, base, points, settings)
+    if settings.sensitivity:
+        _sensitivity(subject, run, settings, found)
+    return found
+
+
+def _summary(run: Path, base: dict[str, Any], points: Sequence[SweepPoint], settings: SweepSettings) -> Sweep:
+    return Sweep(folder=run, base=base, points=tuple(points), recommendation=recommend(points, settings.tolerance))
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _base(subject: models.Subject, run: Path, settings: SweepSettings, identity: dict[str, Any]) -> dict[str, Any]:
+    """The original's own figures, and what it was measured on."""
+    key = _fingerprint(identity, asdict(settings.evaluation))
+    known = read_json(run / "base.json")
+    if known and known.get("fingerprint") == key:
+        kept: dict[str, Any] = known
+        return kept
+    found = evaluate(subject.folder, [], settings.evaluation).to_json()
+    found |= {"fingerprint": key, "folder": str(subject.folder.resolve())}
+    found["base"]["name"] = subject.name
+    write_json(run / "base.json", found)
+    return found
+
+
+def _point(
+    subject: models.Subject,
+    run: Path,
+    settings: SweepSettings,
+    variant: str,
+    recipe: Recipe,
+    groups: int,
+    identity: dict[str, Any],
+) -> tuple[SweepPoint, bool]:
+    name = f"{variant}-g{groups}"
+    folder = run / "points" / name
+    benchmark = None if settings.benchmark is None else asdict(settings.benchmark)
+    key = _fingerprint(identity, recipe.to_json(), groups, asdict(settings.evaluation), benchmark)
+    known = read_json(folder / POINT)
+    if known and known.get("fingerprint") == key and known["point"]["status"] == "done":
+        return from_json(known["point"]), True
+    try:
+        measured = _measure(subject, folder, settings, name, variant, recipe, groups)
+    except (GQAConvertError, RuntimeError, ValueError, OSError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        measured = {
+            "point": SweepPoint(name=name, variant=variant, groups=groups, status="failed", error=why).to_json()
+        }
+    write_json(folder / POINT, {"fingerprint": key, "recipe": recipe.to_json()} | measured)
+    return from_json(measured["point"]), False
+
+
+def _measure(
+    subject: models.Subject,
+    folder: Path,
+    settings: SweepSettings,
+    name: str,
+    variant: str,
+    recipe: Recipe,
+    groups: int,
+) -> dict[str, Any]:
+    trust = settings.evaluation.trust_remote_code
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "model"
+    started = time.perf_counter()
+    made = plan(subject.folder, groups=groups, out=target, recipe=recipe, trust_remote_code=trust)
+    execute(made, force=True, trust_remote_code=trust)
+    seconds = time.perf_counter() - started
+    evaluation = evaluate(subject.folder, [target], settings.evaluation)
+    compared = evaluation.converted[0]
+    compared = replace(compared, model=replace(compared.model, name=name))
+    measured = bench_json = None
+    if settings.benchmark is not None:
+        contenders = load_contenders(
+            [subject.folder, target],
+            dtype=settings.evaluation.dtype,
+            device=settings.evaluation.device,
+            trust_remote_code=trust,
+        )
+        contenders[0] = replace(contenders[0], name=subject.name)
+        contenders[1] = replace(contenders[1], name=name)
+        measured = bench(contenders, settings.benchmark)
+        bench_json = measured.to_json()
+    point = SweepPoint(
+        name=name,
+        variant=variant,
+        groups=groups,
+        status="done",
+        loss_difference=compared.loss_difference,
+        interval=compared.loss_difference_interval,
+        kl=compared.kl,
+        top1_agreement=compared.top1_agreement,
+        parameters=compared.model.parameters,
+        cache_bytes_per_token=compared.model.kv_cache_bytes_per_token,
+        cache_ratio=compared.model.kv_cache_bytes_per_token / evaluation.base.kv_cache_bytes_per_token,
+        time_ratio=_time_ratio(measured),
+        convert_seconds=seconds,
+    )
+    if not settings.keep_models:
+        shutil.rmtree(target)
+    evaluation = replace(evaluation, base=replace(evaluation.base, name=subject.name), converted=(compared,))
+    return {"point": point.to_json(), "evaluation": evaluation.to_json(), "bench": bench_json}
+
+
+def _time_ratio(measured: Any) -> float | None:
+    """The ratio of decode times at the point with the largest cache that was run."""
+    if measured is None:
+        return None
+    run = [point for point in measured.points if point.models]
+    if not run:
+        return None
+    heaviest = max(run, key=lambda point: point.batch * point.context)
+    return float(heaviest.models[1].time_ratio.median)
+
+
+def _sensitivity(subject: models.Subject, run: Path, settings: SweepSettings, found: Sweep) -> None:
+    """Measure the layers of the recommended point, else of the one of least loss that lost anything at all."""
+    evaluation = replace(
+        settings.evaluation,
+        max_windows=min(settings.evaluation.max_windows or SENSITIVITY_WINDOWS, SENSITIVITY_WINDOWS),
+    )
+    done = [p for p in found.points if p.status == "done" and p.groups < subject.kv_heads]
+    done.sort(key=lambda p: (p.name != found.recommendation.name, p.loss_difference))
+    key = _fingerprint([read_json(run / "points" / p.name / POINT) for p in done], asdict(evaluation))
+    known = read_json(run / SENSITIVITY)
+    if known and known.get("fingerprint") == key:
+        return
+    for point in done:
+        folder = run / "points" / point.name / "model"
+        costs = layer_costs(subject.folder, folder, evaluation) if folder.is_dir() else []
+        if costs:
+            layers = [cost.to_json() for cost in costs]
+            write_json(run / SENSITIVITY, {"fingerprint": key, "point": point.name, "layers": layers})
+            return

@@ -1,0 +1,144 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from gqa_convert.cli import app
+from gqa_convert.errors import UsageError
+from gqa_convert.evaluate import sweep as sweep_module
+from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
+from gqa_convert.evaluate.frontier import SweepPoint, from_json, frontier, recommend
+from gqa_convert.evaluate.sensitivity import layer_costs
+from gqa_convert.evaluate.sweep import SweepSettings, sweep
+
+
+def point(groups: int, loss: float, high: float | None = None, variant: str = "mean") -> SweepPoint:
+    return SweepPoint(
+        name=f"{variant}-g{groups}", variant=variant, groups=groups, status="done", loss_difference=loss,
+        interval=(loss, loss if high is None else high), cache_bytes_per_token=groups * 10, time_ratio=groups / 8,
+    )  # fmt: skip
+
+
+POINTS = [point(4, 0.01, 0.02), point(2, 0.04, 0.06), point(2, 0.03, 0.045, "pca"), point(1, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "name"), [(0.05, "pca-g2"), (0.07, "pca-g2"), (0.02, "mean-g4"), (0.3, "mean-g1"), (0.001, None)]
+)
+def test_recommends_the_fewest_groups_within_the_tolerance(tolerance: float, name: str | None) -> None:
+    found = recommend(POINTS, tolerance)
+    assert found.name == name
+    assert f"{tolerance:g}" in found.reason
+
+
+def test_nothing_measured_is_said() -> None:
+    assert recommend([SweepPoint(name="a", variant="a", groups=1, status="failed")], 1).reason.startswith("No point")
+
+
+def test_frontier_leaves_out_what_is_beaten() -> None:
+    assert frontier(POINTS, lambda p: p.cache_bytes_per_token) == ["mean-g1", "pca-g2", "mean-g4"]
+    assert frontier([point(4, 0.1), point(2, 0.05)], lambda p: p.time_ratio) == ["mean-g2"]
+
+
+def test_points_survive_json() -> None:
+    assert [from_json(json.loads(json.dumps(p.to_json()))) for p in POINTS] == POINTS
+
+
+def settings(lines: Path, **changes: object) -> SweepSettings:
+    defaults: dict[str, object] = {"groups": (2, 1), "evaluation": EvalSettings(data=str(lines), max_windows=4)}
+    return SweepSettings(**(defaults | {"benchmark": None} | changes))  # type: ignore[arg-type]
+
+
+def test_a_sweep_goes_on_where_it_stopped(
+    llama: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = tmp_path / "run", []
+    first = sweep(str(llama), run, settings(lines, groups=(2,)), on_point=lambda p, known: seen.append((p.name, known)))
+    second = sweep(str(llama), run, settings(lines), on_point=lambda p, known: seen.append((p.name, known)))
+    assert seen == [("mean-g2", False), ("mean-g2", True), ("mean-g1", False)]
+    assert second.points[0] == first.points[0]
+    made = json.loads((run / "sweep.json").read_text())
+    assert [p["name"] for p in made["points"]] == ["mean-g2", "mean-g1"]
+    assert made["points"][0]["cache_ratio"] == 0.5
+    layers = json.loads((run / "sensitivity.json").read_text())["layers"]
+    assert [layer["layer"] for layer in layers] == ["model.layers.0", "model.layers.1"]
+    seen.clear()
+    other = settings(lines, groups=(2,), evaluation=EvalSettings(data=str(lines), max_windows=5))
+    sweep(str(llama), run, other, on_point=lambda p, known: seen.append((p.name, known)))
+    assert seen == [("mean-g2", False)], "other data or windows: measured again"
+
+
+def test_a_failed_point_does_not_lose_the_rest(
+    llama: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sweep_module.execute
+
+    def fail_at_two(made: object, **rest: object) -> object:
+        if made.groups == 2:  # type: ignore[attr-defined]
+            raise RuntimeError("the disk caught fire")
+        return whole(made, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sweep_module, "execute", fail_at_two)
+    found = sweep(str(llama), tmp_path / "run", settings(lines, sensitivity=False))
+    assert [p.status for p in found.points] == ["failed", "done"]
+    assert "caught fire" in found.points[0].error
+    monkeypatch.setattr(sweep_module, "execute", whole)
+    again = sweep(str(llama), tmp_path / "run", settings(lines, sensitivity=False))
+    assert [p.status for p in again.points] == ["done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"groups": (3,)}, "does not divide the 4 KV heads"), ({"variants": ("meen",)}, "Did you mean mean")],
+)
+def test_what_cannot_be_swept_is_refused_first(
+    llama: Path, lines: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        sweep(str(llama), tmp_path / "run", settings(lines, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_layer_alone_costs_what_converting_it_by_hand_costs(llama: Path, llama_gqa2: Path, lines: Path) -> None:
+    evaluation = EvalSettings(data=str(lines), max_windows=4)
+    costs = layer_costs(llama, llama_gqa2, evaluation)
+    assert [cost.layer for cost in costs] == ["model.layers.0", "model.layers.1"]
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        for name in ("k_proj", "v_proj"):
+            weight = getattr(model.model.layers[1].self_attn, name).weight
+            weight.copy_(weight.view(2, 2, 8, 32).mean(1, keepdim=True).expand(2, 2, 8, 32).reshape(32, 32))
+    by_hand = llama.with_name("by-hand")
+    model.save_pretrained(by_hand)
+    for file in llama.glob("tokenizer*"):
+        (by_hand / file.name).write_bytes(file.read_bytes())
+    expected = evaluate(llama, [by_hand], evaluation).converted[0].loss_difference
+    assert costs[1].loss_difference == pytest.approx(expected, abs=1e-6)
+    assert costs[1].interval[0] <= costs[1].loss_difference <= costs[1].interval[1]
+
+
+def test_command_line(llama: Path, lines: Path, tmp_path: Path) -> None:
+    args = [
+        "sweep",
+        str(llama),
+        "--groups",
+        "2",
+        "--data",
+        str(lines),
+        "--max-windows",
+        "3",
+        "--run",
+        str(tmp_path / "r"),
+    ]
+    args += ["--run", str(tmp_path / "r"), "--batch", "1", "--cache-context", "16", "--tolerance", "9"]
+    shown = CliRunner().invoke(app, args)
+    assert shown.exit_code == 0, shown.output
+    assert "Take: 2 KV heads by mean" in shown.output
+    assert "frontier" in shown.output
+    made = CliRunner().invoke(app, [*args, "--json"])
+    assert json.loads(made.stdout)["recommendation"]["name"] == "mean-g2"
+    measured = json.loads((tmp_path / "r" / "points" / "mean-g2" / "point.json").read_text())
+    assert measured["bench"]["points"][0]["models"][1]["cache_ratio"] == 0.5
