@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -11,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from gqa_convert.checkpoint.reader import CONFIG
 from gqa_convert.checkpoint.resolve import BIN_INDEX, BIN_WEIGHTS, SAFE_INDEX, SAFE_WEIGHTS, read_weight_map
 from gqa_convert.checkpoint.side_files import is_side_file
-from gqa_convert.errors import CheckpointError, HubError
+from gqa_convert.errors import CheckpointError, HubError, UsageError
 
 
 def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
@@ -22,17 +23,20 @@ def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | 
 
     Args:
         model: a folder, or a hub id such as `"org/name"`.
-        revision: branch, tag or commit on the hub; for a folder it means nothing.
+        revision: branch, tag or commit on the hub.
         cache_dir: hub cache to use in place of the default one.
 
     Raises:
+        UsageError: if a revision is asked of a folder.
         CheckpointError: if `model` is a path that does not exist, or a repository without usable weights.
         HubError: if the hub cannot be reached or refuses.
     """
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if model and os.path.isdir(path):
+        if revision is not None:
+            raise UsageError(f"--revision {revision}: {model} is a folder here; only models on the hub have revisions.")
         return path
-    if model and path.exists():
+    if model and os.path.exists(path):
         raise CheckpointError(f"{model}: is a file. Give the folder that holds config.json and the weights.")
     if not model or model.startswith(("./", "../", "/", "~")) or model in (".", "..") or model.count("/") > 1:
         raise CheckpointError(f"{model or repr(model)}: no such folder.")

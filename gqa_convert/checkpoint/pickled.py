@@ -38,9 +38,9 @@ def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         CheckpointError: if the file is damaged, is no table of tensors, or would run code when unpickled.
     """
-    if not zipfile.is_zipfile(path):
-        return _read_legacy(path)
     records = _records(path)
+    if records is None:
+        return _read_legacy(path)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -62,10 +62,12 @@ def _untie(described: Iterable[tuple[TensorInfo, tuple[int, ...]]]) -> tuple[dic
     return tensors, aliases
 
 
-def _records(path: Path) -> dict[int, int]:
-    """Map the absolute offset of every record in the zip archive to its size."""
+def _records(path: Path) -> dict[int, int] | None:
+    """Map the absolute offset of every record in the zip archive to its size; None if the file is no archive."""
     records = {}
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED:
@@ -75,7 +77,9 @@ def _records(path: Path) -> dict[int, int]:
                 file.seek(entry.header_offset + 26)
                 name, extra = struct.unpack("<HH", file.read(4))
                 records[entry.header_offset + 30 + name + extra] = entry.file_size
-    except (OSError, zipfile.BadZipFile, struct.error) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises errors of many kinds over a damaged archive
         raise CheckpointError(f"{path}: damaged ({error}). Download it again.") from error
     return records
 
@@ -95,7 +99,7 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{path}: {what}, so unpickling could run code. It was refused and nothing in it was executed."
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # torch.load raises errors of every kind over a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: damaged ({reason[:160]}). Download it again.") from error
     if not isinstance(table, dict):
@@ -115,6 +119,9 @@ def _describe(path: Path, key: str, tensor: torch.Tensor, records: dict[int, int
         raise CheckpointError(f"{path}: the bytes of {key!r} are not where its pickle says. Download it again.")
     shape, stride = tuple(tensor.shape), tensor.stride()
     width, first, dtype = tensor.element_size(), tensor.storage_offset(), dtype_name(tensor.dtype)
+    last = first + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if tensor.numel() and not 0 <= first <= last < length // width:
+        raise CheckpointError(f"{path}: {key!r} reaches beyond its storage of {length:,} bytes. Download it again.")
     load: Callable[[], torch.Tensor] | None = None
     if not tensor.is_contiguous():
         elements = length // width

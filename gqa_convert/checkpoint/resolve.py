@@ -10,6 +10,7 @@ user's own choice of folder, so a link under such a name is followed wherever it
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -65,7 +66,7 @@ def resolve_weights(folder: Path, config: dict[str, Any]) -> WeightSet:
 
 def hub_snapshot(folder: Path) -> tuple[Path, str] | None:
     """Return the `models--X--Y` folder and the revision if `folder` is a hub cache's snapshot or inside one."""
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))
     for here in (real, *real.parents):
         repo = here.parent.parent
         if here.parent.name == "snapshots" and repo.name.startswith("models--"):
@@ -76,7 +77,11 @@ def hub_snapshot(folder: Path) -> tuple[Path, str] | None:
 def stays_inside(folder: Path, file: Path) -> bool:
     """Tell whether `file`, symlinks resolved, lies in `folder`, or in the same hub cache entry if it is a snapshot."""
     snapshot = hub_snapshot(folder)
-    return file.resolve().is_relative_to(snapshot[0] if snapshot else folder.resolve())
+    home = snapshot[0] if snapshot else Path(os.path.realpath(folder))
+    try:
+        return Path(os.path.realpath(file)).is_relative_to(home)
+    except ValueError:
+        return False  # a name that no file can have: half a surrogate pair, a NUL byte
 
 
 def _explicit(folder: Path, name: Any) -> WeightSet:
@@ -87,7 +92,7 @@ def _explicit(folder: Path, name: Any) -> WeightSet:
     file = folder / name
     if pure.is_absolute() or ".." in pure.parts or "\0" in name or not stays_inside(folder, file):
         raise CheckpointError(f"{where}: leads outside the model folder. Refused.")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CheckpointError(f"{where}: there is no such file.")
     if name.endswith(".index.json"):
         return _from_index(folder, file, "safetensors")
@@ -132,10 +137,10 @@ def _shard(folder: Path, index: Path, name: str) -> Path:
     file = folder / name
     if not stays_inside(folder, file):
         raise CheckpointError(
-            f"{index}: names {name!r}, a link that leaves the model folder ({file.resolve()}). Refused: "
+            f"{index}: names {name!r}, which leads outside the model folder. Refused: "
             "put the file itself into the folder."
         )
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise CheckpointError(f"{index}: names {name!r}, but there is no such file in {folder}. Download it again.")
     return file
 

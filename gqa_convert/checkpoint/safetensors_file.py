@@ -141,6 +141,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         if not text.startswith(b"{"):
             raise ValueError("it does not start with '{'")
         table = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        "".join(table).encode()  # JSON can spell half a surrogate pair, which is no text
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header is not valid JSON ({error}).") from error
     assert isinstance(table, dict)

@@ -79,7 +79,8 @@ def split_side_files(folder: Path, weight_files: tuple[Path, ...]) -> tuple[tupl
         Files to copy and files (or whole folders) left behind, both relative to `folder`, sorted.
 
     Raises:
-        CheckpointError: if a file to copy is a link that leaves the folder (the output would carry a stranger's file).
+        CheckpointError: if a file to copy is a link to nothing, or one that leaves the folder (the output would carry
+            a stranger's file).
     """
     copied: list[Path] = []
     left: list[Path] = []
@@ -95,8 +96,8 @@ def split_side_files(folder: Path, weight_files: tuple[Path, ...]) -> tuple[tupl
                 continue
             if not is_side_file(relative):
                 left.append(relative)
-            elif (folder / relative).is_file():
-                _check_inside(folder, folder / relative)
+            elif os.path.islink(folder / relative) or os.path.isfile(folder / relative):
+                _check_link(folder, folder / relative)
                 copied.append(relative)
     return tuple(sorted(copied)), tuple(sorted(left))
 
@@ -105,8 +106,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
-def _check_inside(folder: Path, file: Path) -> None:
+def _check_link(folder: Path, file: Path) -> None:
     if not stays_inside(folder, file):
-        raise CheckpointError(
-            f"{file}: a link that leaves the model folder ({file.resolve()}). Refused: put the file itself there."
-        )
+        raise CheckpointError(f"{file}: a link that leaves the model folder. Refused: put the file itself there.")
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{file}: a link to nothing ({os.readlink(file)}). Download it again, or remove it.")

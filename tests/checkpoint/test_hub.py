@@ -17,7 +17,7 @@ import pytest
 
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.errors import CheckpointError
+from gqa_convert.errors import CheckpointError, UsageError
 
 from .helpers import sharded, single, write_config, write_index
 from .hub_server import COMMIT, serve
@@ -190,7 +190,15 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert resolve_model("~/org/name") == tmp_path / "org" / "name"
 
 
-@pytest.mark.parametrize("model", ["./gone", "../gone", "/gone", "~/gone", "a/b/c", "org/name/", "", "~"])
+def test_a_folder_has_no_revisions(tmp_path: Path):
+    with pytest.raises(UsageError, match="--revision v1"):
+        resolve_model(str(tmp_path), revision="v1")
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["./gone", "../gone", "/gone", "~/gone", "a/b/c", "org/name/", "", "~", "/" + "x" * 300, "~noone-of-that-name/x"],
+)
 def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ):

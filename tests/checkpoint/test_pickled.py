@@ -170,6 +170,20 @@ def test_a_storage_that_claims_more_than_its_record_is_refused(tmp_path: Path):
         Checkpoint.open(folder)
 
 
+def test_a_tensor_that_reaches_beyond_its_storage_is_refused(tmp_path: Path):
+    folder = pickled(tmp_path, {"a": torch.arange(4.0)[2:4]})
+    file = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    offset_2, offset_3 = b"K\x02K\x02\x85", b"K\x03K\x02\x85"  # storage offset, then the shape (2,)
+    assert any(offset_2 in content for content in entries.values())
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content.replace(offset_2, offset_3))
+    with pytest.raises(CheckpointError, match="beyond its storage"):
+        Checkpoint.open(folder)
+
+
 def test_the_names_kept_of_tied_weights_are_those_transformers_keeps(tmp_path: Path):
     from transformers import (
         BartConfig,

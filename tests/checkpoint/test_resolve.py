@@ -97,8 +97,17 @@ def test_an_index_entry_may_not_be_a_link_out_of_the_folder(tmp_path: Path):
     write_config(folder)
     (folder / "x.safetensors").symlink_to("../elsewhere/x.safetensors")
     write_index(folder, {"embed.weight": "x.safetensors"})
-    with pytest.raises(CheckpointError, match="leaves the model folder"):
+    with pytest.raises(CheckpointError, match="outside the model folder"):
         Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "loop.safetensors", "half\ud800.safetensors"])
+def test_an_index_entry_that_can_be_no_file(tmp_path: Path, name: str):
+    write_config(tmp_path)
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    write_index(tmp_path, {"embed.weight": name})
+    with pytest.raises(CheckpointError, match=r"index\.json: names"):
+        Checkpoint.open(tmp_path)
 
 
 def test_an_index_entry_may_be_a_link_within_the_folder(tmp_path: Path):
@@ -149,7 +158,7 @@ def test_a_hub_cache_may_not_reach_into_another_model(tmp_path: Path):
     shard = snapshot / "model-00001-of-00002.safetensors"
     shard.unlink()
     shard.symlink_to(secret / "x")
-    with pytest.raises(CheckpointError, match="leaves the model folder"):
+    with pytest.raises(CheckpointError, match="outside the model folder"):
         Checkpoint.open(snapshot)
 
 

@@ -86,6 +86,7 @@ LIES = {
     "an HTML page": (b"<!DOCTYPE html><html></html>", "not a safetensors file"),
     "not JSON": (raw_safetensors(b'{"a": '), "not valid JSON"),
     "not UTF-8": (raw_safetensors(b'{"\xff": 1}'), "not valid JSON"),
+    "a key that is no text": (raw_safetensors({"\ud800": ONE}, bytes(8)), "not valid JSON"),
     "a list": (raw_safetensors(b"[1, 2]"), "does not start with"),
     "nested without end": (raw_safetensors(b'{"a":' + b"[" * 100_000), "not valid JSON"),
     "truncated data": (raw_safetensors({"a": ONE}, bytes(5)), "truncated: expects 77 bytes, file has 74"),

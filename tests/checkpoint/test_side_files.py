@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -85,10 +86,26 @@ def test_a_link_out_of_the_folder_is_not_carried(tmp_path: Path):
         Checkpoint.open(folder)
 
 
-def test_a_linked_folder_and_a_dangling_link_are_left(tmp_path: Path):
+def test_a_linked_folder_is_left(tmp_path: Path):
     folder = single(tmp_path / "m")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "private.txt").touch()
     (folder / "docs").symlink_to("../home")
-    (folder / "merges.txt").symlink_to("gone")
-    assert Checkpoint.open(folder).side_files == ()
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.side_files == ()
+    assert Path("docs") in checkpoint.left_files
+
+
+@pytest.mark.parametrize("target", ["gone", "merges.txt"])
+def test_a_link_to_nothing_is_not_lost_in_silence(tmp_path: Path, target: str):
+    """A damaged cache: without a word the copy would lack its tokenizer."""
+    single(tmp_path)
+    (tmp_path / "merges.txt").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"merges\.txt: a link to nothing"):
+        Checkpoint.open(tmp_path)
+
+
+def test_what_is_no_file_is_passed_over(tmp_path: Path):
+    single(tmp_path)
+    os.mkfifo(tmp_path / "pipe.json")
+    assert Checkpoint.open(tmp_path).side_files == ()
