@@ -20,7 +20,7 @@ from typing import Any
 from gqa_convert.checkpoint.provenance import source_identity
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion import execute
-from gqa_convert.errors import GQAConvertError, UsageError
+from gqa_convert.errors import GQAConvertError, UnsupportedModelError, UsageError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.contenders import load_contenders
 from gqa_convert.evaluate.decode.bench import BenchSettings, bench
@@ -28,12 +28,14 @@ from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.files import read_json, write_json
 from gqa_convert.evaluate.frontier import Recommendation, SweepPoint, from_json, frontier, recommend
 from gqa_convert.evaluate.sensitivity import layer_costs
+from gqa_convert.evaluate.similarity import head_similarity
 from gqa_convert.planning import plan
 from gqa_convert.recipe import PRESETS, Recipe, make_recipe
 
 SUMMARY = "sweep.json"
 POINT = "point.json"
 SENSITIVITY = "sensitivity.json"
+SIMILARITY = "similarity.json"
 SENSITIVITY_WINDOWS = 32
 
 
@@ -141,6 +143,7 @@ def sweep(
     found = _summary(run, base, points, settings)
     if settings.sensitivity:
         _sensitivity(subject, run, settings, found)
+        _similarity(subject, run, settings, identity)
     return found
 
 
@@ -275,3 +278,19 @@ def _sensitivity(subject: models.Subject, run: Path, settings: SweepSettings, fo
             layers = [cost.to_json() for cost in costs]
             write_json(run / SENSITIVITY, {"fingerprint": key, "point": point.name, "layers": layers})
             return
+
+
+def _similarity(subject: models.Subject, run: Path, settings: SweepSettings, identity: dict[str, Any]) -> None:
+    """Compare the heads of the groups; left out for an architecture whose heads cannot be aligned."""
+    groups = [g for g in settings.groups if g < subject.kv_heads]
+    key = _fingerprint(identity, max(groups, default=0))
+    known = read_json(run / SIMILARITY)
+    if not groups or (known and known.get("fingerprint") == key):
+        return
+    try:
+        layers = head_similarity(subject.folder, max(groups), trust_remote_code=settings.evaluation.trust_remote_code)
+    except UnsupportedModelError as error:
+        write_json(run / SIMILARITY, {"fingerprint": key, "groups": max(groups), "layers": [], "why": str(error)})
+        return
+    made = [layer.to_json() for layer in layers]
+    write_json(run / SIMILARITY, {"fingerprint": key, "groups": max(groups), "layers": made})
