@@ -47,3 +47,15 @@ class HubError(GQAConvertError):
     """A model named by hub id could not be fetched (exit code 7)."""
 
     exit_code = 7
+
+
+class TrainingAborted(GQAConvertError):
+    """Training met numbers it must not go on with; the last checkpoint is untouched (exit code 8)."""
+
+    exit_code = 8
+
+
+class Preempted(GQAConvertError):
+    """Stopped by a signal after saving: run the same command again to go on (exit code 75, EX_TEMPFAIL)."""
+
+    exit_code = 75

@@ -127,6 +127,11 @@ class StepBatches:
         self._ahead = (number + 1, self._pool.submit(self._make, number + 1))
         return found
 
+    def settle(self) -> None:
+        """Wait until nothing is being prepared, so that the position of the blocks can be read."""
+        if self._ahead is not None:
+            self._ahead[1].result()
+
     def close(self) -> None:
         """Stop preparing."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,193 @@
+"""Puts a run together: data, model, teacher, optimiser, in the engine's hands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gqa_convert.anatomy import transformers_api
+from gqa_convert.checkpoint.hub import resolve_model
+from gqa_convert.data.batches import StepBatches
+from gqa_convert.errors import UsageError
+from gqa_convert.uptrain import optim
+from gqa_convert.uptrain.corpus import TrainingData, prepare_data
+from gqa_convert.uptrain.engine import Engine
+from gqa_convert.uptrain.model import ScoredModel, Teacher, check_isolation, load_model, set_dropout
+from gqa_convert.uptrain.objective import LossSpec
+from gqa_convert.uptrain.plan import UptrainPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A run's parts.
+
+    Attributes:
+        plan: what is to be done.
+        engine: how processes work together.
+        data: training and held-out blocks.
+        batches: this process's micro-batches by step.
+        plain: the transformers model (with its adapters, under LoRA).
+        model: its wrapped and prepared form; calling it gives the loss.
+        optimizer: prepared.
+        teacher: the frozen original, when distilling.
+        trained: the parameters that change.
+    """
+
+    plan: UptrainPlan
+    engine: Engine
+    data: TrainingData
+    batches: StepBatches
+    plain: Any
+    model: nn.Module
+    optimizer: Any
+    teacher: Teacher | None
+    trained: list[nn.Parameter]
+
+    def scoring_model(self) -> nn.Module:
+        """The model to evaluate with: without DDP's bookkeeping."""
+        return self.engine.accelerator.unwrap_model(self.model) if self.engine.name == "ddp" else self.model
+
+
+def build(
+    made: UptrainPlan, engine: Engine, *, tell: Callable[[str], None], data_state: dict[str, Any] | None
+) -> Parts:
+    """Load and prepare everything.
+
+    Args:
+        made: the plan.
+        engine: started.
+        tell: told of long work.
+        data_state: of the checkpoint to resume from.
+
+    Raises:
+        GQAConvertError: whatever is wrong with data, model, or their fit.
+    """
+    config = made.config
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.train.seed)
+    tokenizer = load_tokenizer(made)
+    model_config = transformers_api.load_config(made.source, trust_remote_code=config.trust_remote_code)
+    with engine.main_first():
+        data = prepare_data(
+            config, tokenizer, model_config, tell=tell if engine.is_main else lambda _: None, state=data_state
+        )
+    batches = StepBatches(
+        data.blocks,
+        data.collate,
+        sequences=config.train.batch_sequences,
+        micro=config.train.micro_batch,
+        processes=engine.processes,
+        rank=engine.rank,
+    )
+    dtype = torch.bfloat16 if config.train.precision == "pure_bf16" else torch.float32
+    model = load_model(
+        made.source, dtype=dtype, attention=config.train.attention, trust_remote_code=config.trust_remote_code
+    )
+    flash = config.train.attention.startswith("flash")
+    if engine.name != "fsdp2" or flash:
+        model.to(engine.device)
+    if config.separate_documents:
+        share = check_isolation(model)
+        tell(f"documents are kept apart: logits change by {share:.1e} of their size beside another document")
+    if config.train.dropout is not None:
+        set_dropout(model, config.train.dropout)
+    model = optim.choose_parameters(model, config.train)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.train.parameters != "all":
+            model.enable_input_require_grads()
+    spec = loss_spec(made)
+    teacher = _teacher(made, engine, model) if made.teacher else None
+    scored = ScoredModel(model, spec).train()
+    if config.train.compile:
+        model.compile()
+    optimizer = optim.make_optimizer(scored, config.optimizer)
+    prepared, prepared_optimizer = engine.prepare(scored, optimizer)
+    return Parts(
+        plan=made,
+        engine=engine,
+        data=data,
+        batches=batches,
+        plain=model,
+        model=prepared,
+        optimizer=prepared_optimizer,
+        teacher=teacher,
+        trained=[p for p in prepared.parameters() if p.requires_grad],
+    )
+
+
+def load_tokenizer(made: UptrainPlan) -> Any:
+    """Load the tokenizer that came along with the model.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with transformers_api.quiet():
+            return AutoTokenizer.from_pretrained(
+                made.source, trust_remote_code=made.config.trust_remote_code, local_files_only=True
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(
+            f"{made.source}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}). "
+            "Put the original's tokenizer files beside the weights."
+        ) from error
+
+
+def loss_spec(made: UptrainPlan) -> LossSpec:
+    """The loss that the configuration asks for."""
+    objective = made.config.objective
+    found = objective.distillation
+    if found is None:
+        return LossSpec(chunk=objective.loss_chunk)
+    return LossSpec(
+        ce_weight=found.cross_entropy_weight,
+        kl_weight=found.weight,
+        temperature=found.temperature,
+        top_k=found.top_k,
+        hidden_weight=found.hidden_weight,
+        chunk=objective.loss_chunk,
+    )
+
+
+def _teacher(made: UptrainPlan, engine: Engine, student: Any) -> Teacher:
+    settings = made.config.objective.distillation
+    assert settings is not None
+    assert made.teacher is not None
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    model = load_model(
+        made.teacher,
+        dtype=dtype,
+        attention=made.config.train.attention,
+        trust_remote_code=made.config.trust_remote_code,
+    ).to(engine.device)
+    if made.config.separate_documents:
+        check_isolation(model)
+    teacher = Teacher(model, layers=settings.hidden_weight > 0)
+    vocabulary = int(student.config.get_text_config(decoder=True).vocab_size)
+    if teacher.vocabulary != vocabulary:
+        raise UsageError(
+            f"objective.distillation.teacher={settings.teacher}: its vocabulary has {teacher.vocabulary} tokens, the "
+            f"model's {vocabulary}. Give the original that the model was converted from."
+        )
+    return teacher
+
+
+def load_reference(made: UptrainPlan, engine: Engine) -> Any | None:
+    """Load the original that the run is compared with, if one is named; the teacher is reused by the caller."""
+    name = made.config.evaluation.reference
+    if name is None:
+        return None
+    return load_model(
+        resolve_model(name),
+        dtype=torch.float32,
+        attention=made.config.train.attention,
+        trust_remote_code=made.config.trust_remote_code,
+    )

@@ -1,0 +1,333 @@
+"""The configuration of an uptraining run: one typed schema, its documentation beside each field.
+
+Loading (YAML, `--set`, all problems at once) is in `loading`; what the settings amount to is in `plan`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from gqa_convert.budget import parse_count
+from gqa_convert.errors import UsageError
+
+
+def _count(value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        return parse_count(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+"""A number of tokens or steps; may be written 2B, 1.5T, 50k."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and no key is ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class BudgetSection(Section):
+    """How long to train. `steps` wins over `tokens`, `tokens` over `alpha`."""
+
+    alpha: Share | None = None
+    """Share of the pretraining tokens; 0.05 if nothing else is said, as in the paper."""
+    tokens: Count | None = None
+    """Tokens to train on."""
+    steps: Count | None = None
+    """Optimiser steps."""
+    pretraining: str | None = None
+    """A known model (`gqa budget --list`) whose published pretraining tokens alpha is a share of."""
+    pretraining_tokens: Count | None = None
+    """Or the number of tokens itself."""
+    pretraining_steps: Count | None = None
+    """Or steps, of this run's batch."""
+
+
+class SourceSection(Section):
+    """Where documents come from."""
+
+    kind: Literal["text", "jsonl", "parquet", "folder", "hub", "python"]
+    """text, jsonl, parquet: files; folder: every file below one; hub: a dataset id; python: `module:function`."""
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files and glob patterns, relative to the working directory; or the folder, the id, the function."""
+    text_field: str = "text"
+    """The column that holds the text."""
+    documents: str = "file"
+    """How text files are cut: file, line, paragraph, or the separator between documents (`<|endoftext|>`)."""
+    pattern: str = "**/*"
+    """Which files of a folder."""
+    config_name: str | None = None
+    """Configuration of a hub dataset (C4: `en`)."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+
+
+class DataSection(Section):
+    """What to train on, and how it becomes token blocks."""
+
+    source: SourceSection
+    """The documents."""
+    context: Annotated[int, Field(ge=2)]
+    """Tokens a sequence (of the encoder, for span corruption)."""
+    streaming: bool = False
+    """Tokenise while training (corpora too large to tokenise first); else once, into `<output>/tokens` or `cache`."""
+    cache: str | None = None
+    """Folder for tokenised corpora, shared between runs."""
+    separate_documents: bool | Literal["auto"] = "auto"
+    """Restart positions and let no attention cross documents; auto: yes for causal_lm. Proven on the model at start."""
+    special_tokens: bool | Literal["auto"] = "auto"
+    """Add what the tokenizer adds by itself (BOS for Llama); auto: yes for causal_lm."""
+    append_eos: bool | Literal["auto"] = "auto"
+    """End documents with EOS; auto: yes for causal_lm."""
+    shuffle: bool = True
+    """Permute documents each epoch, and blocks within windows."""
+    window: Annotated[int, Field(ge=1)] = 1024
+    """Blocks that are permuted together (and held in memory when streaming)."""
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the documents kept from training for evaluation, chosen by each document's hash."""
+    held_out_source: SourceSection | None = None
+    """Evaluate on these documents instead; nothing is then held out of `source`."""
+
+
+class DistillationSection(Section):
+    """Learn from the original model's predictions."""
+
+    teacher: str
+    """Folder or hub id of the original."""
+    weight: Positive = 1.0
+    """Weight of KL(teacher || model), nats a token."""
+    cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the language-model loss beside it."""
+    temperature: Positive = 1.0
+    """Both distributions are softened by it; the KL is multiplied by its square (Hinton et al. 2015)."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Compare on the teacher's k likeliest tokens only, its probabilities scaled to sum to 1."""
+    hidden_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of 1 - cosine of the two models' hidden states, averaged over layers."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """The teacher's weights."""
+
+
+class ObjectiveSection(Section):
+    """What is minimised."""
+
+    kind: Literal["causal_lm", "span_corruption"] = "causal_lm"
+    """Next token, or T5's span corruption."""
+    density: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Span corruption: share of tokens that are noise."""
+    mean_span: Annotated[float, Field(ge=1)] = 3.0
+    """Span corruption: tokens of a span on average."""
+    distillation: DistillationSection | None = None
+    """Learn from the original too, or only."""
+    loss_chunk: Annotated[int, Field(ge=1)] = 1024
+    """Positions whose logits are held in float32 at a time."""
+
+
+class OptimizerSection(Section):
+    """AdamW or Adafactor."""
+
+    kind: Literal["adamw", "adafactor"] = "adamw"
+    """Adafactor is that of T5: updates scaled by the size of each parameter."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW."""
+    eps: Positive = 1e-8
+    """AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of matrices; vectors (norms, biases) are never decayed."""
+    clip: Positive | None = 1.0
+    """Largest gradient norm; null for none."""
+
+
+class ScheduleSection(Section):
+    """The learning rate, a function of the tokens seen."""
+
+    kind: Literal["cosine", "wsd", "constant", "inverse_sqrt"] = "cosine"
+    """inverse_sqrt continues T5's: peak / sqrt(max(step, offset)) with `start_step` steps behind it."""
+    peak: Positive
+    """Highest learning rate (inverse_sqrt: the numerator, 1.0 for T5)."""
+    final_fraction: Share = 0.1
+    """Learning rate at the end, as a share of the peak (cosine, wsd)."""
+    warmup_tokens: Count = 0
+    """Linear warm-up; wins over `warmup_fraction`."""
+    warmup_fraction: Share = 0.0
+    """Warm-up as a share of the run."""
+    decay_fraction: Share = 0.2
+    """wsd: share of the run that decays at its end."""
+    start_step: Count = 0
+    """inverse_sqrt: steps of the pretraining (1M for T5)."""
+    offset: Annotated[int, Field(ge=1)] = 10_000
+    """inverse_sqrt: the first steps, during which the learning rate stood still."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters on the attention projections, merged into the result (needs the `lora` extra)."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of each adapter."""
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """Scale of the adapter (alpha / rank)."""
+
+
+class TrainSection(Section):
+    """Batches, precision, and what is trained."""
+
+    batch_sequences: Annotated[int, Field(ge=1)]
+    """Sequences a step, over all devices. The number of devices and `micro_batch` change nothing that is learnt."""
+    micro_batch: Annotated[int, Field(ge=1)] = 1
+    """Sequences of one forward pass on one device."""
+    precision: Literal["bf16", "float32", "pure_bf16"] = "bf16"
+    """bf16: float32 weights, bf16 arithmetic (autocast); pure_bf16: weights too."""
+    parameters: Literal["all", "attention", "lora"] = "all"
+    """What is trained."""
+    lora: LoraSection = LoraSection()
+    """With `parameters: lora`."""
+    attention: str = "sdpa"
+    """Attention implementation of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    compile: bool = False
+    """torch.compile the model in place."""
+    dropout: Share | None = None
+    """Every dropout of the model; null: as its config.json says (T5.1.1 was pretrained with 0)."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time; slower on GPUs."""
+    seed: int = 0
+    """Of data order, corruption, dropout."""
+    device: Literal["auto", "cpu"] = "auto"
+    """cpu: leave a GPU alone."""
+
+
+class GuardSection(Section):
+    """When a step is not taken."""
+
+    spike_factor: Annotated[float, Field(gt=1)] | None = 3.0
+    """Skip a step whose gradient norm or loss is this many times the recent median; null for never."""
+    spike_window: Annotated[int, Field(ge=4)] = 64
+    """Steps that the median is taken over; no step is skipped before a quarter of it is there."""
+    spike_limit: Annotated[int, Field(ge=1)] = 10
+    """Stop after this many skipped steps in a row."""
+
+
+class CheckpointSection(Section):
+    """Saving and resuming."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Save every so many steps."""
+    every_minutes: Positive | None = 30.0
+    """Save when this long has passed since the last save."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Whole checkpoints kept; older ones go only after a newer one is committed."""
+    resume: Literal["auto", "never"] | str = "auto"
+    """auto: from the newest whole checkpoint of `output`; never; or a checkpoint folder."""
+    failures_allowed: Annotated[int, Field(ge=0)] = 3
+    """Saves in a row that may fail (disk full) before the run stops."""
+
+
+class EvaluationSection(Section):
+    """Held-out loss at the start, every so often, and at the end."""
+
+    every_tokens: Count | None = None
+    """Evaluate when this many more tokens were seen; null for start and end only."""
+    tokens: Count | None = 1_000_000
+    """Held-out tokens to score; null for all."""
+    reference: str | None = None
+    """Folder or hub id of the original, scored once as the line to reach; default: the teacher, if there is one."""
+
+
+class LogSection(Section):
+    """What is written and shown."""
+
+    every_steps: Annotated[int, Field(ge=1)] = 1
+    """Steps between records in metrics.jsonl and the trackers."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | Literal["auto"] = "auto"
+    """auto: TensorBoard where it is installed."""
+    project: str = "gqa-uptrain"
+    """Project name for wandb and trackio."""
+    profile: bool = False
+    """Trace a few early steps with torch's profiler into `<output>/profile`."""
+
+
+class ExpectSection(Section):
+    """What the launcher was asked for. A run that finds itself with anything else stops instead of going on slower."""
+
+    engine: Literal["single", "ddp", "fsdp2"] | None = None
+    """How processes work together."""
+    processes: Annotated[int, Field(ge=1)] | None = None
+    """How many there are."""
+
+
+class UptrainConfig(Section):
+    """An uptraining run."""
+
+    model: str
+    """Folder of the converted model."""
+    output: str
+    """Folder of the run: checkpoints, metrics, and in the end `final`, a plain transformers folder."""
+    budget: BudgetSection = BudgetSection()
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection
+    train: TrainSection
+    guards: GuardSection = GuardSection()
+    checkpoints: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    log: LogSection = LogSection()
+    expect: ExpectSection = ExpectSection()
+    trust_remote_code: bool = False
+    """Run Python code that the model folder brings along (a converted T5 does)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> UptrainConfig:
+        problems = list(_conflicts(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def separate_documents(self) -> bool:
+        """`data.separate_documents`, auto resolved."""
+        return self._auto(self.data.separate_documents)
+
+    @property
+    def special_tokens(self) -> bool:
+        """`data.special_tokens`, auto resolved."""
+        return self._auto(self.data.special_tokens)
+
+    @property
+    def append_eos(self) -> bool:
+        """`data.append_eos`, auto resolved."""
+        return self._auto(self.data.append_eos)
+
+    def _auto(self, value: bool | str) -> bool:
+        return self.objective.kind == "causal_lm" if value == "auto" else bool(value)
+
+
+def _conflicts(config: UptrainConfig) -> list[str]:
+    found = []
+    if config.objective.kind == "span_corruption" and config.data.separate_documents is True:
+        found.append(
+            "data.separate_documents: span corruption packs documents together as T5 does (its relative positions "
+            "cannot restart). Set it to false or auto."
+        )
+    if config.train.batch_sequences % config.train.micro_batch:
+        found.append(
+            f"train.batch_sequences={config.train.batch_sequences} is no multiple of "
+            f"train.micro_batch={config.train.micro_batch}."
+        )
+    if config.schedule.warmup_fraction + config.schedule.decay_fraction > 1 and config.schedule.kind == "wsd":
+        found.append("schedule: warmup_fraction and decay_fraction together exceed the run.")
+    if config.data.held_out_fraction == 0 and config.data.held_out_source is None:
+        found.append("data: nothing is held out. Give held_out_fraction or held_out_source; a run is always evaluated.")
+    return found

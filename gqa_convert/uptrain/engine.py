@@ -1,0 +1,140 @@
+"""How processes work together: accelerate chooses, and the run makes sure that it got what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gqa_convert.errors import UsageError
+from gqa_convert.uptrain.config import ExpectSection, UptrainConfig
+from gqa_convert.uptrain.metrics import chosen_trackers
+
+_TIMEOUT = timedelta(hours=2)
+"""One process may save, evaluate or tokenise for long while the others wait."""
+
+
+class Engine:
+    """The processes of a run, and what they do together.
+
+    Attributes:
+        name: `single`, `ddp` or `fsdp2`.
+        processes: how many.
+        rank: which one this is.
+        device: where it computes.
+    """
+
+    def __init__(self, config: UptrainConfig) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+
+        precision = {"bf16": "bf16", "float32": "no", "pure_bf16": "no"}[config.train.precision]
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=config.train.device == "cpu",
+            log_with=list(chosen_trackers(config.log)) or None,
+            project_dir=str(Path(config.output) / "trackers"),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+        )
+        self.name = _engine_name(self.accelerator)
+        self.processes: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.device: torch.device = self.accelerator.device
+        check_expected(config.expect, engine=self.name, processes=self.processes)
+        if self.name == "fsdp2" and config.train.parameters == "lora":
+            raise UsageError("train.parameters=lora: adapters are small; use DDP, not FSDP2, for them.")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Hand model and optimiser to the engine."""
+        prepared = self.accelerator.prepare(model, optimizer)
+        return prepared[0], prepared[1]
+
+    def autocast(self) -> Any:
+        """Arithmetic in the run's precision."""
+        return self.accelerator.autocast()
+
+    def accumulating(self, model: nn.Module, *, last: bool) -> Any:
+        """Around a forward and backward pass; gradients are exchanged in the last one of a step only."""
+        return nullcontext() if last or self.processes == 1 else self.accelerator.no_sync(model)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.processes > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def sum_of(self, value: float) -> float:
+        """Sum a number over processes."""
+        if self.processes == 1:
+            return value
+        return float(self.sum(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
+    def start_trackers(self, project: str, settings: dict[str, Any], tell: Callable[[str], None]) -> bool:
+        """Start TensorBoard, wandb or trackio; False if there are none or they fail, which is told and survived."""
+        if not self.accelerator.log_with or not self.is_main:
+            return False
+        try:
+            self.accelerator.init_trackers(project, config=settings)
+        except Exception as error:
+            tell(f"trackers switched off: {type(error).__name__}: {error}")
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let go of the process group and of accelerate's global state, so that another run can start here."""
+        from accelerate.state import AcceleratorState
+
+        if self.processes > 1:
+            self.accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    def wait(self) -> None:
+        """Wait for every process."""
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run a block on the main process of every machine first, then on the others."""
+        with self.accelerator.local_main_process_first():
+            yield
+
+
+def _engine_name(accelerator: Any) -> str:
+    kind = accelerator.distributed_type.name
+    if kind == "NO":
+        return "single"
+    if kind == "FSDP":
+        if not getattr(accelerator, "is_fsdp2", False):
+            raise UsageError("FSDP version 1 is not supported. Set fsdp_version: 2 in the accelerate config.")
+        return "fsdp2"
+    if kind.startswith("MULTI_"):
+        return "ddp"
+    raise UsageError(f"accelerate chose {kind}, which is not supported. Use one device, DDP or FSDP2.")
+
+
+def check_expected(expect: ExpectSection, *, engine: str, processes: int) -> None:
+    """Refuse to run as anything else than was asked for.
+
+    Raises:
+        UsageError: naming both. accelerate falls back silently where a launcher, backend or plugin is missing.
+    """
+    found = []
+    if expect.engine is not None and expect.engine != engine:
+        found.append(f"engine {expect.engine} was asked for, {engine} is running")
+    if expect.processes is not None and expect.processes != processes:
+        found.append(f"{expect.processes} processes were asked for, {processes} are running")
+    if found:
+        raise UsageError(
+            f"expect: {'; '.join(found)}. accelerate falls back without a word where a backend is missing (on CPU, "
+            "start processes with torchrun and have no FSDP). Fix the launch command, or drop `expect`."
+        )

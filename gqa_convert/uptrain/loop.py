@@ -1,0 +1,249 @@
+"""The run from start to finish: resume, evaluate, step, save, stop when asked, write the result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.errors import OutputError, Preempted, UsageError
+from gqa_convert.uptrain.build import build, load_reference
+from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, disk_problem, open_checkpoint
+from gqa_convert.uptrain.config import UptrainConfig
+from gqa_convert.uptrain.engine import Engine
+from gqa_convert.uptrain.evaluation import evaluate, evaluate_plain
+from gqa_convert.uptrain.finish import finish
+from gqa_convert.uptrain.folder import run_folder
+from gqa_convert.uptrain.guards import Guards
+from gqa_convert.uptrain.plan import UptrainPlan, resolve
+from gqa_convert.uptrain.progress import Display
+from gqa_convert.uptrain.recorder import Recorder
+from gqa_convert.uptrain.resume import check_same_run, checkpoint_state
+from gqa_convert.uptrain.state import load_training_state, save_training_state
+from gqa_convert.uptrain.step import StepResult, train_step
+from gqa_convert.uptrain.stopping import StopRequest, stop_on_signals
+
+
+@dataclass(frozen=True, kw_only=True)
+class UptrainResult:
+    """A finished run.
+
+    Attributes:
+        folder: the result, a plain transformers folder.
+        steps: taken or skipped, over all legs of the run.
+        tokens: trained on.
+        loss_before: held-out cross-entropy of the converted model, nats a token.
+        loss_after: of the result.
+        reference_loss: of the original; None if none was given.
+        seconds: spent in steps, over all legs.
+    """
+
+    folder: Path
+    steps: int
+    tokens: int
+    loss_before: float
+    loss_after: float
+    reference_loss: float | None
+    seconds: float
+
+
+def uptrain(config: UptrainConfig, *, quiet: bool = False) -> UptrainResult:
+    """Run, or go on with, an uptraining.
+
+    Raises:
+        Preempted: when asked to stop by SIGTERM or SIGUSR1, after saving.
+        TrainingAborted: if the numbers go wrong.
+        GQAConvertError: for anything wrong with configuration, data, model or disk.
+    """
+    made = resolve(config)
+    engine = Engine(config)
+    display = Display(quiet=quiet or not engine.is_main)
+    try:
+        with run_folder(Path(config.output), engine), stop_on_signals() as stop, display:
+            return _Run(made, engine, display, stop).go()
+    finally:
+        engine.close()
+
+
+class _Run:
+    def __init__(self, made: UptrainPlan, engine: Engine, display: Display, stop: StopRequest) -> None:
+        self.made, self.engine, self.display, self.stop = made, engine, display, stop
+        self.config = made.config
+        self.output = Path(self.config.output)
+        self.store = CheckpointStore(self.output / "checkpoints", self.config.checkpoints.keep)
+        self.guards = Guards(self.config.guards)
+        self.step = 0
+        self.seconds = 0.0
+        self.losses: dict[str, float] = {}
+        self._failed_saves = 0
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+
+    def go(self) -> UptrainResult:
+        self.display.tell(
+            f"engine {self.engine.name}, {self.engine.processes} processes, {self.engine.device}; "
+            f"{self.made.horizon.steps:,} steps"
+        )
+        found = self._checkpoint()
+        state = found.state() if found else None
+        if state:
+            check_same_run(state, self.made)
+        self.parts = build(self.made, self.engine, tell=self.display.tell, data_state=state["data"] if state else None)
+        try:
+            self.recorder = Recorder(self.parts, self.output, self.display)
+            if found and state:
+                self._resume(found, state)
+            else:
+                self._start()
+            self._train()
+            return self._finish()
+        finally:
+            self.parts.batches.close()
+            if hasattr(self, "recorder"):
+                self.recorder.close()
+
+    def _checkpoint(self) -> SavedCheckpoint | None:
+        wanted = self.config.checkpoints.resume
+        if wanted == "never":
+            if self.store.steps():
+                raise UsageError(
+                    f"{self.store.folder}: holds checkpoints of an earlier run. Use another output, or "
+                    "checkpoints.resume=auto to go on from them."
+                )
+            return None
+        if wanted != "auto":
+            return open_checkpoint(Path(wanted))
+        return self.store.newest(self.display.tell)
+
+    def _resume(self, found: SavedCheckpoint, state: dict[str, Any]) -> None:
+        load_training_state(found.folder, self.parts.model, self.parts.optimizer)
+        self.guards.restore(state["guards"])
+        self.step, self.seconds, self.losses = int(state["step"]), float(state["seconds"]), dict(state["losses"])
+        self._saved_step = self.step
+        self.recorder.rewind(self.step)
+        self.recorder.event(self.step, "resumed", processes=self.engine.processes, engine=self.engine.name)
+        self.display.tell(f"going on after step {self.step:,} from {found.folder.name}")
+
+    def _start(self) -> None:
+        self.recorder.rewind(-1)
+        reference = load_reference(self.made, self.engine)
+        if reference is None and self.parts.teacher is not None:
+            reference = self.parts.teacher.model
+        if reference is not None:
+            self.losses["reference"] = evaluate_plain(
+                reference, self.parts.data, self.engine, micro=self.config.train.micro_batch
+            )
+            self.display.tell(f"held-out loss of the original: {self.losses['reference']:.4f}")
+        del reference
+        self.losses["before"] = self._evaluate()
+        # A run that cannot save should fail now and not in a week.
+        self._save(required=True)
+
+    def _evaluate(self) -> float:
+        found = evaluate(
+            self.parts.scoring_model(),
+            self.parts.data,
+            self.engine,
+            micro=self.config.train.micro_batch,
+            teacher=self.parts.teacher,
+        )
+        self.recorder.evaluation(self.step, found, self.losses.get("reference"))
+        return found["loss"]
+
+    def _train(self) -> None:
+        total, every = self.made.horizon.steps, self.config.evaluation.every_tokens
+        batch = self.made.horizon.batch_tokens
+        self.display.start(total, self.step)
+        with self.recorder.profiler() as tick:
+            while self.step < total:
+                started = time.perf_counter()
+                result = train_step(self.parts, self.guards, self.step, stop=bool(self.stop), save=self._save_due())
+                spent = time.perf_counter() - started
+                self.step += 1
+                self.seconds += spent
+                self.recorder.step(self.step, result, spent)
+                tick()
+                if every and self.step < total and self.step * batch // every > (self.step - 1) * batch // every:
+                    self._evaluate()
+                self._save_or_stop(result)
+
+    def _save_due(self) -> bool:
+        settings, done = self.config.checkpoints, self.step + 1
+        if settings.every_steps and done % settings.every_steps == 0:
+            return True
+        waited = time.monotonic() - self._saved_at
+        return bool(settings.every_minutes and waited >= 60 * settings.every_minutes)
+
+    def _save_or_stop(self, result: StepResult) -> None:
+        finished = self.step == self.made.horizon.steps
+        if result.stop and not finished:
+            self._save(required=True)
+            name = self.stop.signal.name if self.stop.signal else "a signal to another process"
+            raise Preempted(f"stopped by {name} after step {self.step:,}, saved. Run the same command again to go on.")
+        if result.save or finished:
+            self._save(required=False)
+
+    def _save(self, *, required: bool) -> None:
+        """Save; a failure is survived a few times unless it is `required` that this one succeeds."""
+        if self._saved_step == self.step:
+            return
+        self._saved_at = time.monotonic()
+        problem = self._try_save()
+        if problem is None:
+            self._failed_saves, self._saved_step = 0, self.step
+            return
+        if self.engine.is_main:
+            self.store.abandon(self.step)
+        self._failed_saves += 1
+        self.recorder.event(self.step, "save failed", reason=str(problem))
+        self.display.tell(f"step {self.step:,}: the checkpoint could not be saved ({problem}); going on without")
+        if required or self._failed_saves > self.config.checkpoints.failures_allowed:
+            cause = problem if isinstance(problem, OSError) else OSError(str(problem))
+            raise disk_problem(cause, self.store.folder)
+
+    def _try_save(self) -> Exception | None:
+        """Save on all processes; returns what went wrong (on any of them) instead of raising it."""
+        stage = self.store.stage(self.step)
+        main = self.engine.is_main
+        self.parts.batches.settle()
+        phases = (
+            lambda: self.store.begin(self.step) if main else None,
+            lambda: save_training_state(stage, self.parts.model, self.parts.optimizer, is_main=main),
+            lambda: self.store.commit(self.step, self._state()) if main else None,
+        )
+        for phase in phases:
+            problem: Exception | None = None
+            try:
+                phase()
+            except Exception as error:  # a full disk shows as OSError, RuntimeError (torch) or SafetensorError
+                problem = error
+            if self.engine.sum_of(float(problem is not None)):
+                return problem or OutputError("another process could not write")
+        return None
+
+    def _state(self) -> dict[str, Any]:
+        block = self.step * self.config.train.batch_sequences
+        return checkpoint_state(
+            self.made,
+            step=self.step,
+            data=self.parts.data.state(block),
+            guards=self.guards.state(),
+            losses=self.losses,
+            seconds=self.seconds,
+            engine=self.engine,
+        )
+
+    def _finish(self) -> UptrainResult:
+        after = self._evaluate()
+        self.display.stop()
+        folder = finish(self.parts, self.output, losses={**self.losses, "after": after}, seconds=self.seconds)
+        return UptrainResult(
+            folder=folder,
+            steps=self.step,
+            tokens=self.step * self.made.horizon.batch_tokens,
+            loss_before=self.losses["before"],
+            loss_after=after,
+            reference_loss=self.losses.get("reference"),
+            seconds=self.seconds,
+        )

@@ -1,0 +1,270 @@
+"""The model that is trained: loaded, proven to keep documents apart, and wrapped so that its forward pass is the loss.
+
+The loss is inside the wrapped forward because that is where every engine (DDP, FSDP2) has the weights whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gqa_convert.anatomy import transformers_api
+from gqa_convert.errors import CheckpointError, UsageError
+from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, chunked_loss, hidden_cosine
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""Of a logit, as a share of the largest: below what a leak causes, above what another kernel does."""
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> Any:
+    """Load a model as its own class.
+
+    Raises:
+        CheckpointError: if weights are missing or do not fit.
+        UsageError: if the model refuses the attention implementation.
+    """
+    config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
+    cls: Any = transformers_api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
+    try:
+        with transformers_api.quiet():
+            model, info = cls.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, local_files_only=True
+            )
+    except (ValueError, ImportError) as error:
+        if attention in str(error) or "attn" in str(error):
+            raise UsageError(f"train.attention={attention!r}: {' '.join(str(error).split())[:300]}") from error
+        raise
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise CheckpointError(f"{folder}: loading reports {kind.replace('_', ' ')}: {sorted(info[kind])[:3]}")
+    return model
+
+
+class ScoredModel(nn.Module):
+    """A model whose forward pass returns its loss, summed over the scored positions.
+
+    Attributes:
+        model: the transformers model; its parameters keep their names under `model.`.
+        spec: the loss.
+        skips_head: whether logits are computed chunk by chunk here instead of by the model's own output layer.
+    """
+
+    def __init__(self, model: Any, spec: LossSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.skips_head = can_skip_head(model)
+        # Engines that shard a model ask it which of its layers belong together.
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
+        self.config = model.config
+        self._flat = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+
+    def forward(
+        self, inputs: dict[str, Tensor], labels: Tensor, teacher: TeacherOutput | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Score a micro-batch.
+
+        Args:
+            inputs: keyword arguments of the model.
+            labels: (B, T), aligned with the outputs (not to be shifted).
+            teacher: what the teacher says about the same inputs.
+
+        Returns:
+            The weighted loss, and the sums of `STATISTICS` (3,) without gradient.
+        """
+        wants_layers = bool(self.spec.hidden_weight and teacher is not None)
+        hidden, head, layers = run_model(
+            self.model, inputs, skip_head=self.skips_head, flat=self._flat, layers=wants_layers
+        )
+        loss, sums = chunked_loss(hidden.flatten(0, 1), head, labels.flatten(), teacher, self.spec)
+        cosine = loss.new_zeros(())
+        if wants_layers and teacher is not None:
+            cosine = hidden_cosine(layers, teacher.layers, labels.flatten())
+            loss = loss + self.spec.hidden_weight * cosine
+        return loss, torch.cat([sums, cosine.detach()[None]])
+
+
+def run_model(
+    model: Any, inputs: dict[str, Tensor], *, skip_head: bool, flat: bool = False, layers: bool = False
+) -> tuple[Tensor, Head, tuple[Tensor, ...]]:
+    """Run a model without cache or mask (with either, packed documents would see each other).
+
+    Args:
+        model: of transformers.
+        inputs: its keyword arguments.
+        skip_head: leave out the output layer and return what would have gone into it.
+        flat: join the rows into one; flash attention keeps documents apart in single rows only.
+        layers: also return every layer's hidden states.
+
+    Returns:
+        Hidden states or logits (B, T, D or V), the head that still has to be applied, and hidden states by layer.
+    """
+    rows = inputs["input_ids"].shape[0]
+    if flat and "position_ids" in inputs and rows > 1:
+        inputs = {key: value.reshape(1, -1) for key, value in inputs.items()}
+    extra = {"output_hidden_states": True} if layers else {}
+    if skip_head:
+        output = model.get_output_embeddings()
+        with _skipped(output):
+            found = model(**inputs, use_cache=False, **extra)
+        head = Head(output.weight, getattr(output, "bias", None))
+    else:
+        found = model(**inputs, use_cache=False, **extra)
+        head = Head(None)
+    states = (getattr(found, "hidden_states", None) or found.decoder_hidden_states) if layers else ()
+    out = found.logits
+    return out.reshape(rows, -1, out.shape[-1]), head, tuple(states)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@contextmanager
+def _skipped(layer: nn.Module) -> Iterator[None]:
+    layer.forward = _same
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+@torch.no_grad()
+def can_skip_head(model: Any) -> bool:
+    """Whether logits are the output layer's matrix product and nothing more; tried on a few tokens.
+
+    A scale before or after it commutes with the product; a soft cap (Gemma 2) does not.
+    """
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if layer is None or not isinstance(layer, nn.Linear) or type(layer) is not nn.Linear:
+        return False
+    inputs = _probe_inputs(model, 1, 8, restart=None)
+    with evaluating(model):
+        expected = model(**inputs, use_cache=False).logits.float()
+        hidden, head, _ = run_model(model, inputs, skip_head=True)
+        try:
+            seen = head.logits(hidden.to(layer.weight.dtype))
+        except RuntimeError:
+            return False
+    return bool((seen - expected).abs().max() <= _tolerance(model) * expected.abs().max().clamp_min(1e-6))
+
+
+@torch.no_grad()
+def check_isolation(model: Any) -> float:
+    """Prove that two documents in a row do not see each other: the second must score as it does alone.
+
+    Returns:
+        The largest difference of a logit, as a share of the largest.
+
+    Raises:
+        UsageError: if they do.
+    """
+    flat = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+    first, length = 7, 18
+    inputs = _probe_inputs(model, 2, length, restart=first)
+    alone = {"input_ids": inputs["input_ids"][:, first:], "position_ids": inputs["position_ids"][:, first:]}
+    with evaluating(model):
+        try:
+            packed = run_model(model, inputs, skip_head=False, flat=flat)[0][:, first:].float()
+        except TypeError as error:
+            raise UsageError(
+                f"{type(model).__name__}: takes no position_ids, so packed documents cannot be kept apart. "
+                "Set data.separate_documents to false."
+            ) from error
+        expected = run_model(model, alone, skip_head=False, flat=flat)[0].float()
+    share = float((packed - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    if not share <= _tolerance(model):
+        raise UsageError(
+            f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed documents see each "
+            f"other (logits of the second change by {share:.2g} of their size). Choose another train.attention (sdpa, "
+            "eager), or set data.separate_documents to false."
+        )
+    return share
+
+
+def _tolerance(model: Any) -> float:
+    return _TOLERANCE.get(next(model.parameters()).dtype, 5e-2)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _probe_inputs(model: Any, rows: int, length: int, *, restart: int | None) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    text = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, int(text.vocab_size) - 1), (rows, length), generator=generator).to(device)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    if restart is None:
+        return {"input_ids": ids}
+    positions = torch.cat([torch.arange(restart), torch.arange(length - restart)]).to(device)
+    return {"input_ids": ids, "position_ids": positions.expand(rows, -1)}
+
+
+class Teacher:
+    """The original model, frozen. It is kept out of the module tree, so no engine shards, syncs or saves it."""
+
+    def __init__(self, model: Any, *, layers: bool) -> None:
+        self._model = model.requires_grad_(False).eval()
+        self._skip = can_skip_head(model)
+        self._layers = layers
+        self._flat = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Tensor]) -> TeacherOutput:
+        """Run the teacher on a micro-batch."""
+        hidden, head, layers = run_model(
+            self._model, inputs, skip_head=self._skip, flat=self._flat, layers=self._layers
+        )
+        return TeacherOutput(hidden.flatten(0, 1), head, layers)
+
+    @property
+    def model(self) -> Any:
+        """The frozen model."""
+        return self._model
+
+    @property
+    def vocabulary(self) -> int:
+        """Size of its output distribution."""
+        return int(self._model.config.get_text_config(decoder=True).vocab_size)
+
+
+def attention_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers inside attention modules, by name: the projections, fused or not.
+
+    Raises:
+        UsageError: if the model has none.
+    """
+    inside = tuple(f"{name}." for name, module in model.named_modules() if "attention" in type(module).__name__.lower())
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(name.startswith(prefix) for prefix in inside)
+    }
+    if not found:
+        raise UsageError(f"train.parameters: {type(model).__name__} has no linear layers in attention modules.")
+    return found
+
+
+def set_dropout(model: nn.Module, share: float) -> None:
+    """Set every dropout of a model, modules and plain numbers (`attention_dropout`) alike."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+        for name in ("attention_dropout", "dropout", "dropout_rate", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, share)

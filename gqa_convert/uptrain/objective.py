@@ -1,0 +1,205 @@
+"""Losses over a large vocabulary, a chunk of positions at a time.
+
+Cross-entropy and distillation are computed from the hidden states and the output matrix, with their gradients, in one
+pass: logits of at most `chunk` positions exist at a time, the teacher's too, and nothing is computed again in the
+backward pass. Everything is a sum over the scored positions; who divides by their number divides once, globally.
+
+Shapes: N positions, D hidden size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gqa_convert.data.batches import IGNORE
+
+STATISTICS = ("ce", "kl", "cosine")
+"""What the second result of `ScoredModel` holds, in this order: sums over scored positions, in nats (cosine: 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """What is minimised: `ce_weight * CE + kl_weight * KL(teacher || model)` and hidden cosine, each a sum."""
+
+    ce_weight: float = 1.0
+    kl_weight: float = 0.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    hidden_weight: float = 0.0
+    chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output matrix: `weight` (V, D) and perhaps `bias` (V). Without a weight, hidden states already are logits."""
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Float32 logits (N, V)."""
+        if self.weight is None:
+            return hidden_ND.float()
+        return functional.linear(hidden_ND, self.weight, self.bias).float()
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the teacher says about a micro-batch: last hidden states (N, D) with its head, and all layers' if wanted."""
+
+    hidden_ND: Tensor
+    head: Head
+    layers: Sequence[Tensor] = ()
+
+
+def score_logits(
+    logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, spec: LossSpec, *, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cross-entropy and KL of a chunk, and the gradient of their weighted sum by the logits.
+
+    KL is multiplied by the temperature squared, which keeps its gradient's size (Hinton et al. 2015, section 2). With
+    `top_k`, the teacher's k likeliest tokens are renormalised and the model is held to its full distribution on them.
+
+    Returns:
+        CE sum, KL sum, gradient (N, V) or None.
+    """
+    valid_N = labels_N != IGNORE
+    safe_N1 = labels_N.clamp_min(0)[:, None]
+    lse_N = logits_NV.logsumexp(-1)
+    ce = ((lse_N - logits_NV.gather(-1, safe_N1)[:, 0]) * valid_N).sum()
+    gradient = None
+    if with_gradient and spec.ce_weight:
+        gradient = (logits_NV - lse_N[:, None]).exp_()
+        gradient.scatter_add_(-1, safe_N1, gradient.new_full(safe_N1.shape, -1.0))
+        gradient *= (spec.ce_weight * valid_N)[:, None]
+    kl = ce.new_zeros(())
+    if teacher_NV is not None and spec.kl_weight:
+        kl, by_kl = _distil(logits_NV, valid_N, teacher_NV, spec, with_gradient=with_gradient)
+        if by_kl is not None:
+            gradient = by_kl if gradient is None else gradient.add_(by_kl)
+    return ce, kl, gradient
+
+
+def _distil(
+    logits_NV: Tensor, valid_N: Tensor, teacher_NV: Tensor, spec: LossSpec, *, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    heat = spec.temperature
+    log_s_NV = (logits_NV / heat).log_softmax(-1)
+    if spec.top_k is None:
+        log_t = (teacher_NV / heat).log_softmax(-1)
+        index, picked = None, log_s_NV
+    else:
+        top, index = (teacher_NV / heat).topk(min(spec.top_k, teacher_NV.shape[-1]), dim=-1)
+        log_t, picked = top.log_softmax(-1), log_s_NV.gather(-1, index)
+    t = log_t.exp()
+    kl = ((t * (log_t - picked)).sum(-1) * valid_N).sum() * heat**2
+    if not with_gradient:
+        return kl, None
+    gradient = log_s_NV.exp_()
+    if index is None:
+        gradient -= t
+    else:
+        gradient.scatter_add_(-1, index, -t)
+    gradient *= (spec.kl_weight * heat * valid_N)[:, None]
+    return kl, gradient
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of the losses; gradients by hidden states and head are computed on the way and scaled in `backward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        labels_N: Tensor,
+        teacher: TeacherOutput | None,
+        spec: LossSpec,
+        gradients: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor]:
+        by_hidden, by_weight, by_bias = gradients
+        need = any(gradients)
+        dtype = hidden_ND.dtype
+        if weight is not None and torch.is_autocast_enabled(hidden_ND.device.type):
+            dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+        cast = None if weight is None else weight.to(dtype)
+        head = Head(cast, None if bias is None else bias.to(dtype))
+        sums = hidden_ND.new_zeros(2, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden_ND) if by_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight is not None and by_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and by_bias else None
+        for start in range(0, len(hidden_ND), spec.chunk):
+            part = slice(start, start + spec.chunk)
+            piece = hidden_ND[part] if cast is None else hidden_ND[part].to(dtype)
+            taught = teacher.head.logits(teacher.hidden_ND[part]) if teacher is not None and spec.kl_weight else None
+            ce, kl, by_logits = score_logits(head.logits(piece), labels_N[part], taught, spec, with_gradient=need)
+            sums += torch.stack([ce, kl])
+            if by_logits is None:
+                continue
+            if cast is None:
+                if grad_hidden is not None:
+                    grad_hidden[part] = by_logits
+                continue
+            narrow = by_logits.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = narrow @ cast
+            if grad_weight is not None:
+                grad_weight += narrow.T @ piece
+            if grad_bias is not None:
+                grad_bias += by_logits.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(sums)
+        return spec.ce_weight * sums[0] + spec.kl_weight * sums[1], sums
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        scale = outputs[0]
+        by_hidden, by_weight, by_bias = ctx.saved_tensors
+        return (
+            None if by_hidden is None else by_hidden * scale.to(by_hidden.dtype),
+            None if by_weight is None else (by_weight * scale).to(ctx.dtypes[0]),
+            None if by_bias is None else (by_bias * scale).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def chunked_loss(
+    hidden_ND: Tensor, head: Head, labels_N: Tensor, teacher: TeacherOutput | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss summed over the labelled positions (differentiable), and the sums of CE and KL (2,).
+
+    Args:
+        hidden_ND: last hidden states, or logits where `head` has no weight.
+        head: the model's output matrix.
+        labels_N: token ids, `IGNORE` where nothing is scored.
+        teacher: needed where `spec.kl_weight` is not 0.
+        spec: weights, temperature, chunk length.
+    """
+    grads = tuple(
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_ND, head.weight, head.bias)
+    )
+    loss, sums = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head.weight, head.bias, labels_N, teacher, spec, grads
+    )
+    return loss, sums
+
+
+def hidden_cosine(student: Sequence[Tensor], teacher: Sequence[Tensor], labels_N: Tensor) -> Tensor:
+    """`1 - cosine` of hidden states, averaged over layers, summed over labelled positions."""
+    valid_N = labels_N != IGNORE
+    total = sum(
+        ((1 - functional.cosine_similarity(s.float().flatten(0, -2), t.float().flatten(0, -2), dim=-1)) * valid_N).sum()
+        for s, t in zip(student, teacher, strict=True)
+    )
+    return torch.as_tensor(total) / len(student)

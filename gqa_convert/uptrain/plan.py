@@ -1,0 +1,181 @@
+"""What a configuration amounts to, before a weight is read: length, price, batches, learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.budget import Budget, Horizon, budget, format_count, horizon
+from gqa_convert.budget_command import budget_rows
+from gqa_convert.budget_shape import ModelShape, known_model, shape_of_folder
+from gqa_convert.checkpoint.hub import resolve_model
+from gqa_convert.data.documents import open_corpus
+from gqa_convert.errors import UsageError
+from gqa_convert.uptrain.config import UptrainConfig
+from gqa_convert.uptrain.metrics import chosen_trackers
+from gqa_convert.uptrain.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class UptrainPlan:
+    """A resolved run.
+
+    Attributes:
+        config: as given, defaults filled in.
+        source: the converted model's folder.
+        shape: its sizes.
+        horizon: steps and tokens.
+        budget: what they cost.
+        schedule: the learning rate by tokens.
+        teacher: the original's folder, when distilling.
+    """
+
+    config: UptrainConfig
+    source: Path
+    shape: ModelShape
+    horizon: Horizon
+    budget: Budget
+    schedule: Schedule
+    teacher: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "parameters": self.shape.parameters,
+            "budget": self.budget.to_json(),
+            "learning_rates": {str(tokens): rate for tokens, rate in self.rates()},
+        }
+
+    def rates(self) -> list[tuple[int, float]]:
+        """Learning rates at the first step, after warm-up, half way, and at the end."""
+        batch, total = self.horizon.batch_tokens, self.horizon.tokens
+        marks = {batch, max(batch, round(self.schedule.warmup_tokens)), total // 2, total}
+        return [(mark, self.schedule(mark)) for mark in sorted(marks) if mark]
+
+
+def resolve(config: UptrainConfig) -> UptrainPlan:
+    """Resolve a configuration; reads headers and lists files, no weights and no text.
+
+    Raises:
+        UsageError: if the length is not decided, sources are missing, or trackers are not installed.
+        CheckpointError: if the model folder is no checkpoint.
+    """
+    source = resolve_model(config.model)
+    output, inside = Path(config.output).resolve(), source.resolve()
+    if output == inside or output.is_relative_to(inside) or inside.is_relative_to(output):
+        raise UsageError(f"output={config.output}: must lie apart from the model folder {config.model}.")
+    shape = shape_of_folder(source)
+    if config.data.source.kind not in ("hub", "python"):
+        open_corpus_of(config)
+    chosen_trackers(config.log)
+    length = resolve_horizon(config)
+    distillation = config.objective.distillation
+    teacher = resolve_model(distillation.teacher) if distillation else None
+    price = budget(
+        shape,
+        length,
+        context=config.data.context,
+        teacher=shape_of_folder(teacher) if teacher else None,
+        state_bytes_per_parameter=8 if config.optimizer.kind == "adamw" else 0,
+    )
+    return UptrainPlan(
+        config=config,
+        source=source,
+        shape=shape,
+        horizon=length,
+        budget=price,
+        schedule=Schedule(config.schedule, length.tokens, length.batch_tokens),
+        teacher=teacher,
+    )
+
+
+def open_corpus_of(config: UptrainConfig) -> None:
+    """Make sure that the sources are there."""
+    from gqa_convert.uptrain.corpus import source_spec
+
+    open_corpus(source_spec(config.data.source))
+    if config.data.held_out_source is not None and config.data.held_out_source.kind != "hub":
+        open_corpus(source_spec(config.data.held_out_source))
+
+
+def resolve_horizon(config: UptrainConfig) -> Horizon:
+    """The run's length. A known model's tokens are used unless the configuration gives a number."""
+    settings = config.budget
+    known = known_model(settings.pretraining) if settings.pretraining else None
+    before = settings.pretraining_tokens
+    if before is None and settings.pretraining_steps is None and known:
+        before = known.tokens
+    return horizon(
+        batch_tokens=config.train.batch_sequences * config.data.context,
+        steps=settings.steps,
+        tokens=settings.tokens,
+        alpha=settings.alpha,
+        pretraining_tokens=before,
+        pretraining_steps=settings.pretraining_steps,
+        pretraining_batch_tokens=known.batch_tokens if known else None,
+    )
+
+
+def plan_rows(made: UptrainPlan) -> list[tuple[str, str]]:
+    """The plan as label and value, for a table."""
+    config = made.config
+    source = config.data.source
+    rows = [
+        ("model", f"{config.model} ({made.shape.parameters:,} parameters)"),
+        ("output", config.output),
+        *budget_rows(made.budget),
+        (
+            "batch",
+            f"{config.train.batch_sequences:,} sequences of {config.data.context:,} tokens, any number of devices",
+        ),
+        ("data", f"{source.kind} {', '.join(source.paths)}" + (", streaming" if config.data.streaming else "")),
+        (
+            "documents",
+            "kept apart (positions restart, no attention across)" if config.separate_documents else "packed together",
+        ),
+        ("held out", _held_out(config)),
+        ("objective", _objective(config)),
+        ("optimizer", f"{config.optimizer.kind}, clip {config.optimizer.clip}, precision {config.train.precision}"),
+        (
+            "learning rate",
+            f"{config.schedule.kind}: "
+            + ", ".join(f"{rate:.3g} at {format_count(tokens)}" for tokens, rate in made.rates()),
+        ),
+        ("trains", config.train.parameters),
+        ("checkpoints", _checkpoints(config)),
+        ("trackers", ", ".join(["metrics.jsonl", *chosen_trackers(config.log)])),
+    ]
+    if config.expect.engine or config.expect.processes:
+        rows.append(
+            ("expects", f"{config.expect.engine or 'any engine'}, {config.expect.processes or 'any'} processes")
+        )
+    return rows
+
+
+def _held_out(config: UptrainConfig) -> str:
+    amount = "all" if config.evaluation.tokens is None else f"{format_count(config.evaluation.tokens)} tokens at most"
+    apart = config.data.held_out_source
+    where = ", ".join(apart.paths) if apart else f"{config.data.held_out_fraction:.3g} of documents, by hash"
+    every = config.evaluation.every_tokens
+    when = f"start, every {format_count(every)} tokens, end" if every else "start and end"
+    return f"{where}; {amount}; scored at {when}"
+
+
+def _objective(config: UptrainConfig) -> str:
+    words: list[str] = [config.objective.kind]
+    found = config.objective.distillation
+    if found:
+        words.append(
+            f"distilled from {found.teacher} (KL x {found.weight:g} at temperature {found.temperature:g}, "
+            f"cross-entropy x {found.cross_entropy_weight:g})"
+        )
+    return ", ".join(words)
+
+
+def _checkpoints(config: UptrainConfig) -> str:
+    c = config.checkpoints
+    when = [f"every {c.every_steps} steps"] if c.every_steps else []
+    when += [f"every {c.every_minutes:g} minutes"] if c.every_minutes else []
+    return f"{' and '.join(when) or 'at start and end'}, {c.keep} kept, resume {c.resume}"

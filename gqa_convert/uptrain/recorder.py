@@ -1,0 +1,120 @@
+"""Everything a run says about itself while it goes: display, metrics.jsonl, trackers, profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gqa_convert.budget_shape import peak_flops
+from gqa_convert.uptrain.build import Parts
+from gqa_convert.uptrain.metrics import MetricsFile, flat_config
+from gqa_convert.uptrain.progress import Display
+from gqa_convert.uptrain.step import StepResult
+
+_PROFILED = (3, 5)
+"""First and last step (from 1) of the profile: after compilation and the first allocations."""
+
+
+class Recorder:
+    """Only the main process's recorder writes; the others' do nothing."""
+
+    def __init__(self, parts: Parts, output: Path, display: Display) -> None:
+        self._parts, self._output, self._display = parts, output, display
+        self._active = parts.engine.is_main
+        self._file = MetricsFile(output / "metrics.jsonl")
+        self._every = parts.plan.config.log.every_steps
+        self._pending_seconds, self._pending_steps = 0.0, 0
+        self._flops = parts.plan.shape.training_flops_per_token(parts.plan.config.data.context)
+        peak = peak_flops(torch.cuda.get_device_name()) if parts.engine.device.type == "cuda" else None
+        self._peak = peak * parts.engine.processes if peak else None
+        self._trackers_work = parts.engine.start_trackers(
+            parts.plan.config.log.project, flat_config(parts.plan.config.model_dump(mode="json")), display.tell
+        )
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after `step`."""
+        if self._active:
+            self._file.rewind(step)
+
+    def step(self, step: int, result: StepResult, seconds: float) -> None:
+        """Record a step; between log steps only time is added up."""
+        self._pending_seconds += seconds
+        self._pending_steps += 1
+        plan = self._parts.plan
+        if step % self._every and step != plan.horizon.steps and result.taken:
+            return
+        rate = self._pending_steps * plan.horizon.batch_tokens / max(self._pending_seconds, 1e-9)
+        self._pending_seconds, self._pending_steps = 0.0, 0
+        values: dict[str, float] = {
+            "tokens": step * plan.horizon.batch_tokens,
+            "loss": result.loss,
+            **({name: value for name, value in result.parts.items() if value} if self._parts.teacher else {}),
+            "lr": result.rate,
+            "grad_norm": result.norm,
+            "tokens_per_second": rate,
+        }
+        if self._peak:
+            values["mfu"] = rate * self._flops / self._peak
+        if not result.taken:
+            values["skipped"] = 1
+            self._display.tell(f"step {step:,}: skipped as a spike (loss {result.loss:.3g}, norm {result.norm:.3g})")
+        self._write("train", step, values)
+        left = (plan.horizon.steps - step) * plan.horizon.batch_tokens
+        self._display.step(step, {**values, "tokens_left": left})
+
+    def evaluation(self, step: int, found: dict[str, float], reference: float | None) -> None:
+        """Record a held-out loss."""
+        values = {f"held_out_{name}": value for name, value in found.items()}
+        if reference is not None:
+            values["reference_loss"] = reference
+        self._write("evaluation", step, values)
+        beside = "" if reference is None else f" (the original's: {reference:.4f})"
+        self._display.tell(f"step {step:,}: held-out loss {found['loss']:.4f}{beside}")
+
+    def event(self, step: int, what: str, **values: Any) -> None:
+        """Record that something happened."""
+        if self._active:
+            self._file.write("event", step, {"event": what, **values})
+
+    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        if not self._active:
+            return
+        self._file.write(kind, step, values)
+        if self._trackers_work:
+            prefix = "train" if kind == "train" else "held_out"
+            try:
+                named = {f"{prefix}/{name.removeprefix('held_out_')}": value for name, value in values.items()}
+                self._parts.engine.accelerator.log(named, step=step)
+            except Exception as error:  # a tracker's server that is away must not end a week's run
+                self._trackers_work = False
+                self._display.tell(f"trackers switched off: {type(error).__name__}: {error}")
+
+    @contextmanager
+    def profiler(self) -> Iterator[Callable[[], None]]:
+        """Trace a few early steps if asked to; the yielded function is called after every step."""
+        if not self._parts.plan.config.log.profile:
+            yield lambda: None
+            return
+        first, last = _PROFILED
+        folder = self._output / "profile"
+        rank = self._parts.engine.rank
+
+        def write(profile: Any) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(folder / f"trace-{rank}.json"))
+            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = profile.key_averages().table(sort_by=key, row_limit=30)
+            (folder / f"operators-{rank}.txt").write_text(table, encoding="utf-8")
+
+        schedule = torch.profiler.schedule(wait=first - 2, warmup=1, active=last - first + 1, repeat=1)
+        with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+            yield profile.step
+
+    def close(self) -> None:
+        """Flush the trackers."""
+        if self._trackers_work:
+            self._parts.engine.accelerator.end_training()

@@ -1,0 +1,69 @@
+"""What a checkpoint says beside weights, and whether a configuration may go on from it."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from gqa_convert.errors import UsageError
+from gqa_convert.uptrain.engine import Engine
+from gqa_convert.uptrain.plan import UptrainPlan
+
+
+def identity(made: UptrainPlan) -> dict[str, Any]:
+    """The settings that a run cannot change half way: they decide which tokens come next and what is trained."""
+    config = made.config
+    data = config.data.model_dump(mode="json", exclude={"cache", "held_out_source"})
+    return {
+        "parameters": made.shape.parameters,
+        "data": data,
+        "objective": config.objective.kind,
+        "optimizer": config.optimizer.kind,
+        "batch_sequences": config.train.batch_sequences,
+        "seed": config.train.seed,
+        "trains": config.train.parameters,
+    }
+
+
+def checkpoint_state(
+    made: UptrainPlan,
+    *,
+    step: int,
+    data: dict[str, Any],
+    guards: dict[str, Any],
+    losses: dict[str, float],
+    seconds: float,
+    engine: Engine,
+) -> dict[str, Any]:
+    """`state.json` of a checkpoint: where the run is, in numbers."""
+    return {
+        "step": step,
+        "tokens": step * made.horizon.batch_tokens,
+        "identity": identity(made),
+        "data": data,
+        "guards": guards,
+        "losses": losses,
+        "seconds": seconds,
+        "engine": engine.name,
+        "processes": engine.processes,
+        "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers", "accelerate")},
+    }
+
+
+def check_same_run(state: dict[str, Any], made: UptrainPlan) -> None:
+    """Make sure that a checkpoint belongs to this configuration.
+
+    Raises:
+        UsageError: naming every setting that differs.
+    """
+    now = identity(made)
+    changed = [
+        f"{key} was {state['identity'].get(key)!r} and is {value!r}"
+        for key, value in now.items()
+        if state["identity"].get(key) != value
+    ]
+    if changed:
+        raise UsageError(
+            f"step {state['step']}: the checkpoint belongs to a different run: {'; '.join(changed)}. "
+            "Put the settings back, or choose another output."
+        )

@@ -1,0 +1,87 @@
+"""A tiny converted-looking Llama with a tokenizer, some text, and a configuration for them: a step takes milliseconds."""
+
+import json
+import random
+
+import pytest
+import yaml
+
+WORDS = "the a cat dog bird fish sees hears likes finds big small red blue house tree river stone and or then".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "teacher", kv_heads=4, seed=1)
+
+
+def make_tiny(folder, *, kv_heads=2, seed=0, dropout=0.0):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
+        vocab_size=len(vocabulary), max_position_embeddings=64, rope_theta=50000.0, bos_token_id=1, eos_token_id=2,
+        attention_dropout=dropout,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "gqa_convert.json").write_text(json.dumps({"format": 1, "conversion": {"method": "mean"}}))
+    (folder / "NOTICE.txt").write_text("kept")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    with open(path, "w") as file:
+        for _ in range(600):
+            # Every word is followed by one of two: something to learn.
+            at = rng.randrange(len(WORDS))
+            words = []
+            for _ in range(rng.randrange(4, 40)):
+                words.append(WORDS[at])
+                at = (at * 2 + rng.randrange(2)) % len(WORDS)
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    return path
+
+
+@pytest.fixture
+def settings(tiny_folder, text_file, tmp_path):
+    return {
+        "model": str(tiny_folder),
+        "output": str(tmp_path / "run"),
+        "budget": {"steps": 20},
+        "data": {
+            "source": {"kind": "jsonl", "paths": [str(text_file)]},
+            "context": 32,
+            "held_out_fraction": 0.05,
+            "window": 16,
+        },
+        "schedule": {"kind": "cosine", "peak": 0.01, "warmup_fraction": 0.1},
+        "train": {"batch_sequences": 4, "micro_batch": 2, "precision": "float32", "device": "cpu"},
+        "log": {"trackers": []},
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    def write(settings, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write
