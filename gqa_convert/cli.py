@@ -15,6 +15,7 @@ from gqa_convert.budget_command import budget_command
 from gqa_convert.errors import GQAConvertError
 from gqa_convert.evaluate import commands as evaluate_commands
 from gqa_convert.recipe import make_recipe
+from gqa_convert.uptrain.command import uptrain_command
 
 app = typer.Typer(
     name="gqa",
@@ -230,6 +231,7 @@ evaluate_commands.register(app)
 
 
 app.command("budget")(budget_command)
+app.command("uptrain")(uptrain_command)
 
 
 @app.callback(invoke_without_command=True)
