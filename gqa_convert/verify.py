@@ -2,29 +2,36 @@
 
 `structure` reads headers and configuration only. `logits` loads both models: the converted one must agree with the
 source in which every KV head was replaced by its group's merged head, which is the same function by construction, so
-any disagreement is a fault of layout, configuration or loading and not the cost of the merge.
+any disagreement is a fault of layout, configuration or loading and not the cost of the merge. A conversion by mean must
+also agree with the source in which every KV head was replaced by the mean of the adjacent heads of its group, taken
+here anew from the loaded parameters, so that heads merged in the wrong groups or rows do not pass.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy import transformers_api
 from gqa_convert.anatomy.anatomy import check_target
 from gqa_convert.anatomy.kv_fields import get_path
+from gqa_convert.checkpoint.dtypes import torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import VerificationError
+from gqa_convert.heads import Grouping, merge_heads, split_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gqa_convert.anatomy.shapes import ShapeDifference
     from gqa_convert.planning import ConvertPlan
 
 LOGIT_TOLERANCE = 1e-4
 """Largest accepted logit difference, as a share of the largest logit."""
+MEAN_TOLERANCE = 10 * LOGIT_TOLERANCE
+"""The same where means are taken anew: another order of summing may round to the other neighbour in half precision."""
 
 
 def verify_output(made: ConvertPlan, folder: Path, *, level: str, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -66,30 +73,62 @@ def verify_structure(made: ConvertPlan, folder: Path, *, trust_remote_code: bool
 
 def verify_logits(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Run both models in float32 and compare. Both are held in memory. See the module's docstring."""
-    import torch
-
     source = _load(made, made.source, trust_remote_code)
     converted = _load(made, folder, trust_remote_code)
-    if made.anatomy.difference is not None:
-        state = made.anatomy.difference.expand(converted.state_dict())
-        source.load_state_dict(state, strict=False)
     inputs = _token_inputs(converted)
-    with torch.no_grad():
-        try:
-            expected = source(**inputs, use_cache=False).logits
-        except Exception as error:
-            raise VerificationError(
-                f"{made.class_name}: cannot be run on text alone ({type(error).__name__}: {error}). "
-                "Use --verify structure."
-            ) from error
-        seen = converted(**inputs, use_cache=False).logits
-    scale = float(expected.abs().max())
-    difference = float((seen - expected).abs().max())
-    if not difference <= LOGIT_TOLERANCE * max(scale, 1e-30):
+    seen = _logits(made, converted, inputs)
+    scale = max(float(seen.abs().max()), 1e-30)
+    replaced = [(source.state_dict(), LOGIT_TOLERANCE, "the source")]
+    difference = made.anatomy.difference
+    if difference is not None:
+        replaced = [(difference.expand(converted.state_dict()), LOGIT_TOLERANCE, "the source with merged heads")]
+        if made.method == "mean" and made.blocks is None:
+            means = _with_means(made, difference, source.state_dict())
+            replaced.insert(0, (means, MEAN_TOLERANCE, "the source with the means of adjacent heads"))
+    worst = 0.0
+    for state, tolerance, what in replaced:
+        source.load_state_dict(state, strict=False)
+        worst = float((_logits(made, source, inputs) - seen).abs().max())
+        if not worst <= tolerance * scale:
+            raise VerificationError(f"{folder}: logits differ by {worst:.3g} at scale {scale:.3g} from {what}.")
+    return {"logit_difference": worst, "logit_scale": scale}
+
+
+def _logits(made: ConvertPlan, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    import torch
+
+    try:
+        with torch.no_grad():
+            found: Tensor = model(**inputs, use_cache=False).logits
+    except Exception as error:
         raise VerificationError(
-            f"{folder}: logits differ by {difference:.3g} at scale {scale:.3g} from the source with merged heads."
-        )
-    return {"logit_difference": difference, "logit_scale": scale}
+            f"{made.class_name}: cannot be run on text alone ({type(error).__name__}: {error}). Use --verify structure."
+        ) from error
+    return found
+
+
+def _with_means(made: ConvertPlan, difference: ShapeDifference, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace every KV head in the source model's state by the mean of its group, in the precision of the file."""
+    import torch
+
+    merges = made.anatomy.merges
+    stored = {merge.name: torch_dtype(made.checkpoint.tensors[merge.key].dtype) for merge in merges}
+    usual = next(iter(stored.values()))
+    means = dict(state)
+    for name, rows in difference.rows.items():
+        merged = rows.merge(state[name], _mean_of_adjacent)
+        means[name] = rows.expand(merged.to(stored.get(name, usual)).float())
+    for name, names in difference.stacks.items():
+        index, size = difference.stack_of(name)
+        start = index - index % size
+        mean = torch.stack([state[other] for other in names[start : start + size]]).mean(dim=0)
+        means[name] = mean.to(stored.get(names[index // size], usual)).float()
+    return means
+
+
+def _mean_of_adjacent(x: Tensor, grouping: Grouping, dim: int) -> Tensor:
+    heads = split_heads(x, grouping.num_groups * grouping.group_size, dim)
+    return merge_heads(heads.unflatten(dim, (grouping.num_groups, grouping.group_size)).mean(dim=dim + 1), dim)
 
 
 def _load(made: ConvertPlan, folder: Path, trust_remote_code: bool) -> Any:
