@@ -251,6 +251,10 @@ def _emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
+_INTERRUPTED = 130
+"""How typer exits after Ctrl-C, without a word."""
+
+
 def _run(run: Callable[[], Any]) -> None:
     """Run a command; a `GQAConvertError` becomes one line on standard error and its exit code."""
     try:
@@ -258,9 +262,10 @@ def _run(run: Callable[[], Any]) -> None:
     except GQAConvertError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: nothing was left at the target.", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            typer.echo("interrupted.", err=True)
+        raise
 
 
 def main() -> None:

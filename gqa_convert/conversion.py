@@ -80,8 +80,6 @@ def convert(
     Raises:
         GQAConvertError: of the kind that fits; nothing is left at `out` then.
     """
-    if verify not in VERIFY_LEVELS:
-        raise UsageError(f"--verify {verify}: choose one of {', '.join(VERIFY_LEVELS)}.")
     made = plan(
         source,
         groups=groups,
@@ -114,6 +112,8 @@ def execute(
     on_layer: OnLayer | None = None,
 ) -> ConvertResult:
     """Carry a plan out. See `convert`."""
+    if verify not in VERIFY_LEVELS:
+        raise UsageError(f"--verify {verify}: choose one of {', '.join(VERIFY_LEVELS)}.")
     checkpoint = made.checkpoint
     side_bytes = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files)
     needed = made.bytes_out + side_bytes + (1 << 20)

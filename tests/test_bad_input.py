@@ -1,0 +1,438 @@
+"""Bad input through the command line: one clear line, the right exit code, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import factories
+import pytest
+import torch
+from conftest import Command, Finished, tree
+
+USAGE, VERIFICATION, CHECKPOINT, UNSUPPORTED, OUTPUT, HUB = 2, 3, 4, 5, 6, 7
+K = "model.layers.0.self_attn.k_proj.weight"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def assert_refused(finished: Finished, code: int, *words: str) -> None:
+    assert finished.code == code, finished.err
+    assert finished.out == ""
+    lines = finished.err.splitlines()
+    assert len(lines) == 1, finished.err
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in finished.err
+    for word in words:
+        assert word in lines[0]
+
+
+def config_of(**values: object) -> Callable[[Path], None]:
+    return lambda source: (source / "config.json").write_text(json.dumps(values)) and None
+
+
+def write(name: str, data: bytes) -> Callable[[Path], None]:
+    def change(source: Path) -> None:
+        (source / name).write_bytes(data)
+
+    return change
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda source: (source / name).unlink()
+
+
+def truncate(source: Path) -> None:
+    data = (source / WEIGHTS).read_bytes()
+    (source / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def append(source: Path) -> None:
+    (source / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes() + b"more")
+
+
+def lie_about_length(length: int) -> Callable[[Path], None]:
+    def change(source: Path) -> None:
+        data = (source / WEIGHTS).read_bytes()
+        (source / WEIGHTS).write_bytes(length.to_bytes(8, "little") + data[8:])
+
+    return change
+
+
+def lie_about_shape(source: Path) -> None:
+    data = (source / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[K]["shape"] = [64, 128]
+    text = json.dumps(header).encode()
+    (source / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def change(edit: Callable[[factories.Tensors], object]) -> Callable[[Path], None]:
+    return lambda source: factories.change_tensors(source, lambda tensors: (edit(tensors), None)[1]) and None
+
+
+def set_value(key: str, value: float) -> Callable[[Path], None]:
+    def edit(tensors: factories.Tensors) -> None:
+        tensors[key].flatten()[5] = value
+
+    return change(edit)
+
+
+def index_of(name: str) -> Callable[[Path], None]:
+    """Make the checkpoint a sharded one whose index says that one tensor lies in `name`."""
+
+    def make(source: Path) -> None:
+        (source / WEIGHTS).rename(source / "model-00001-of-00001.safetensors")
+        keys = factories.tensors_of(source)
+        weight_map = dict.fromkeys(keys, "model-00001-of-00001.safetensors")
+        (source / INDEX).write_text(json.dumps({"weight_map": {**weight_map, K: name}}))
+
+    return make
+
+
+def escaping_link(source: Path) -> None:
+    elsewhere = source.parent / "elsewhere.safetensors"
+    (source / WEIGHTS).rename(elsewhere)
+    (source / "linked.safetensors").symlink_to(elsewhere)
+    weight_map = dict.fromkeys(factories.tensors_of(source), "linked.safetensors")
+    (source / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch exploded",)
+
+
+def pickle_bomb(source: Path) -> None:
+    (source / WEIGHTS).unlink()
+    torch.save({"x": Bomb()}, source / "pytorch_model.bin")
+
+
+def plain_pickle_bomb(source: Path) -> None:
+    (source / WEIGHTS).unlink()
+    (source / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Bomb()}))
+
+
+def quantise(suffix: str, method: str) -> Callable[[Path], None]:
+    """Replace the projections of attention by the packed tensors of a quantisation."""
+
+    def make(source: Path) -> None:
+        def pack(tensors: factories.Tensors) -> None:
+            for key in [key for key in tensors if "_proj.weight" in key]:
+                del tensors[key]
+                tensors[key.removesuffix("weight") + suffix] = torch.zeros(8, 64, dtype=torch.int32)
+
+        change(pack)(source)
+        factories.change_config(source, quantization_config={"quant_method": method, "bits": 4})
+
+    return make
+
+
+def bitsandbytes(source: Path) -> None:
+    def pack(tensors: factories.Tensors) -> None:
+        for key in [key for key in tensors if "_proj.weight" in key]:
+            tensors[key] = torch.zeros(2048, 1, dtype=torch.uint8)
+            tensors[f"{key}.absmax"] = torch.zeros(64)
+
+    change(pack)(source)
+    factories.change_config(source, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+BAD_SOURCES: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
+    "no config": (remove("config.json"), CHECKPOINT, ("config.json",)),
+    "config is no JSON": (write("config.json", b"{nope"), CHECKPOINT, ("config.json", "JSON")),
+    "config is a list": (write("config.json", b"[]"), CHECKPOINT, ("config.json", "list")),
+    "config is no text": (write("config.json", b"\xff\xfe\x00"), CHECKPOINT, ("config.json",)),
+    "config is empty": (write("config.json", b"{}"), UNSUPPORTED, ("config.json",)),
+    "unknown model type": (config_of(model_type="nosuchmodel"), UNSUPPORTED, ("config.json", "model type")),
+    "config of nonsense": (
+        config_of(model_type="llama", hidden_size="wide", num_attention_heads=8),
+        CHECKPOINT,
+        ("config.json", "hidden_size"),
+    ),
+    "no weights": (remove(WEIGHTS), CHECKPOINT, ("no weights",)),
+    "empty weights": (write(WEIGHTS, b""), CHECKPOINT, (WEIGHTS,)),
+    "lfs pointer": (write(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), CHECKPOINT, ("git lfs pull",)),
+    "truncated shard": (truncate, CHECKPOINT, (WEIGHTS, "truncated")),
+    "bytes too many": (append, CHECKPOINT, (WEIGHTS, "4 bytes")),
+    "header longer than the file": (lie_about_length(10**7), CHECKPOINT, (WEIGHTS, "truncated")),
+    "header beyond reason": (lie_about_length(2**62), CHECKPOINT, (WEIGHTS,)),
+    "header too short": (lie_about_length(100), CHECKPOINT, (WEIGHTS, "JSON")),
+    "shape that does not fit its bytes": (lie_about_shape, CHECKPOINT, (WEIGHTS, K)),
+    "index names a missing file": (index_of("gone.safetensors"), CHECKPOINT, (INDEX, "gone.safetensors")),
+    "index leads up": (index_of("../model.safetensors"), CHECKPOINT, (INDEX, "../model.safetensors")),
+    "index leads away": (index_of("/etc/passwd"), CHECKPOINT, (INDEX, "/etc/passwd")),
+    "index follows a link out": (escaping_link, CHECKPOINT, (INDEX, "linked.safetensors", "link")),
+    "index is no JSON": (lambda s: (remove(WEIGHTS)(s), write(INDEX, b"{")(s)), CHECKPOINT, (INDEX,)),
+    "NaN in a key projection": (set_value(K, float("nan")), CHECKPOINT, (WEIGHTS, K, "not finite")),
+    "infinity in a value projection": (
+        set_value("model.layers.1.self_attn.v_proj.weight", float("-inf")),
+        CHECKPOINT,
+        ("model.layers.1.self_attn.v_proj.weight", "1 value"),
+    ),
+    "a projection is missing": (change(lambda tensors: tensors.pop(K)), CHECKPOINT, (K,)),
+    "head counts that do not fit": (
+        lambda s: factories.change_config(s, num_attention_heads=16, num_key_value_heads=16, head_dim=8),
+        CHECKPOINT,
+        (K, "shape"),
+    ),
+    "adapter": (write("adapter_config.json", b"{}"), UNSUPPORTED, ("adapter", "merge_and_unload")),
+    "GPTQ": (quantise("qweight", "gptq"), UNSUPPORTED, ("quantised",)),
+    "AWQ": (quantise("qweight", "awq"), UNSUPPORTED, ("quantised",)),
+    "compressed tensors": (quantise("weight_packed", "compressed-tensors"), UNSUPPORTED, ("quantised",)),
+    "bitsandbytes": (bitsandbytes, UNSUPPORTED, ("quantised",)),
+    "8 bit floats": (
+        change(lambda tensors: tensors.update({K: tensors[K].to(torch.float8_e4m3fn)})),
+        UNSUPPORTED,
+        (K, "F8_E4M3"),
+    ),
+    "pickle that runs code": (pickle_bomb, CHECKPOINT, ("pytorch_model.bin", "run code")),
+    "old pickle that runs code": (plain_pickle_bomb, CHECKPOINT, ("pytorch_model.bin",)),
+    "gguf alone": (lambda s: (s / WEIGHTS).rename(s / "model.gguf"), CHECKPOINT, ("no weights", "model.gguf")),
+    "code of its own": (
+        lambda s: factories.change_config(s, model_type="mine", auto_map={"AutoConfig": "configuration_mine.Mine"}),
+        UNSUPPORTED,
+        ("--trust-remote-code",),
+    ),
+    "no KV-head setting": (config_of(model_type="gpt2", architectures=["GPT2LMHeadModel"]), UNSUPPORTED, ("gpt2",)),
+    "latent attention": (
+        config_of(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"]),
+        UNSUPPORTED,
+        ("deepseek_v3", "latent"),
+    ),
+    "no attention": (config_of(model_type="mamba", architectures=["MambaForCausalLM"]), UNSUPPORTED, ("mamba",)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_source(name: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil, code, words = BAD_SOURCES[name]
+    monkeypatch.chdir(tmp_path)
+    source = factories.make(tmp_path / "source")
+    spoil(source)
+    before = tree(tmp_path)
+    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "out"), code, *words)
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [("./nowhere", CHECKPOINT), ("/nowhere/at/all", CHECKPOINT), ("../x", CHECKPOINT), ("a/b/c", CHECKPOINT)],
+)
+def test_missing_folder(source: str, code: int, tmp_path: Path, command: Command) -> None:
+    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "out"), code, source)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("offline")
+def test_unknown_name_without_a_network(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(command("gqa-convert", "org/nosuchmodel", "--groups", 4), HUB, "org/nosuchmodel", "HF_HUB_OFFLINE")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    assert_refused(command("gqa-convert", source / WEIGHTS, "--groups", 4), CHECKPOINT, "folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--groups", 3), USAGE, ("--groups 3", "8", "1, 2, 4, 8")),
+        (("--groups", 16), USAGE, ("--groups 16", "1, 2, 4, 8")),
+        (("--groups", 0), USAGE, ("--groups 0",)),
+        (("--groups", 4, "--method", "maen"), USAGE, ("maen", "mean")),
+        (("--groups", 4, "--verify", "all"), USAGE, ("all", "structure")),
+    ],
+)
+def test_bad_choice(
+    arguments: tuple[object, ...], code: int, words: tuple[str, ...], tmp_path: Path, command: Command
+) -> None:
+    source = factories.make(tmp_path / "source")
+    before = tree(tmp_path)
+    assert_refused(command("gqa-convert", source, *arguments), code, *words)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(("family", "groups"), [("falcon", 4), ("gpt_bigcode", 2)])
+def test_families_that_know_one_head_or_all(family: str, groups: int, tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source", family)
+    assert_refused(command("gqa-convert", source, "--groups", groups), UNSUPPORTED, f"--groups {groups}", "--groups 1")
+
+
+def test_grouped_source_to_more_heads(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source", kv_heads=2)
+    assert_refused(command("gqa-convert", source, "--groups", 4), USAGE, "--groups 4", "1, 2")
+
+
+def test_existing_output(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    assert command("gqa-convert", source, "--groups", 4).code == 0
+    before = tree(tmp_path)
+    assert_refused(command("gqa-convert", source, "--groups", 4), OUTPUT, "source-gqa4", "--force")
+    assert tree(tmp_path) == before
+
+
+def test_force_does_not_replace_what_is_no_model(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.txt").write_text("years of work")
+    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", out, "--force"), OUTPUT, "thesis")
+    assert (out / "chapter.txt").read_text() == "years of work"
+
+
+def test_output_where_a_file_is(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    (tmp_path / "out").write_text("a file")
+    finished = command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "out", "--force")
+    assert_refused(finished, OUTPUT, "not a folder")
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+@pytest.mark.parametrize("out", ["source", "source/inside", "source/deep/inside", ".", "source/../source"])
+def test_output_in_or_over_the_source(
+    out: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = factories.make(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", out, "--force"), OUTPUT, "source")
+    assert tree(tmp_path) == before
+
+
+def test_output_through_a_link_to_the_source(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    (tmp_path / "link").symlink_to(source)
+    before = tree(source)
+    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "link", "--force"), OUTPUT)
+    assert tree(source) == before
+
+
+def test_output_in_a_folder_that_is_not_there(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "no" / "out"), OUTPUT, "no such")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@contextmanager
+def as_someone_else() -> Iterator[None]:
+    """Lay down the right to write everywhere, where this process has it."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_unwritable_target(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    for folder in (source, *source.iterdir()):
+        folder.chmod(0o777 if folder.is_dir() else 0o666)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
+        if folder.owner() == Path(tmp_path).owner() and "pytest" in str(folder):
+            folder.chmod(0o755)
+    with as_someone_else():
+        finished = command("gqa-convert", source, "--groups", 4, "--out", locked / "out")
+    assert_refused(finished, OUTPUT, "locked", "permission")
+    assert list(locked.iterdir()) == []
+
+
+def test_too_little_space_is_seen_before_anything_is_written(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    source = factories.make(tmp_path / "source")
+    before = tree(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    assert_refused(command("gqa-convert", source, "--groups", 4), OUTPUT, "1,000 are free")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("call", ["write", "copy_file_range", "fsync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
+def test_disk_that_fills_up_or_fails(
+    call: str, number: int, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = factories.make(tmp_path / "source")
+    before = tree(tmp_path)
+
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fail)
+    finished = command("gqa-convert", source, "--groups", 4)
+    monkeypatch.undo()
+    assert_refused(finished, OUTPUT)
+    assert tree(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_real_limit_on_file_size(tmp_path: Path) -> None:
+    """The operating system itself refuses the write, in a process of its own."""
+    source = factories.make(tmp_path / "source")
+    finished = subprocess.run(
+        ["bash", "-c", f"ulimit -f 32; exec {sys.executable} -m gqa_convert.cli convert {source} --groups 4"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert_refused(Finished(finished.returncode, finished.stdout, finished.stderr), OUTPUT, "files that large")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_errors_of_other_commands_are_one_line_too(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    truncate(source)
+    for arguments in (("inspect", source), ("plan", source, "--groups", 4), ("verify", source, source)):
+        assert_refused(command("gqa", *arguments), CHECKPOINT, "truncated")
+
+
+def test_json_does_not_change_errors(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    assert_refused(command("gqa-convert", source, "--groups", 3, "--json"), USAGE, "--groups 3")
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_leaves_nothing(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gqa_convert import conversion
+
+    def break_down(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    source = factories.make(tmp_path / "source")
+    monkeypatch.setattr(conversion, "verify_output", break_down)
+    with pytest.raises(ZeroDivisionError):
+        command("gqa-convert", source, "--groups", 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_interruption_leaves_nothing(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gqa_convert import conversion
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    source = factories.make(tmp_path / "source")
+    monkeypatch.setattr(conversion, "verify_output", interrupt)
+    finished = command("gqa-convert", source, "--groups", 4)
+    assert finished.code == 130
+    assert len(finished.err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
