@@ -14,6 +14,7 @@ from gqa_convert import __version__
 from gqa_convert.budget_command import budget_command
 from gqa_convert.errors import GQAConvertError
 from gqa_convert.evaluate import commands as evaluate_commands
+from gqa_convert.report import commands as report_commands
 from gqa_convert.recipe import make_recipe
 from gqa_convert.uptrain.command import uptrain_command
 
@@ -228,6 +229,7 @@ def demo_command(
 
 
 evaluate_commands.register(app)
+report_commands.register(app)
 
 
 app.command("budget")(budget_command)

@@ -103,6 +103,6 @@ def recommend(points: Sequence[SweepPoint], tolerance: float) -> Recommendation:
         tolerance=tolerance,
         reason=(
             f"No point stays within {tolerance:g} nats per token; the nearest is {near.name} at "
-            f"{near.loss_difference:+.4f}. Uptrain it, allow more groups, or raise --tolerance."
+            f"{near.loss_difference:+.4f}. Uptrain it, allow more groups, or accept a larger loss."
         ),
     )

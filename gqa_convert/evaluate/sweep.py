@@ -152,7 +152,8 @@ def _summary(run: Path, base: dict[str, Any], points: Sequence[SweepPoint], sett
 
 
 def _fingerprint(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    versions = [installed_version(name) for name in ("gqa-convert", "torch", "transformers")]
+    return hashlib.sha256(json.dumps([versions, *parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _base(subject: models.Subject, run: Path, settings: SweepSettings, identity: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""One self-contained page, plots and a model card from what was measured."""

@@ -1,0 +1,50 @@
+"""`gqa report`: thin, and free of heavy imports until it runs."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(help="Run folder of `gqa sweep`, or one with JSON of eval and bench.")],
+    cards: Annotated[
+        bool, typer.Option("--cards/--no-cards", help="Write a README.md into every converted folder.")
+    ] = True,
+    base_model: Annotated[str, typer.Option(help="Hub id of the original, for the cards.")] = "",
+    push_to_hub: Annotated[str, typer.Option(help="Upload the recommended model to this repository.")] = "",
+    point: Annotated[str, typer.Option(help="Upload this point instead.")] = "",
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Write one page with the verdict, tables and plots of a run, and the model cards."""
+    from gqa_convert.console import console
+    from gqa_convert.report.writing import push, write_report
+
+    made = write_report(run, cards=cards, base_model=base_model)
+    address = push(run, push_to_hub, point=point, private=not public) if push_to_hub else ""
+    if json:
+        value = {
+            "page": str(made.page),
+            "plots": [str(path) for path in made.plots],
+            "cards": [str(path) for path in made.cards],
+            "verdict": made.verdict,
+            "hub": address,
+        }
+        typer.echo(jsonlib.dumps(value, indent=2))
+        return
+    out = console()
+    out.print(made.verdict, highlight=False)
+    out.print(
+        f"[bold green]wrote[/] {made.page}, {len(made.plots)} plots, {len(made.cards)} model cards", highlight=False
+    )
+    if address:
+        out.print(f"uploaded to {address}", highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the umbrella command."""
+    app.command("report")(report_command)

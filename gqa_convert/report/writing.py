@@ -1,0 +1,91 @@
+"""Write a report: the page, the plots, the model cards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gqa_convert.errors import HubError, UsageError
+from gqa_convert.evaluate.files import write_text
+from gqa_convert.report.card import card, may_write
+from gqa_convert.report.collect import Run, read_run
+from gqa_convert.report.page import page
+from gqa_convert.report.plots import draw_all
+from gqa_convert.report.words import verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was written, and the verdict."""
+
+    page: Path
+    plots: tuple[Path, ...]
+    cards: tuple[Path, ...]
+    verdict: str
+
+
+def write_report(folder: Path, *, cards: bool = True, base_model: str = "") -> Report:
+    """Write `report.html` and `plots/` into a run folder, and a README.md into every converted folder in it.
+
+    A README.md that somebody wrote for the converted model is left alone.
+
+    Args:
+        folder: the run folder.
+        cards: write model cards.
+        base_model: hub id of the original, for the cards' metadata.
+
+    Raises:
+        UsageError: if there is nothing to report, or matplotlib is missing.
+        OutputError: if something cannot be written.
+    """
+    run = read_run(folder)
+    plots = draw_all(run, folder / "plots")
+    write_text(folder / "report.html", page(run, plots))
+    written = []
+    for point in run.done if cards else ():
+        model = run.model_folder(point)
+        if model.is_dir() and may_write(model):
+            write_text(model / "README.md", card(run, point, base_model=base_model))
+            written.append(model / "README.md")
+    return Report(
+        page=folder / "report.html",
+        plots=tuple(folder / "plots" / f"{name}.{kind}" for name in plots for kind in ("svg", "png")),
+        cards=tuple(written),
+        verdict=verdict(run),
+    )
+
+
+def push(folder: Path, repo: str, *, point: str = "", private: bool = True) -> str:
+    """Upload a point's converted folder, card included, to the hub; returns its address.
+
+    Args:
+        folder: the run folder.
+        repo: `owner/name`, made if missing.
+        point: which point; the recommended one by default.
+        private: of a repository that is made.
+
+    Raises:
+        UsageError: if the point has no converted folder.
+        HubError: if the hub refuses.
+    """
+    run = read_run(folder)
+    chosen = next((p for p in run.done if p.name == point), None) if point else run.recommended
+    if chosen is None:
+        named = ", ".join(p.name for p in run.done) or "none"
+        raise UsageError(f"--push-to-hub: {point or 'no point is recommended'}; name one with --point ({named}).")
+    return _upload(run, run.model_folder(chosen), repo, private)
+
+
+def _upload(run: Run, model: Path, repo: str, private: bool) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not model.is_dir():
+        raise UsageError(f"--push-to-hub: {model} was not kept. Sweep again with --keep-models.")
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        found = api.upload_folder(repo_id=repo, folder_path=model, commit_message="Converted by gqa-convert")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(f"{repo}: could not be uploaded ({' '.join(str(error).split())[:300]}).") from error
+    return str(found)

@@ -1,0 +1,192 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from gqa_convert.cli import app
+from gqa_convert.errors import HubError, UsageError
+from gqa_convert.report import writing
+from gqa_convert.report.collect import read_run
+from gqa_convert.report.drawings import DRAWINGS, TITLES
+from gqa_convert.report.page import page
+from gqa_convert.report.words import verdict
+from gqa_convert.report.writing import push, write_report
+from tests.report.make_run import HOSTILE, bench, comparison, evaluation, write_run
+
+pytest.importorskip("matplotlib", reason="the report extra is not installed")
+
+
+class Outline(HTMLParser):
+    """Every tag and attribute value of a page; fails on tags that are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.values: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.values += [value or "" for _, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.values += [value or "" for _, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    write_report(folder)
+    return folder
+
+
+def test_the_page_needs_nothing_else(made: Path) -> None:
+    text = (made / "report.html").read_text()
+    outline = Outline(text)
+    assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
+    inside = ("#", "http://www.w3.org/")
+    addresses = re.findall(r"(?:href|src)=\"([^\"]*)\"|url\(([^)]*)\)|@import\s+(\S+)", text)
+    assert all(any(a) and next(x for x in a if x).startswith(inside) for a in addresses)
+    assert len(set(outline.ids)) == len(outline.ids), "ids of different plots must not clash"
+    assert "prefers-color-scheme:dark" in text
+    assert 'name="viewport"' in text
+    assert outline.tags.count("svg") == len(DRAWINGS)
+
+
+def test_what_came_from_outside_is_escaped(made: Path) -> None:
+    text = (made / "report.html").read_text()
+    assert HOSTILE not in text
+    assert "&lt;script&gt;alert" in text
+
+
+def test_every_plot_is_a_file_too(made: Path) -> None:
+    for name in DRAWINGS:
+        assert (made / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(made / "plots" / f"{name}.svg").getroot().tag.endswith("svg")
+    assert set(TITLES) == set(DRAWINGS)
+
+
+def test_a_report_is_the_same_every_time(made: Path) -> None:
+    before = {path: path.read_bytes() for path in [made / "report.html", *(made / "plots").iterdir()]}
+    write_report(made)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_verdict_names_gain_and_cost(made: Path) -> None:
+    said = verdict(read_run(made))
+    assert said == (
+        "Take 2 KV heads by pca: the KV cache shrinks to 25%, decoding takes 0.50 of the time, and the loss rises by "
+        "0.0300 nats per token (95 % interval 0.0200 to 0.0400), within the tolerance of 0.05."
+    )
+    assert said in (made / "report.html").read_text()
+
+
+def test_nothing_within_the_tolerance_is_said(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, tolerance=0.001))
+    assert verdict(run).startswith("No point stays within 0.001 nats per token; the nearest is mean-g4 at +0.0200.")
+    assert run.chosen is not None
+    assert run.chosen.name == "mean-g4"
+
+
+def test_the_card_has_metadata_numbers_and_how_to_load(made: Path) -> None:
+    text = (made / "points" / "pca-g2" / "model" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "someone/tiny"
+    assert {"gqa", "gqa-convert"} <= set(front["tags"])
+    assert "license" not in front
+    for part in ("| KV heads | 8 | 2 |", "4.0300", "AutoModelForCausalLM", "method pca", "25.0% of the original"):
+        assert part in text
+    assert "fold False" not in text
+
+
+def test_a_card_somebody_wrote_is_kept_and_a_licence_carried_over(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    theirs = tmp_path / "points" / "mean-g4" / "model" / "README.md"
+    theirs.write_text("# My GQA model\n")
+    original = tmp_path / "points" / "pca-g2" / "model" / "README.md"
+    original.write_text("---\nlicense: apache-2.0\n---\n# The original\n")
+    found = write_report(tmp_path, base_model="me/mine")
+    assert theirs.read_text() == "# My GQA model\n"
+    assert theirs not in found.cards
+    front = yaml.safe_load(original.read_text().split("---")[1])
+    assert (front["license"], front["base_model"]) == ("apache-2.0", "me/mine")
+
+
+def test_single_measurements_make_a_report(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps(evaluation(comparison("tiny-gqa2", 2, 0.1)).to_json()))
+    (tmp_path / "bench.json").write_text(json.dumps(bench("tiny-gqa2", 0.5).to_json()))
+    write_report(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    Outline(text)
+    assert "tiny-gqa2: the KV cache shrinks to 25%" in text
+    assert "left out: does not fit" in text
+
+
+def test_lm_eval_results_are_shown(tmp_path: Path) -> None:
+    found = evaluation(comparison("tiny-gqa2", 2, 0.1)).to_json()
+    found["tasks"] = {"tiny": {"boolq": {"acc": 0.5}}, "tiny-gqa2": {"boolq": {"acc": 0.25}}}
+    (tmp_path / "eval.json").write_text(json.dumps(found))
+    run = read_run(tmp_path)
+    assert "<td>boolq, acc</td><td>0.5</td><td>0.25</td>" in page(run, {})
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to report"):
+        write_report(tmp_path)
+    with pytest.raises(UsageError, match="no such folder"):
+        write_report(tmp_path / "none")
+
+
+def test_pushing_uploads_the_recommended_model(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, object]] = []
+
+    class Api:
+        def create_repo(self, repo: str, **rest: object) -> None:
+            calls.append((repo, rest["private"]))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
+            calls.append((repo_id, folder_path.parent.name))
+            return "https://hub/x"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert push(made, "me/x") == "https://hub/x"
+    assert push(made, "me/y", point="mean-g4", private=False)
+    assert calls == [("me/x", True), ("me/x", "pca-g2"), ("me/y", False), ("me/y", "mean-g4")]
+    with pytest.raises(UsageError, match="name one with --point"):
+        push(made, "me/z", point="mean-g9")
+    monkeypatch.setattr(Api, "create_repo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(HubError, match="no network"):
+        push(made, "me/x")
+
+
+def test_without_matplotlib_it_says_what_to_install(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(UsageError, match=r"gqa-convert\[report\]"):
+        writing.write_report(made)
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = write_run(tmp_path)
+    monkeypatch.setattr(writing, "draw_all", lambda run, folder: dict.fromkeys(DRAWINGS, "<svg></svg>"))
+    shown = CliRunner().invoke(app, ["report", str(made)])
+    assert shown.exit_code == 0, shown.output
+    assert "Take 2 KV heads by pca" in shown.output
+    found = json.loads(CliRunner().invoke(app, ["report", str(made), "--json", "--no-cards"]).stdout)
+    assert found["cards"] == []
+    assert len(found["plots"]) == 2 * len(DRAWINGS)
