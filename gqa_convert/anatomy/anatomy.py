@@ -104,7 +104,7 @@ def dissect(checkpoint: Checkpoint, groups: int, *, trust_remote_code: bool = Fa
 
 def _config_head_dim(config: Any, main: KVField) -> int:
     owner = get_path(config, main.path[:-1]) or config
-    explicit = getattr(owner, "head_dim", None)
+    explicit = vars(owner).get("head_dim")  # not getattr: Gemma 4 refuses to name one where layers differ
     if isinstance(explicit, int):
         return explicit
     hidden = getattr(owner, "hidden_size", None) or main.query_heads

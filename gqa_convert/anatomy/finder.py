@@ -67,6 +67,8 @@ class Finder:
                 self._merge_stacked(raw_key, names[0])
             elif any(name in rows for name in names):
                 self._merge_raw(raw_key, names)
+        tied = getattr(self.difference.source, "all_tied_weights_keys", None) or {}
+        covered.update(alias for alias, original in tied.items() if original in covered)
         self._check_coverage(set(rows) | set(stacks), covered)
         self._merge_hidden_layers(unmapped)
 

@@ -89,8 +89,11 @@ def _config_error(folder: Path, error: Exception) -> CheckpointError | Unsupport
 
 def config_from_dict(like: Any, values: Mapping[str, Any]) -> Any:
     """Build a configuration of `like`'s class from the contents of a config.json."""
+    cls = type(like)
+    plain = deepcopy(dict(values))
+    decode = getattr(cls, "_decode_special_floats", None)  # infinity is stored as {"__float__": "Infinity"}
     with quiet():
-        return type(like).from_dict(deepcopy(dict(values)))
+        return cls.from_dict(decode(plain) if decode is not None else plain)
 
 
 def model_class(config: Any, *, folder: Path | None = None, trust_remote_code: bool = False) -> type[nn.Module]:

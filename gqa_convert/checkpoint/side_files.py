@@ -54,6 +54,7 @@ _SKIPPED_FOLDERS = (
     "*.mlpackage",
     ".*",
 )
+_NEEDED = frozenset({"spk_dict.pt"})  # Qwen2.5-Omni's voices: its from_pretrained reads them
 _REWRITTEN = frozenset({"config.json", "gqa_convert.json"})
 
 
@@ -63,7 +64,7 @@ def is_side_file(relative: PurePath) -> bool:
     return not (
         name.startswith(".")
         or (not folders and name in _REWRITTEN)
-        or _matches(name, _WEIGHT_PATTERNS)
+        or (name not in _NEEDED and _matches(name, _WEIGHT_PATTERNS))
         or any(_matches(folder, _SKIPPED_FOLDERS) for folder in folders)
     )
 
