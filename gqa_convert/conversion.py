@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +16,22 @@ from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.checkpoint.staging import staged_output
+from gqa_convert.checkpoint.safetensors_file import torch_dtype
+from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.merge.registry import MergeMethod, get_method
 from gqa_convert.merge.seeding import generator_for
 from gqa_convert.planning import ConvertPlan, plan
 from gqa_convert.recipe import Recipe
+from gqa_convert.solving import solve_blocks, work_folder
 from gqa_convert.verify import verify_output
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gqa_convert.calibrate.report import BlockReport
+    from gqa_convert.calibrate.solve import SolvedLayers
 
 OnBytes = Callable[[int], None]
 OnLayer = Callable[[str, int, int], None]
@@ -35,12 +41,13 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertResult:
-    """A finished conversion: where it is, the plan it followed, and what verifying it found."""
+    """A finished conversion: where it is, the plan it followed, what verifying found, and what solving reports."""
 
     out: Path
     plan: ConvertPlan
     verified: str
     checks: dict[str, Any]
+    blocks: tuple[BlockReport, ...] = ()
 
 
 def convert(
@@ -117,21 +124,47 @@ def execute(
     checkpoint = made.checkpoint
     side_bytes = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files)
     needed = made.bytes_out + side_bytes + (1 << 20)
+    # Solving may take hours: what would be refused at the end is refused before it.
+    check_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed)
+    with ExitStack() as stack:
+        solved = None
+        if made.blocks is not None:
+            folder = stack.enter_context(work_folder(made, work))
+            solved = solve_blocks(made, folder, trust_remote_code=trust_remote_code, on_layer=on_layer)
+        checks = _write(made, solved, needed, verify, force, trust_remote_code, on_bytes)
+    return ConvertResult(
+        out=made.target, plan=made, verified=verify, checks=checks, blocks=solved.reports if solved else ()
+    )
+
+
+def _write(
+    made: ConvertPlan,
+    solved: SolvedLayers | None,
+    needed: int,
+    verify: str,
+    force: bool,
+    trust_remote_code: bool,
+    on_bytes: OnBytes | None,
+) -> dict[str, Any]:
+    checkpoint = made.checkpoint
     with staged_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed) as folder:
-        _write_weights(made, folder, on_bytes)
+        _write_weights(made, solved, folder, on_bytes)
         _write_config(made, folder)
         for path in checkpoint.side_files:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.folder / path, folder / path)
         checks = verify_output(made, folder, level=verify, trust_remote_code=trust_remote_code)
-        write_provenance(folder / PROVENANCE, provenance(made))
-    return ConvertResult(out=made.target, plan=made, verified=verify, checks=checks)
+        write_provenance(folder / PROVENANCE, provenance(made, solved))
+    return checks
 
 
-def _write_weights(made: ConvertPlan, folder: Path, on_bytes: Callable[[int], None] | None) -> None:
+def _write_weights(
+    made: ConvertPlan, solved: SolvedLayers | None, folder: Path, on_bytes: Callable[[int], None] | None
+) -> None:
     checkpoint = made.checkpoint
     method = get_method(made.method)
     merges = {merge.key: merge for merge in made.anatomy.merges}
+    names = {raw_key: name for name, raw_key in made.blocks.keys.items()} if made.blocks else {}
     dropped = set(made.anatomy.dropped)
     weight_map: dict[str, str] = {}
     with Flusher() as flusher:
@@ -142,7 +175,11 @@ def _write_weights(made: ConvertPlan, folder: Path, on_bytes: Callable[[int], No
                     continue
                 weight_map[key] = shard.name
                 merge = merges.get(key)
-                if merge is None:
+                if solved is not None and key in names:
+                    shape = merge.target_shape if merge else info.shape
+                    made_there = partial(_solved_tensor, solved, names[key], info.dtype)
+                    targets.append(TargetTensor(key=key, dtype=info.dtype, shape=shape, produce=made_there))
+                elif merge is None:
                     targets.append(TargetTensor.copy_of(info))
                 else:
                     produce = _producer(checkpoint, merge, method, made.seed)
@@ -152,6 +189,10 @@ def _write_weights(made: ConvertPlan, folder: Path, on_bytes: Callable[[int], No
                 flusher.flush(folder / shard.name)
     if len(checkpoint.shards) > 1:
         write_index(folder / _INDEX, weight_map, made.bytes_out, made.parameters_out)
+
+
+def _solved_tensor(solved: SolvedLayers, name: str, dtype: str) -> Tensor:
+    return solved.tensor(name).to(torch_dtype(dtype))
 
 
 def _producer(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: int) -> Callable[[], Tensor]:
@@ -220,17 +261,22 @@ def _write_config(made: ConvertPlan, folder: Path) -> None:
         file.write(text)
 
 
-def provenance(made: ConvertPlan) -> dict[str, Any]:
-    """What `gqa_convert.json` says: the source's identity, the method, the layouts, and the versions at work."""
+def provenance(made: ConvertPlan, solved: SolvedLayers | None = None) -> dict[str, Any]:
+    """What `gqa_convert.json` says: the source's identity, the recipe, the layouts, and the versions at work."""
     described = made.to_json()
+    kept = ("model_type", "class", "method", "seed", "recipe", "before", "after", "config_edits")
     return {
         "format": 1,
         "tool": {"name": "gqa-convert", "version": installed_version("gqa-convert")},
         "source": source_identity(made.checkpoint),
-        "conversion": {
-            key: described[key] for key in ("model_type", "class", "method", "seed", "before", "after", "config_edits")
-        },
+        "conversion": {key: described[key] for key in kept},
         "merged": [merge.key for merge in made.anatomy.merges],
         "dropped": list(made.anatomy.dropped),
+        **({"blocks": [_block_record(report) for report in solved.reports]} if solved else {}),
         "versions": {name: installed_version(name) for name in ("torch", "transformers", "safetensors")},
     }
+
+
+def _block_record(report: BlockReport) -> dict[str, Any]:
+    """A block's report without its time, so that equal inputs give equal files."""
+    return {key: value for key, value in report.to_json().items() if key != "seconds"}

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Print what each merge costs a model on held-out text: the increase of the loss over the original, nats a token.
+
+    python scripts/bench/merge_quality.py MODEL --data HELD_OUT --calibrate TEXT --groups 4,2,1
+
+Converts by every row of the table to every number of groups, evaluates each conversion against the original on the same
+windows, and writes the figures with versions as JSON. `MODEL` may be `demo`, the model that comes with the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Row -> what is chosen about the merge; `calibrated` rows are left out where no text is given.
+ROWS: dict[str, dict[str, Any]] = {
+    "random": {"method": "random"},
+    "first": {"method": "first"},
+    "mean": {},
+    "mean + search": {"grouping": "search"},
+    "aligned": {"method": "aligned", "calibrated": True},
+    "pca, no data": {"method": "pca"},
+    "pca": {"method": "pca", "calibrated": True},
+    "pca + search": {"method": "pca", "grouping": "search", "calibrated": True},
+    "pca + o_proj refit": {"method": "pca", "refit": True, "refit_steps": 0, "calibrated": True},
+    "pca + fold": {"method": "pca", "fold": True, "calibrated": True},
+    "fast": {"preset": "fast", "calibrated": True},
+    "fast, self": {"preset": "fast"},
+    "best": {"preset": "best", "calibrated": True},
+    "best, self": {"preset": "best"},
+}
+
+
+def main() -> None:
+    """Run the table."""
+    args = parse_arguments()
+    from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
+    from gqa_convert.evaluate.models import subject
+
+    settings = EvalSettings(
+        data=args.data, context=args.context, stride=args.context, max_windows=args.max_windows, batch_size=32
+    )
+    base = str(subject(args.model).folder)
+    table: dict[str, dict[str, Any]] = {}
+    found = None
+    for name in args.rows or ROWS:
+        for groups in args.groups:
+            with tempfile.TemporaryDirectory() as folder:
+                point = convert_one(base, Path(folder) / "converted", name, groups, args)
+                if point is None:
+                    continue
+                found = evaluate(base, [Path(folder) / "converted"], settings)
+            seen = found.converted[0]
+            point |= {
+                "increase": seen.loss_difference,
+                "interval": list(seen.loss_difference_interval),
+                "kl": seen.kl,
+                "top1": seen.top1_agreement,
+            }
+            table.setdefault(name, {})[str(groups)] = point
+            print(f"{name:20s} {groups:3d} groups  {point['increase']:+.4f} nats  {point['seconds']:.0f} s", flush=True)
+    if found is None:
+        raise SystemExit("no row could be run")
+    show(table, args.groups, found.base.loss)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(described(args, table, found), indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", default="demo", help="held-out text to measure on")
+    parser.add_argument("--calibrate", help="text for the calibrated rows, other than the held-out")
+    parser.add_argument("--groups", type=lambda text: [int(part) for part in text.split(",")], required=True)
+    parser.add_argument("--context", type=int, help="tokens a window")
+    parser.add_argument("--max-windows", type=int)
+    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
+    parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    return parser.parse_args()
+
+
+def convert_one(base: str, out: Path, name: str, groups: int, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Convert by one row; None where it makes no sense (no text, one group to search)."""
+    from gqa_convert import convert
+    from gqa_convert.recipe import make_recipe
+
+    chosen = dict(ROWS[name])
+    calibrated = chosen.pop("calibrated", False)
+    if calibrated and not args.calibrate:
+        return None
+    if calibrated:
+        chosen["calibrate"] = args.calibrate
+    recipe = make_recipe(chosen.pop("preset", None), sequences=args.sequences, **chosen)
+    started = time.perf_counter()
+    convert(base, groups=groups, out=out, recipe=recipe)
+    return {"seconds": round(time.perf_counter() - started, 1), "recipe": recipe.to_json()}
+
+
+def show(table: dict[str, dict[str, Any]], groups: list[int], base_loss: float) -> None:
+    """Print the table."""
+    print(f"\nincrease over the original's {base_loss:.4f} nats a token")
+    print(f"{'':20s} " + " ".join(f"{g:>4d} groups" for g in groups))
+    for name, row in table.items():
+        cells = (f"{row[str(g)]['increase']:+11.4f}" if str(g) in row else " " * 11 for g in groups)
+        print(f"{name:20s} " + " ".join(cells))
+
+
+def described(args: argparse.Namespace, table: dict[str, dict[str, Any]], found: Any) -> dict[str, Any]:
+    """The figures with what they were made of; names of files only, no paths."""
+    for row in table.values():
+        for point in row.values():
+            if point["recipe"].get("calibrate"):
+                point["recipe"]["calibrate"] = Path(point["recipe"]["calibrate"]).name
+    return {
+        "model": Path(args.model).name,
+        "data": Path(args.data).name,
+        "calibrate": Path(args.calibrate).name if args.calibrate else None,
+        "context": found.context,
+        "windows": found.windows,
+        "tokens": found.tokens,
+        "base_loss": found.base.loss,
+        "machine": {"processor": platform.machine(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
+        "rows": table,
+    }
+
+
+if __name__ == "__main__":
+    main()
