@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from gqa_convert.planning import ConvertPlan
 
 _SECONDS_BETWEEN_LINES = 60.0
+_UNWRAPPED = 10_000
 
 
 def console() -> Console:
-    """The console for results; soft-wrapped when it is no terminal, so that lines stay whole."""
-    return Console(soft_wrap=not sys.stdout.isatty())
+    """The console for results; where it is no terminal nothing is wrapped, so that paths and lines stay whole."""
+    return Console() if sys.stdout.isatty() else Console(soft_wrap=True, width=_UNWRAPPED)
 
 
 def size(count: int) -> str:
