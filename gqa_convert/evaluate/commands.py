@@ -51,6 +51,8 @@ def eval_command(
     special: Special = True,
     eos: Eos = True,
     batch_size: BatchSize = 8,
+    tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
+    tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -59,7 +61,7 @@ def eval_command(
 ) -> None:
     """Measure how much worse a converted model is on held-out text, and how much smaller."""
     from gqa_convert.evaluate import show
-    from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
+    from gqa_convert.evaluate.evaluation import EvalSettings, evaluate, with_tasks
 
     settings = EvalSettings(
         data=data,
@@ -77,6 +79,8 @@ def eval_command(
     )
     with show.counting("windows", quiet=json) as progress:
         found = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
+    if tasks:
+        found = with_tasks(found, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
     _save(found.to_json(), out)
     _emit(found.to_json(), json, lambda: show.show_evaluation(found))
 

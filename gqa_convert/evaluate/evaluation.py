@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,24 @@ def evaluate(
         base=_figures(first, original, sums),
         converted=tuple(comparisons),
     )
+
+
+def with_tasks(
+    found: Evaluation, folders: Sequence[str | Path], tasks: Sequence[str], settings: EvalSettings, *, limit: int | None
+) -> Evaluation:
+    """Add the results of lm-eval tasks to an evaluation. See `tasks.run_tasks`."""
+    from gqa_convert.evaluate.tasks import run_tasks
+
+    scores = run_tasks(
+        [task.strip() for task in tasks],
+        [models.subject(str(folder), trust_remote_code=settings.trust_remote_code) for folder in folders],
+        limit=limit,
+        batch_size=settings.batch_size,
+        dtype=settings.dtype,
+        device=settings.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return replace(found, tasks=scores)
 
 
 def make_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings) -> Task:
