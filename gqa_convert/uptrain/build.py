@@ -98,7 +98,10 @@ def build(
         set_dropout(model, config.train.dropout)
     model = optim.choose_parameters(model, config.train)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Its name before transformers 5.22 or so, and since.
+        old = getattr(model, "gradient_checkpointing_enable", None)
+        enable = getattr(model, "activation_checkpointing_enable", old)
+        enable({"use_reentrant": False})
         if config.train.parameters != "all":
             model.enable_input_require_grads()
     spec = loss_spec(made)

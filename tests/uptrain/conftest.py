@@ -1,4 +1,4 @@
-"""A tiny converted-looking Llama with a tokenizer, some text, and a configuration for them: a step takes milliseconds."""
+"""A tiny converted-looking Llama with a tokenizer, some text, and a configuration: a step takes milliseconds."""
 
 import json
 import random
@@ -6,7 +6,10 @@ import random
 import pytest
 import yaml
 
-WORDS = "the a cat dog bird fish sees hears likes finds big small red blue house tree river stone and or then".split()
+WORDS = [
+    "the", "a", "cat", "dog", "bird", "fish", "sees", "hears", "likes", "finds", "big", "small",
+    "red", "blue", "house", "tree", "river", "stone", "and", "or", "then",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +19,10 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "teacher", kv_heads=4, seed=1)
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "teacher", kv_heads=4, seed=1, sharpness=30.0)
 
 
-def make_tiny(folder, *, kv_heads=2, seed=0, dropout=0.0):
+def make_tiny(folder, *, kv_heads=2, seed=0, sharpness=1.0):
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,9 +38,10 @@ def make_tiny(folder, *, kv_heads=2, seed=0, dropout=0.0):
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
         vocab_size=len(vocabulary), max_position_embeddings=64, rope_theta=50000.0, bos_token_id=1, eos_token_id=2,
-        attention_dropout=dropout,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data *= sharpness
+    model.save_pretrained(folder)
     (folder / "gqa_convert.json").write_text(json.dumps({"format": 1, "conversion": {"method": "mean"}}))
     (folder / "NOTICE.txt").write_text("kept")
     return folder

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Uptrain on every GPU of this machine: [ENGINE=ddp|fsdp2] [PROCESSES=8] scripts/launch/many_gpus.sh CONFIG [--set a.b=c ...]
+# Run it again to go on where it was stopped. SIGTERM and SIGUSR1 are passed on: every process saves, the exit code is 75.
+# (`accelerate launch --config_file configs/accelerate/...` trains alike, but its launcher answers a signal by itself.)
+set -uo pipefail
+[ $# -ge 1 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
+. "$(dirname "${BASH_SOURCE[0]}")/engine.sh"
+count=${PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+[ "$count" -ge 1 ] || { echo "no GPU found; say how many PROCESSES" >&2; exit 2; }
+
+export MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-$((20000 + $$ % 20000))}
+export WORLD_SIZE=$count LOCAL_WORLD_SIZE=$count
+# accelerate joins processes on CPU only if it is told that they are its launcher's.
+export ACCELERATE_USE_CPU=${ACCELERATE_USE_CPU:-$(command -v nvidia-smi >/dev/null && echo false || echo true)}
+pids=()
+for ((rank = 0; rank < count; rank++)); do
+  RANK=$rank LOCAL_RANK=$rank "${PYTHON:-python}" -m gqa_convert.uptrain "$@" \
+    --set "expect.engine=$ENGINE" --set "expect.processes=$count" &
+  pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+trap 'kill -USR1 "${pids[@]}" 2>/dev/null' USR1
+
+# One that fails would leave the others waiting for it: the first failure ends them all.
+code=0 left=$count
+while [ "$left" -gt 0 ]; do
+  wait -n "${pids[@]}"
+  status=$?
+  # A trapped signal also ends `wait`, with a code above 128, while all are still at work.
+  alive=0
+  for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null && alive=$((alive + 1)); done
+  [ "$alive" -eq "$left" ] && continue
+  left=$alive
+  if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+    code=$status
+    [ "$status" -eq 75 ] || kill -TERM "${pids[@]}" 2>/dev/null
+  fi
+done
+exit "$code"
