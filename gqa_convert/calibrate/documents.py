@@ -1,0 +1,137 @@
+"""Documents of a text source in an order drawn from the whole of it, without reading the whole of it into memory."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.errors import HubError, UsageError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SEPARATOR = "<|endoftext|>"
+"""What divides a .txt file into documents, if it is there at all."""
+
+_PIECE_BYTES = 1 << 15  # a .txt file without separators is cut at the line ends after so much
+_SHUFFLE_ROWS = 2000  # rows that a streamed hub dataset is shuffled over
+
+
+def documents(data: str, *, seed: int = 0) -> Iterator[str]:
+    """Yield the documents of `data` in an order drawn from `seed`, each once.
+
+    Args:
+        data: a .txt, .jsonl (one `{"text": ...}` a line) or .parquet (column `text`) file, a folder of those, or the id
+            of a hub dataset, read as a stream; `id:name` chooses one of its configurations.
+        seed: for the order.
+
+    Raises:
+        UsageError: if there is nothing to read, or a row has no text.
+        HubError: if a hub dataset cannot be read.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise UsageError(f"{path}: holds no {', '.join(SUFFIXES)} file to calibrate on.")
+        return _local(files, random.Random(seed))
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UsageError(f"{path}: cannot be read as text. Give a {', '.join(SUFFIXES)} file.")
+        return _local([path], random.Random(seed))
+    if path.suffix in SUFFIXES or data.startswith(("/", ".", "~")) or data.count("/") > 1:
+        raise UsageError(f"{data}: no such file or folder.")
+    return _hub(data, seed)
+
+
+def _local(files: list[Path], draw: random.Random) -> Iterator[str]:
+    """Yield documents of all files, in spans drawn from all of them at random."""
+    spans = [(file, span) for file in files for span in _spans(file)]
+    draw.shuffle(spans)
+    for file, span in spans:
+        texts = list(_read(file, span))
+        draw.shuffle(texts)
+        yield from texts
+
+
+def _spans(file: Path) -> list[tuple[int, int]]:
+    """Where the documents of a file lie: byte ranges, or (row group, rows) of a parquet file."""
+    if file.suffix == ".parquet":
+        table = _parquet(file)
+        return [(group, table.metadata.row_group(group).num_rows) for group in range(table.num_row_groups)]
+    if file.stat().st_size == 0:
+        return []
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        if file.suffix == ".txt" and view.find(SEPARATOR.encode()) >= 0:
+            return _cut(view, SEPARATOR.encode(), 0)
+        return _cut(view, b"\n", _PIECE_BYTES if file.suffix == ".txt" else 0)
+
+
+def _cut(view: mmap.mmap, mark: bytes, least: int) -> list[tuple[int, int]]:
+    spans, start = [], 0
+    while start < len(view):
+        end = view.find(mark, start + least)
+        end = len(view) if end < 0 else end + (len(mark) if mark == b"\n" else 0)
+        spans.append((start, end))
+        start = end + (0 if mark == b"\n" else len(mark))
+    return spans
+
+
+def _read(file: Path, span: tuple[int, int]) -> Iterator[str]:
+    if file.suffix == ".parquet":
+        table = _parquet(file)
+        if "text" not in table.schema_arrow.names:
+            raise UsageError(f"{file}: has no column `text` (it has {', '.join(table.schema_arrow.names)}).")
+        rows = table.read_row_group(span[0], columns=["text"])["text"].to_pylist()
+        yield from (row for row in rows if row)
+        return
+    with open(file, "rb") as stream:
+        stream.seek(span[0])
+        text = stream.read(span[1] - span[0]).decode("utf-8", errors="replace")
+    if file.suffix == ".jsonl":
+        text = _row(file, span[0], text) if text.strip() else ""
+    if text.strip():
+        yield text
+
+
+def _row(file: Path, offset: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{file}: the line at byte {offset} is not JSON ({error}).") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        seen = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UsageError(f'{file}: the line at byte {offset} has no "text" (it has {seen}).')
+    return str(row["text"])
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: cannot be read as parquet ({error}).") from error
+
+
+def _hub(data: str, seed: int) -> Iterator[str]:
+    import datasets
+
+    name, _, config = data.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS):
+            if not isinstance(row.get("text"), str):
+                raise UsageError(f"{data}: its rows have no text column `text` (they have {', '.join(row)}).")
+            if row["text"].strip():
+                yield row["text"]
+    except UsageError:
+        raise
+    except Exception as error:  # datasets lets errors of every library beneath it through
+        text = " ".join(str(error).split())[:300]
+        raise HubError(
+            f"{data}: no such file here, and reading it as a hub dataset failed ({type(error).__name__}: {text}). "
+            "Name a text file, a folder, or a hub dataset with a `train` split; `id:name` chooses a configuration."
+        ) from error

@@ -1,0 +1,141 @@
+"""One layer: group and merge the heads of its attention blocks, then refit them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.anatomy.blocks import BlockNames, Freedom, block_state, layout_for, read_block
+from gqa_convert.calibrate.others import other_state
+from gqa_convert.calibrate.refit import RefitOptions, RefitReport, refit_block
+from gqa_convert.calibrate.report import BlockReport
+from gqa_convert.calibrate.stream import to_device
+from gqa_convert.calibrate.watch import BlockRecord, Enough, part_of, watching
+from gqa_convert.heads import Grouping
+from gqa_convert.merge.apply import merge_block, method_options
+from gqa_convert.merge.grouping import residual_cost, search_grouping
+from gqa_convert.merge.moments import block_moments
+from gqa_convert.merge.options import MergeOptions
+from gqa_convert.merge.registry import get_method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from gqa_convert.anatomy.shapes import ShapeDifference
+    from gqa_convert.calibrate.descent import Call
+    from gqa_convert.calibrate.stream import LayerWindow
+    from gqa_convert.calibrate.student import StudentParts
+    from gqa_convert.merge.block import AttentionBlock, RotaryLayout
+    from gqa_convert.merge.statistics import Statistics
+    from gqa_convert.recipe import Recipe
+
+State = dict[str, "Tensor"]
+"""Tensors by parameter name of the whole model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merger:
+    """Merges blocks as one recipe says."""
+
+    recipe: Recipe
+    difference: ShapeDifference
+    freedom: Freedom
+    layouts: Mapping[str, RotaryLayout]
+    max_context: int | None
+    """Longest context that a fold keeps sound, if the recipe folds."""
+
+    def merge_layer(
+        self, layer: nn.Module, path: str, blocks: Sequence[BlockNames], found: Mapping[str, Statistics]
+    ) -> tuple[State, dict[str, BlockReport]]:
+        """Return every tensor of one layer that depends on KV heads or moves with them, and a report a block."""
+        tensors = {f"{path}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        state: State = {}
+        reports = {}
+        for names in blocks:
+            started = time.monotonic()
+            rotary = layout_for(names, self.difference.source, self.layouts)
+            block = read_block(tensors.get, names, self.freedom, rotary)
+            merged, report = self._merge(names, block, found.get(names.module))
+            state |= {name: tensor.float() for name, tensor in block_state(names, merged).items()}
+            reports[names.module] = replace(report, seconds=time.monotonic() - started)
+        state |= other_state(self.difference, tensors.get, path, state)
+        return state, reports
+
+    def _merge(
+        self, names: BlockNames, block: AttentionBlock, statistics: Statistics | None
+    ) -> tuple[AttentionBlock, BlockReport]:
+        method = get_method(self.recipe.method)
+        options = method_options(
+            method, MergeOptions(max_context=self.max_context, seed=self.recipe.seed, key=names.module)
+        )
+        grouping = Grouping.contiguous(block.num_kv_heads, names.groups)
+        search = self.recipe.grouping == "search" and 1 < names.groups < block.num_kv_heads
+        moments = block_moments(block, statistics, options) if search or method.maps is not None else None
+        if search and moments is not None:
+            measure = method if method.name != "random" else get_method("mean")
+            cost = residual_cost(measure, [moments], options)
+            grouping = search_grouping(block.num_kv_heads, names.groups, cost, seed=self.recipe.seed).grouping
+        merged = merge_block(method, block, grouping, statistics, options, moments=moments)
+        report = BlockReport(
+            module=names.module,
+            grouping=grouping.members,
+            key_residual=merged.report.key_residual,
+            value_residual=merged.report.value_residual,
+        )
+        return merged.block, report
+
+
+def refit_layer(
+    blocks: Sequence[BlockNames],
+    records: Mapping[str, BlockRecord],
+    student: StudentParts,
+    window: LayerWindow | None,
+    options: RefitOptions,
+    *,
+    device: Any,
+    keep: Callable[[Any], Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[State, dict[str, RefitReport]]:
+    """Refit the blocks of one layer, in order, and put the results into the student, which holds the merged ones.
+
+    Args:
+        blocks: the blocks.
+        records: what each block of the source did: its outputs, and its calls where the refit trains on those.
+        student: the converted model, with this layer loaded.
+        window: the student's calls of the layer; None where the refit trains on the source's calls.
+        options: see `RefitOptions`.
+        device: where to compute.
+        keep: what is done to activations that are kept.
+        progress: called with the number of steps done since the last call.
+    """
+    state: State = {}
+    reports = {}
+    for names in blocks:
+        record = records[names.module]
+        calls = record.calls
+        if window is not None:
+            calls = attention_calls(window, names, keep)
+        module = part_of(student.model, "", names.module)
+        fitted, report = refit_block(
+            module, names.module, names, calls, record.outputs, options, device=device, progress=progress
+        )
+        student.put(fitted, device)
+        state |= fitted
+        reports[names.module] = report
+    return state, reports
+
+
+def attention_calls(window: LayerWindow, names: BlockNames, keep: Callable[[Any], Any] | None = None) -> list[Call]:
+    """Run a layer's calls as far as one of its attention blocks, and return what that is given."""
+    import torch
+
+    own = BlockRecord()
+    with watching(window.module, window.path, names, record=own, keep=keep, stop=True), torch.no_grad():
+        for call in window.calls:
+            args, kwargs = to_device((call.args, call.kwargs), window.device)
+            with suppress(Enough):
+                window.module(*args, **kwargs)
+    return own.calls

@@ -1,0 +1,90 @@
+"""Choose how a source model is held while it is calibrated: layer by layer where that is proven exact, else whole."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.anatomy import transformers_api
+from gqa_convert.calibrate.stream import LayerStream, Parts
+from gqa_convert.calibrate.weights import PartialModel, layer_paths, move_buffers
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+TOLERANCE = 1e-5
+"""Largest accepted difference of logits, as a share of the largest logit, between streamed and plain float32 passes."""
+
+
+class WholeModel:
+    """A model that is in memory as a whole, with the interface of `PartialModel`."""
+
+    def __init__(self, checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype) -> None:
+        with transformers_api.quiet():
+            model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+                checkpoint.folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
+        if info.get("mismatched_keys"):
+            raise CheckpointError(f"{checkpoint.folder}: loading reports {sorted(info['mismatched_keys'])[:3]}.")
+        self.model: Any = model.eval().requires_grad_(False)
+        self.layers = layer_paths(model)
+
+    def load(self, path: str, device: torch.device | str = "cpu") -> nn.Module:
+        """Return a layer, on `device`."""
+        module: nn.Module = self.model.get_submodule(path)
+        return module.to(device)
+
+    def release(self, path: str) -> None:
+        """Bring a layer back to the CPU."""
+        module: nn.Module = self.model.get_submodule(path).to("cpu")
+        move_buffers(module, "cpu")
+
+
+def open_parts(
+    checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype
+) -> tuple[Parts, tuple[str, ...]]:
+    """Return the source model in the leanest form that is proven to work, and notes on the choice.
+
+    Raises:
+        CheckpointError: if the weights are not those that the configuration describes.
+    """
+    reason = streaming_fault(cls, config)
+    if reason is None:
+        return PartialModel(checkpoint, cls, config, dtype=dtype), ()
+    note = f"{cls.__name__} is held whole in memory while it is calibrated: layer by layer, {reason}"
+    return WholeModel(checkpoint, cls, config, dtype=dtype), (note,)
+
+
+def streaming_fault(cls: type[nn.Module], config: Any) -> str | None:
+    """Return why a model cannot be run a layer at a time; None if a tiny random one of its architecture can.
+
+    The tiny model is saved, streamed from its files, and must give the logits of a plain forward pass.
+    """
+    import torch
+
+    from gqa_convert.proof.forward import difference, logits
+    from gqa_convert.proof.model import text_inputs, tiny_model
+    from gqa_convert.proof.tiny import shrink
+
+    try:
+        tiny = shrink(config)
+        model = tiny_model(tiny, architectures=[cls.__name__])
+        inputs = [text_inputs(model, seed=seed) for seed in (0, 1)]
+        with tempfile.TemporaryDirectory() as folder, transformers_api.quiet():
+            model.save_pretrained(folder)
+            written = Checkpoint.open(Path(folder))
+            own = transformers_api.load_config(Path(folder), trust_remote_code=False)
+            whole = WholeModel(written, type(model), own, dtype=torch.float32).model
+            stream = LayerStream(PartialModel(written, type(model), own, dtype=torch.float32), inputs)
+            for _ in stream:
+                pass
+            gap = max(
+                difference(seen.logits, logits(whole, each)) for seen, each in zip(stream.results, inputs, strict=True)
+            )
+    except Exception as error:  # whatever it is, the whole model still works
+        return f"a tiny model of it fails ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+    return None if gap <= TOLERANCE else f"a tiny model of it is off by {gap:.1e}"

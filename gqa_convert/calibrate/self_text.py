@@ -1,0 +1,176 @@
+"""Calibration text that the source model writes itself, so that nobody needs data to convert well.
+
+Shape suffixes: N windows, T tokens a window, S encoder positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.anatomy import transformers_api
+from gqa_convert.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Progress = Callable[[int], None]
+
+
+def self_tokens(
+    folder: Path,
+    *,
+    sequences: int,
+    length: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    batch: int = 32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Sample windows of text from a decoder-only model, whole in memory in its stored dtype.
+
+    Windows start with BOS, or with a token drawn evenly from the vocabulary where there is none. When the model ends a
+    document, the window goes on with a new one.
+
+    Args:
+        folder: the checkpoint.
+        sequences: windows to write.
+        length: tokens a window.
+        seed: for the sampling.
+        temperature: of the sampling; nothing else bends the model's distribution.
+        batch: windows written at a time.
+        device: where to run.
+        trust_remote_code: allow the model's own code to run.
+        progress: called with the number of windows written since the last call.
+
+    Returns:
+        ids_NT, int64.
+
+    Raises:
+        UnsupportedModelError: if the model is an encoder-decoder, which answers and does not begin.
+    """
+    import torch
+
+    model = _load(folder, device, trust_remote_code)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{folder}: an encoder-decoder cannot write text from nothing. Name a text to calibrate on."
+        )
+    begin, ends = _document_marks(model)
+    written = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, sequences, batch):
+            count = min(batch, sequences - start)
+            first = _first_tokens(model, count, begin).to(device)
+            written.append(_sample(model, {"input_ids": first}, length, temperature, begin, ends).cpu())
+            if progress:
+                progress(count)
+    return torch.cat(written)
+
+
+def own_outputs(
+    folder: Path,
+    tokens_NS: Tensor,
+    *,
+    length: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    batch: int = 32,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:
+    """Let an encoder-decoder answer given encoder inputs, and return both sides as calibration inputs.
+
+    Returns:
+        `input_ids` (N, S) and `decoder_input_ids` (N, T), the latter starting with the decoder's start token.
+    """
+    import torch
+
+    model = _load(folder, device, trust_remote_code)
+    begin, ends = _document_marks(model)
+    answers = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in tokens_NS.split(batch):
+            inputs = {"input_ids": part.to(device)}
+            answers.append(_sample(model, inputs, length, temperature, begin, ends).cpu())
+            if progress:
+                progress(len(part))
+    return {"input_ids": tokens_NS, "decoder_input_ids": torch.cat(answers)}
+
+
+def _load(folder: Path, device: str, trust_remote_code: bool) -> Any:
+    config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
+    cls: Any = transformers_api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
+    with transformers_api.quiet():
+        return cls.from_pretrained(folder, dtype="auto", local_files_only=True).eval().to(device)
+
+
+def _document_marks(model: Any) -> tuple[int | None, list[int]]:
+    """The token that begins a document (None if there is none) and those that end one."""
+    text = model.config.get_text_config(decoder=True)
+    settings = model.generation_config
+    begin = settings.bos_token_id if settings.bos_token_id is not None else getattr(text, "bos_token_id", None)
+    if begin is None and model.config.is_encoder_decoder:
+        begin = settings.decoder_start_token_id
+    end = settings.eos_token_id if settings.eos_token_id is not None else getattr(text, "eos_token_id", None)
+    return begin, ([] if end is None else [end] if isinstance(end, int) else list(end))
+
+
+def _first_tokens(model: Any, count: int, begin: int | None) -> Tensor:
+    import torch
+
+    if begin is not None:
+        return torch.full((count, 1), begin)
+    return torch.randint(0, model.config.get_text_config(decoder=True).vocab_size, (count, 1))
+
+
+def _sample(
+    model: Any, inputs: dict[str, Tensor], length: int, temperature: float, begin: int | None, ends: list[int]
+) -> Tensor:
+    """Sample up to `length` decoder tokens, the first included; an ended document is followed by a new one."""
+    import torch
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_length=length,
+        min_length=length,
+        eos_token_id=None,
+        pad_token_id=0,
+        bos_token_id=begin,
+        decoder_start_token_id=model.generation_config.decoder_start_token_id,
+        use_cache=True,
+    )
+    with torch.no_grad(), transformers_api.quiet():
+        out: Tensor = model.generate(
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            logits_processor=LogitsProcessorList([_renewal(begin, ends)]),
+        )
+    return out[:, :length]
+
+
+def _renewal(begin: int | None, ends: list[int]) -> Any:
+    """A logits processor that follows the end of a document by the beginning of the next."""
+    import torch
+    from transformers import LogitsProcessor
+
+    class Renewal(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if begin is None or not ends:
+                return scores
+            over = torch.isin(input_ids[:, -1], torch.tensor(ends, device=input_ids.device))
+            forced = torch.full_like(scores, -torch.inf)
+            forced[:, begin] = 0
+            return torch.where(over[:, None], forced, scores)
+
+    return Renewal()
