@@ -99,8 +99,8 @@ def build(
     model = optim.choose_parameters(model, config.train)
     if config.train.gradient_checkpointing:
         # Its name before transformers 5.22 or so, and since.
-        old = getattr(model, "gradient_checkpointing_enable", None)
-        enable = getattr(model, "activation_checkpointing_enable", old)
+        new = hasattr(model, "activation_checkpointing_enable")
+        enable: Any = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         if config.train.parameters != "all":
             model.enable_input_require_grads()

@@ -33,18 +33,22 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, *, is_ma
         OSError: if writing fails.
     """
     if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import get_state_dict
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        weights, moments = get_state_dict(model, optimizer)
-        save({"model": weights, "optimizer": moments}, checkpoint_id=folder / _SHARDS)
+        found: dict[str, Any] = {"model": get_model_state_dict(model)}
+        if _plain(optimizer).state:
+            # Before the first step there is nothing to save, and asking would make torch take an empty step, which
+            # Adam counts: every update after it would differ.
+            found["optimizer"] = get_optimizer_state_dict(model, _plain(optimizer))
+        save(found, checkpoint_id=folder / _SHARDS)
         return
     if not is_main:
         return
     from safetensors.torch import save_file
 
     save_file({name: p.detach().contiguous() for name, p in _trained(model)}, folder / _MODEL)
-    torch.save(optimizer.state_dict(), folder / _OPTIMIZER)
+    torch.save(_plain(optimizer).state_dict(), folder / _OPTIMIZER)
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
@@ -58,13 +62,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
         made = "sharded" if (folder / _SHARDS).is_dir() else "whole"
         raise CheckpointError(f"{folder}: holds {made} weights; resume with the engine it was saved by.")
     if sharded:
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        from torch.distributed.checkpoint.state_dict_loader import load
-
-        weights, moments = get_state_dict(model, optimizer)
-        found: dict[str, Any] = {"model": weights, "optimizer": moments}
-        load(found, checkpoint_id=folder / _SHARDS)
-        set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+        _load_shards(folder / _SHARDS, model, _plain(optimizer))
         return
     from safetensors.torch import load_file
 
@@ -77,7 +75,33 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
     state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state)
+    _plain(optimizer).load_state_dict(state)
+
+
+def _load_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    found: dict[str, Any] = {"model": get_model_state_dict(model)}
+    keys = FileSystemReader(folder).read_metadata().state_dict_metadata
+    with_optimizer = any(key.startswith("optimizer.") for key in keys)
+    if with_optimizer:
+        found["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    load(found, checkpoint_id=folder)
+    set_model_state_dict(model, found["model"])
+    if with_optimizer:
+        set_optimizer_state_dict(model, optimizer, found["optimizer"])
+
+
+def _plain(optimizer: Any) -> Any:
+    """The optimiser under accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -101,6 +125,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float | None) -> Tensor:
     """Scale gradients to a norm of `limit` at most; returns the norm before, the same on every process."""
-    norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # Of sharded gradients each process knows its part; the whole norm must be known before anything is scaled by it.
     full = getattr(norm, "full_tensor", None)
-    return full() if full is not None else norm
+    if full is not None:
+        norm = full()
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

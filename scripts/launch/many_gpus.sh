@@ -33,7 +33,10 @@ while [ "$left" -gt 0 ]; do
   left=$alive
   if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
     code=$status
-    [ "$status" -eq 75 ] || kill -TERM "${pids[@]}" 2>/dev/null
+    if [ "$status" -ne 75 ]; then
+      kill -TERM "${pids[@]}" 2>/dev/null
+      (sleep 60; kill -KILL "${pids[@]}" 2>/dev/null) &
+    fi
   fi
 done
 exit "$code"

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Kill a run with SIGKILL at random moments, again and again, and check that every start finds a whole checkpoint.
+
+    python scripts/bench/kill_and_resume.py CONFIG --kills 30 --out results.json [--set a.b=c ...]
+
+CONFIG is a short run of `gqa uptrain`; it is given a fresh output and saves every few steps. After the kills it is left
+to finish, and its weights are compared, bit by bit, with those of a run that was never disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore
+from gqa_convert.uptrain.metrics import read_metrics
+
+
+def command(options: argparse.Namespace, output: Path, cache: Path) -> list[str]:
+    sets = [
+        *options.set,
+        f"output={output}",
+        f"data.cache={cache}",
+        f"checkpoints.every_steps={options.every}",
+        "log.trackers=[]",
+    ]
+    return [sys.executable, "-m", "gqa_convert.uptrain", str(options.config), *(x for s in sets for x in ("--set", s))]
+
+
+def steps_logged(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return max((r["step"] for r in read_metrics(path)), default=0) if path.exists() else 0
+
+
+def kill_once(options: argparse.Namespace, output: Path, cache: Path, rng: random.Random) -> dict[str, Any] | None:
+    """Start, wait for the first step of this start, kill at a random moment after it; None if it finished first."""
+    store = CheckpointStore(output / "checkpoints", 2)
+    begun = store.newest()
+    before = begun.step if begun else 0
+    log = output / "metrics.jsonl"
+    seen = log.stat().st_mtime_ns if log.exists() else 0
+    with subprocess.Popen(command(options, output, cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        while run.poll() is None and (not log.exists() or log.stat().st_mtime_ns == seen):
+            time.sleep(0.02)
+        deadline = time.monotonic() + rng.uniform(0, options.spread)
+        while run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if run.poll() is not None:
+            if run.returncode:
+                raise SystemExit(run.stderr.read().decode() if run.stderr else "failed")
+            return None
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    found = store.newest()
+    if found is None or found.step < before:
+        raise SystemExit(f"after a kill the newest whole checkpoint is {found}, it was step {before}")
+    half = [p.name for p in (output / "checkpoints").iterdir() if not (p / MARKER).is_file()]
+    return {"resumed_from": before, "killed_after_step": steps_logged(output), "newest_whole": found.step,
+            "unfinished_save": bool(half)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--spread", type=float, default=2.0, help="seconds after the first step within which to kill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        kills: list[dict[str, Any]] = []
+        finished = 0
+        while len(kills) < options.kills:
+            output = work / f"run-{finished}"
+            found = kill_once(options, output, work / "tokens", rng)
+            if found is None:
+                finished += 1  # it got to the end between two kills: begin anew
+                continue
+            kills.append(found)
+            print(f"kill {len(kills)}: {found}", flush=True)
+        last = work / f"run-{finished}"
+        undisturbed = work / "undisturbed"
+        for output in (last, undisturbed):
+            subprocess.run(command(options, output, work / "tokens"), check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)  # fmt: skip
+        one, two = ((folder / "final" / "model.safetensors").read_bytes() for folder in (last, undisturbed))
+    result = {
+        "what": "SIGKILL at random moments of training; every start resumed from a whole checkpoint",
+        "config": options.config.name,
+        "kills": len(kills),
+        "whole_after_every_kill": True,
+        "killed_while_saving": sum(kill["unfinished_save"] for kill in kills),
+        "bitwise_equal_to_an_undisturbed_run": one == two,
+        "versions": {n: version(n) for n in ("gqa-convert", "torch", "transformers", "accelerate")},
+        "runs": kills,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=2))
+    raise SystemExit(0 if one == two else 1)
+
+
+if __name__ == "__main__":
+    main()

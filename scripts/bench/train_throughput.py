@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Tokens a second and peak memory of `gqa uptrain` and of transformers' Trainer: same model, tokens, precision, batch.
+
+    python scripts/bench/train_throughput.py MODEL TRAIN.jsonl --out results.json
+    python scripts/bench/train_throughput.py MODEL TRAIN.jsonl --device auto --precision bf16 --distil ORIGINAL
+
+Each side runs in a process of its own, in turn, several times over (what else the machine does hits both alike); the
+first steps are left out of the time. Both train on documents joined and cut every `context` tokens, with fused AdamW.
+With --distil, a run with distillation from that model is timed as well. MFU is given where the device's peak is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+def peak_memory() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ours(options: argparse.Namespace, work: Path, distil: str | None) -> dict[str, float]:
+    from gqa_convert.uptrain import loop
+    from gqa_convert.uptrain.loading import parse_config
+
+    marks: list[float] = []
+    real = loop.train_step
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        marks.append(time.perf_counter())
+        return found
+
+    loop.train_step = train_step
+    settings = {
+        "model": options.model,
+        "output": str(work / "run"),
+        "budget": {"steps": options.steps},
+        "data": {
+            "source": {"kind": "jsonl", "paths": [options.train]},
+            "context": options.context,
+            "separate_documents": False,
+        },
+        "objective": {"distillation": {"teacher": distil} if distil else None},
+        "schedule": {"kind": "constant", "peak": 1e-4},
+        "train": {
+            "batch_sequences": options.batch * options.accumulation,
+            "micro_batch": options.batch,
+            "precision": {"bf16": "bf16", "float32": "float32"}[options.precision],
+            "device": options.device,
+        },
+        "guards": {"spike_factor": None},
+        "checkpoints": {"every_minutes": None},
+        "evaluation": {"tokens": 1000},
+        "log": {"trackers": [], "every_steps": 10},
+    }
+    loop.uptrain(parse_config(settings), quiet=True)
+    return timed(marks, options)
+
+
+def theirs(options: argparse.Namespace, work: Path) -> dict[str, float]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    from gqa_convert.data.blocks import StoredBlocks
+    from gqa_convert.data.documents import SourceSpec, open_corpus
+    from gqa_convert.data.encoding import Encoder
+    from gqa_convert.data.store import TokenStore
+
+    encoder = Encoder(AutoTokenizer.from_pretrained(options.model))
+    corpus = open_corpus(SourceSpec(kind="jsonl", paths=(options.train,)))
+    blocks = StoredBlocks(TokenStore.of(encoder.stream(corpus.all_documents())), options.context, seed=0)
+
+    class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return options.steps * options.batch * options.accumulation
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            ids = torch.from_numpy(blocks.get(index).ids[:-1])
+            return {"input_ids": ids, "labels": ids}
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            marks.append(time.perf_counter())
+
+    arguments = TrainingArguments(
+        output_dir=str(work / "trainer"),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        bf16=options.precision == "bf16",
+        use_cpu=options.device == "cpu",
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model.config.use_cache = False
+    Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[Clock()]).train()
+    return timed(marks, options)
+
+
+def timed(marks: list[float], options: argparse.Namespace) -> dict[str, float]:
+    seconds = marks[-1] - marks[options.warmup - 1]
+    tokens = (len(marks) - options.warmup) * options.batch * options.accumulation * options.context
+    return {"tokens_per_second": tokens / seconds, "peak_bytes": peak_memory()}
+
+
+def in_process(side: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, *sys.argv, "--side", side], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("train")
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "auto"], default="cpu")
+    parser.add_argument("--distil", help="also time distillation from this model")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--side", choices=["ours", "theirs", "distilled"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        with tempfile.TemporaryDirectory() as name:
+            work = Path(name)
+            if options.side == "theirs":
+                found = theirs(options, work)
+            else:
+                found = ours(options, work, options.distil if options.side == "distilled" else None)
+        print(json.dumps(found))
+        return
+    sides = ["ours", "theirs", *(["distilled"] if options.distil else [])]
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for number in range(options.repeats):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            runs[side].append(in_process(side))
+            print(f"{side}: {runs[side][-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
+    report(options, runs)
+
+
+def report(options: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> None:
+    import torch
+
+    from gqa_convert.budget_shape import peak_flops, shape_of_folder
+
+    shape = shape_of_folder(Path(options.model))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.device == "auto" else "cpu"
+    peak = peak_flops(device)
+    sides: dict[str, Any] = {}
+    for side, found in runs.items():
+        rate = median(run["tokens_per_second"] for run in found)
+        sides[side] = {
+            "tokens_per_second": round(rate, 1),
+            "peak_bytes": round(median(run["peak_bytes"] for run in found)),
+            "runs": found,
+        }
+        if peak:
+            sides[side]["mfu"] = rate * shape.training_flops_per_token(options.context) / peak
+    pairs = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["ours"], runs["theirs"], strict=True)]
+    described = {
+        "what": "training throughput against transformers.Trainer",
+        "model": {"name": Path(options.model).name, "parameters": shape.parameters},
+        "settings": {k: v for k, v in vars(options).items() if isinstance(v, int)} | {"precision": options.precision},
+        "device": device,
+        "versions": {n: version(n) for n in ("gqa-convert", "torch", "transformers", "accelerate")}
+        | {"python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+        "sides": sides,
+        "speed_ratio": round(median(pairs), 3),
+        "memory_ratio": round(sides["ours"]["peak_bytes"] / sides["theirs"]["peak_bytes"], 3),
+    }
+    text = json.dumps(described, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
