@@ -57,7 +57,7 @@ def tensor_lr(parameter: Tensor, companion: Tensor, options: DescentOptions) -> 
     """
     if options.lr is not None:
         return options.lr
-    size = max(float(companion.float().square().mean()), float(parameter.float().square().mean()))
+    size = max(float(x.detach().float().square().mean()) for x in (companion, parameter))
     return options.relative_lr * math.sqrt(size)
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.blocks import BlockNames, Freedom, block_state, layout_for, read_block
+from gqa_convert.calibrate.lanes import LayerCall
 from gqa_convert.calibrate.others import other_state
 from gqa_convert.calibrate.refit import RefitOptions, RefitReport, refit_block
 from gqa_convert.calibrate.report import BlockReport
+from gqa_convert.calibrate.residual import hidden_of, residual_scale
 from gqa_convert.calibrate.stream import to_device
 from gqa_convert.calibrate.watch import BlockRecord, Enough, part_of, watching
 from gqa_convert.heads import Grouping
@@ -91,41 +93,59 @@ class Merger:
 def refit_layer(
     blocks: Sequence[BlockNames],
     records: Mapping[str, BlockRecord],
+    source: LayerWindow,
     student: StudentParts,
-    window: LayerWindow | None,
+    shadow: LayerWindow,
     options: RefitOptions,
     *,
-    device: Any,
-    keep: Callable[[Any], Any] | None = None,
+    keep: Callable[[Any], Any],
     progress: Callable[[int], None] | None = None,
 ) -> tuple[State, dict[str, RefitReport]]:
     """Refit the blocks of one layer, in order, and put the results into the student, which holds the merged ones.
 
     Args:
         blocks: the blocks.
-        records: what each block of the source did: its outputs, and its calls where the refit trains on those.
+        records: the outputs of each block of the source.
+        source: the source's calls of the layer.
         student: the converted model, with this layer loaded.
-        window: the student's calls of the layer; None where the refit trains on the source's calls.
+        shadow: the student's calls of the layer.
         options: see `RefitOptions`.
-        device: where to compute.
         keep: what is done to activations that are kept.
         progress: called with the number of steps done since the last call.
     """
     state: State = {}
     reports = {}
     for names in blocks:
-        record = records[names.module]
-        calls = record.calls
-        if window is not None:
-            calls = attention_calls(window, names, keep)
+        started = time.monotonic()
+        targets: Sequence[Tensor] = records[names.module].outputs
+        if options.least_squares and not options.steps:
+            targets = corrected(targets, source, shadow, names)
         module = part_of(student.model, "", names.module)
+        calls = attention_calls(shadow, names, keep)
         fitted, report = refit_block(
-            module, names.module, names, calls, record.outputs, options, device=device, progress=progress
+            module, names.module, names, calls, targets, options, device=shadow.device, progress=progress
         )
-        student.put(fitted, device)
+        student.put(fitted, shadow.device)
         state |= fitted
-        reports[names.module] = report
+        reports[names.module] = replace(report, seconds=time.monotonic() - started)
     return state, reports
+
+
+def corrected(
+    targets: Sequence[Tensor], source: LayerWindow, shadow: LayerWindow, names: BlockNames
+) -> Sequence[Tensor]:
+    """Add to each target what the student's stream already lacks, where attention enters the stream as a plain sum.
+
+    This helps a least squares, which can do little else about the error. It hurts a descent: most of the lack cannot be
+    told from what the block sees.
+    """
+    call = source.calls[0]
+    args, kwargs = to_device((call.args, call.kwargs), source.device)
+    scale = residual_scale(source.module, source.path, names, LayerCall(call.path, args, kwargs))
+    if scale is None:
+        return targets
+    lacks = zip(map(hidden_of, source.calls), map(hidden_of, shadow.calls), strict=True)
+    return [y if h is None or s is None else y + (h - s) / scale for y, (h, s) in zip(targets, lacks, strict=True)]
 
 
 def attention_calls(window: LayerWindow, names: BlockNames, keep: Callable[[Any], Any] | None = None) -> list[Call]:

@@ -79,7 +79,8 @@ def streaming_fault(cls: type[nn.Module], config: Any) -> str | None:
             written = Checkpoint.open(Path(folder))
             own = transformers_api.load_config(Path(folder), trust_remote_code=False)
             whole = WholeModel(written, type(model), own, dtype=torch.float32).model
-            stream = LayerStream(PartialModel(written, type(model), own, dtype=torch.float32), inputs)
+            lean = PartialModel(written, type(model), own, dtype=torch.float32)
+            stream = LayerStream(lean, inputs, keep_results=True)
             for _ in stream:
                 pass
             gap = max(

@@ -1,8 +1,9 @@
 """Local refit of one merged attention block against its original: no language-model training, one layer at a time.
 
-Two steps, either or both: the block's q, k, v and o are trained on the original's outputs (`descent`), and its o
-projection is solved for by least squares (`least_squares`). Both measure on windows that they do not fit, and keep what
-they started from where they cannot better it.
+The block is given what the converted model will really feed it, its earlier layers being refitted already, and fitted
+to what the original block gave in the source. Two steps, either or both: its q, k, v and o are trained (`descent`), and
+its o projection is solved for (`least_squares`). Both measure on windows that they do not fit, and keep what they
+started from where they cannot better it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from gqa_convert.calibrate.descent import DescentOptions, as_float32, descend, held_out
 from gqa_convert.calibrate.least_squares import NormalEquations
@@ -39,9 +40,6 @@ class RefitOptions:
     """Calibration tokens a step."""
     lr: float | None = None
     """Peak learning rate; by default each tensor's own, from the size of its elements."""
-    inputs: Literal["converted", "source"] = "converted"
-    """Train on what the converted model itself will feed the layer, its earlier layers being refitted already; or on
-    what the source feeds it, which makes the layers independent of each other."""
     least_squares: bool = False
     """Solve for o_proj afterwards."""
     damping: float = 1e-3
@@ -61,22 +59,18 @@ class RefitOptions:
         if problems:
             raise UsageError(f"refit: {'; '.join(problems)}.")
 
-    @property
-    def needs_student(self) -> bool:
-        """True if the converted model must be run beside the source."""
-        return self.inputs == "converted"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RefitReport:
-    """Mean square error of one block's outputs on held-out windows, as a share of the original outputs' mean square.
+    """Mean square error of one block on held-out windows, as a share of the mean square of what it should have given.
 
-    Measured on the inputs that the refit used. None for a step that was left out.
+    Measured on what the converted model feeds the block. None for a step that was left out.
     """
 
     error_before: float
     error_after_descent: float | None
     error_after_least_squares: float | None
+    seconds: float = 0.0
 
 
 def refit_block(

@@ -139,7 +139,8 @@ class LayerStream:
         inputs: the arguments of one forward pass a batch.
         device: where layers run; everything else is computed and kept on the CPU.
         spill: what to do with activations beyond a memory limit.
-        last: path of the layer after which to stop; by default the forward passes end, and `results` has their outputs.
+        last: path of the layer after which to stop.
+        keep_results: keep what the forward passes return, in `results`, when they have ended.
 
     Raises:
         UnsupportedModelError: while iterating: if the model cannot be run on these inputs, or the batches do not call
@@ -154,6 +155,7 @@ class LayerStream:
         device: torch.device | str = "cpu",
         spill: Spill | None = None,
         last: str | None = None,
+        keep_results: bool = False,
     ) -> None:
         import torch
 
@@ -162,6 +164,7 @@ class LayerStream:
         self.device = torch.device(device)
         self.spill = spill
         self.last = last
+        self.keep_results = keep_results
         self.results: list[Any] = []
 
     def __iter__(self) -> Generator[LayerWindow, None, None]:
@@ -224,4 +227,8 @@ class LayerStream:
     def _forward(self, inputs: Inputs) -> Callable[[], Any]:
         from gqa_convert.proof.forward import speaker
 
-        return lambda: speaker(self.parts.model)(**inputs, use_cache=False)
+        def forward() -> Any:
+            result = speaker(self.parts.model)(**inputs, use_cache=False)
+            return result if self.keep_results else None
+
+        return forward

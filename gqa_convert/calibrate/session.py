@@ -1,0 +1,222 @@
+"""One run over the layers of a model: what is finished is taken from disk, the rest is solved and put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.anatomy.blocks import rotary_layouts
+from gqa_convert.calibrate.choices import batch_size, blocks_by_layer, fold_context, refit_options
+from gqa_convert.calibrate.layer import Merger, State, refit_layer
+from gqa_convert.calibrate.moments import InputMoments
+from gqa_convert.calibrate.parts import open_parts
+from gqa_convert.calibrate.refit import RefitReport
+from gqa_convert.calibrate.report import BlockReport, OnLayer
+from gqa_convert.calibrate.statistics_file import read_statistics, statistics_store, write_statistics
+from gqa_convert.calibrate.store import LayerStore, identity
+from gqa_convert.calibrate.stream import LayerStream, LayerWindow, Parts, Spill, to_device
+from gqa_convert.calibrate.student import StudentParts
+from gqa_convert.calibrate.tokens import batches, token_hash
+from gqa_convert.calibrate.watch import BlockRecord, watching
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from gqa_convert.anatomy.anatomy import Anatomy
+    from gqa_convert.anatomy.blocks import BlockNames, Freedom
+    from gqa_convert.checkpoint.reader import Checkpoint
+    from gqa_convert.recipe import Recipe
+
+    Inputs = Tensor | Mapping[str, Tensor]
+
+_TEXT_FIELDS = ("calibrate", "sequences", "length")  # of a recipe: the text's own hash says more
+_TOLD_EVERY = 10  # steps
+
+
+class Session:
+    """See `gqa_convert.calibrate.solve.solve`, whose arguments these are."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        anatomy: Anatomy,
+        blocks: Sequence[BlockNames],
+        freedom: Freedom,
+        recipe: Recipe,
+        inputs: Inputs | None,
+        work: Path,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        import torch
+
+        assert anatomy.difference is not None
+        self.checkpoint, self.anatomy, self.recipe, self.work = checkpoint, anatomy, recipe, work
+        self.dtype, self.device = dtype, torch.device(device)
+        self.batches = [] if inputs is None else batches(inputs, batch_size(inputs, recipe.refit_tokens))
+        self.refit = refit_options(recipe) if inputs is not None else None
+        self.layers = blocks_by_layer(anatomy.difference.source, blocks)
+        self.spill_limit: int | None = None
+        self.on_layer: OnLayer = lambda what, done, total: None
+        self.merger = Merger(
+            recipe=recipe,
+            difference=anatomy.difference,
+            freedom=freedom,
+            layouts=rotary_layouts(anatomy.difference.source, freedom),
+            max_context=fold_context(recipe, anatomy.config),
+        )
+        known = {
+            "source": identity(checkpoint),
+            "class": anatomy.class_name,
+            "text": None if inputs is None else token_hash(inputs),
+            "batches": len(self.batches),
+            "dtype": str(dtype),
+            "layers": {path: [names.module for names in found] for path, found in self.layers.items()},
+        }
+        self.moments = statistics_store(work, known)
+        chosen = {name: value for name, value in recipe.to_json().items() if name not in _TEXT_FIELDS}
+        result = {"groups": anatomy.groups, "recipe": chosen, "freedom": asdict(freedom)}
+        self.store = LayerStore(work, "layers", {**known, **result})
+
+    def run(self) -> tuple[str, ...]:
+        """Finish every layer, and return notes on how it was done."""
+        self.done = sum(self.store.has(index) for index in range(len(self.layers)))
+        notes: tuple[str, ...] = ()
+        if self.done < len(self.layers):
+            self.on_layer("loading", self.done, len(self.layers))
+            cls = type(self.merger.difference.source)
+            parts, notes = open_parts(self.checkpoint, cls, self.anatomy.config, dtype=self.dtype)
+            if self.refit or (self.batches and not self._all_moments()):
+                self._run_layers(parts)
+                notes += self._unreached()
+            self._merge_only(parts)
+        return notes
+
+    def _unreached(self) -> tuple[str, ...]:
+        left = [path for index, path in enumerate(self.layers) if not self.store.has(index)]
+        return (f"{', '.join(left)}: not run on text, so merged without statistics or refit",) if left else ()
+
+    def _all_moments(self) -> bool:
+        return all(self.moments.has(index) for index in range(len(self.layers)))
+
+    def _merge_only(self, parts: Parts) -> None:
+        for index, (path, blocks) in enumerate(self.layers.items()):
+            if self.store.has(index):
+                continue
+            found = read_statistics(self.moments, index) or {}
+            state, reports = self.merger.merge_layer(parts.load(path), path, blocks, found)
+            parts.release(path)
+            self._finish(index, state, reports)
+
+    def _run_layers(self, parts: Parts) -> None:
+        numbers = {path: index for index, path in enumerate(self.layers)}
+        last = next(reversed(self.layers))
+        teacher = LayerStream(parts, self.batches, device=self.device, spill=self._spill(), last=last)
+        student = shadows = None
+        if self.refit:
+            student = StudentParts(parts, type(self.merger.difference.source), self.anatomy.target_config, self.dtype)
+            shadows = LayerStream(student, self.batches, device=self.device, spill=self._spill(), last=last)
+        with ExitStack() as stack:
+            windows = stack.enter_context(closing(iter(teacher)))
+            beside = stack.enter_context(closing(iter(shadows))) if shadows else None
+            for window in windows:
+                shadow = next(beside) if beside else None
+                index = numbers.get(window.path)
+                if index is not None:
+                    self._one_layer(index, window, student, shadow)
+                if shadow is not None and student is not None:
+                    shadow.run()
+                    student.release(shadow.path)  # or the source's old layer would live on beside its next one
+
+    def _one_layer(
+        self, index: int, window: LayerWindow, student: StudentParts | None, shadow: LayerWindow | None
+    ) -> None:
+        """Solve one layer, or take its result from an earlier run; either way the student holds it afterwards."""
+        kept = self.store.read(index)
+        if kept is not None:
+            self.on_layer("resuming", self.done, len(self.layers))
+            state = kept[0]
+        else:
+            self.on_layer("running the source", self.done, len(self.layers))
+            records = self._observe(index, window)
+            self.on_layer("merging", self.done, len(self.layers))
+            blocks = self.layers[window.path]
+            found = read_statistics(self.moments, index) or {}
+            state, reports = self.merger.merge_layer(window.module, window.path, blocks, found)
+            if student is not None and shadow is not None and self.refit is not None:
+                student.put(state, self.device)
+                fitted, seen = refit_layer(
+                    blocks,
+                    records,
+                    window,
+                    student,
+                    shadow,
+                    self.refit,
+                    keep=self._keep(shadow),
+                    progress=self._steps(),
+                )
+                state |= fitted
+                reports = {module: _with_refit(report, seen[module]) for module, report in reports.items()}
+            self._finish(index, state, reports)
+        if student is not None:
+            student.put(state, self.device)
+
+    def _observe(self, index: int, window: LayerWindow) -> dict[str, BlockRecord]:
+        """Run the source's layer: its moments go to their store, what a refit needs of each block is returned."""
+        sums: dict[str, InputMoments] = {}
+        records: dict[str, BlockRecord] = {}
+        with ExitStack() as stack:
+            for names in self.layers[window.path]:
+                sums[names.module], records[names.module] = InputMoments(), BlockRecord()
+                watch = watching(
+                    window.module,
+                    window.path,
+                    names,
+                    record=records[names.module] if self.refit else None,
+                    call_arguments=False,
+                    keep=self._keep(window),
+                    on_inputs=None if self.moments.has(index) else sums[names.module].add,
+                )
+                stack.enter_context(watch)
+            window.run()
+        if not self.moments.has(index):
+            write_statistics(self.moments, index, {module: found.statistics() for module, found in sums.items()})
+        return records
+
+    def _steps(self) -> Callable[[int], None]:
+        """Count the steps of one layer's refit."""
+        assert self.refit is not None
+        total, done = self.refit.steps, 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            done += count
+            if done % _TOLD_EVERY == 0:
+                self.on_layer(f"refitting, step {done} of {total}", self.done, len(self.layers))
+
+        return progress
+
+    def _spill(self) -> Spill | None:
+        return None if self.spill_limit is None else Spill(self.work, self.spill_limit)
+
+    def _keep(self, window: LayerWindow) -> Callable[[Any], Any]:
+        import torch
+
+        cpu = torch.device("cpu")
+        if window.spill is None:
+            return lambda value: to_device(value, cpu)
+        spill = window.spill
+        return lambda value: spill.keep(to_device(value, cpu))
+
+    def _finish(self, index: int, state: State, reports: Mapping[str, BlockReport]) -> None:
+        self.store.write(index, state, {module: report.to_json() for module, report in reports.items()})
+        self.done += 1
+        self.on_layer("merging", self.done, len(self.layers))
+
+
+def _with_refit(report: BlockReport, seen: RefitReport) -> BlockReport:
+    return replace(report, **{**asdict(seen), "seconds": report.seconds + seen.seconds})
