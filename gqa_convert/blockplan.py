@@ -40,6 +40,8 @@ class BlockPlan:
         if self.freedom.key_gauge != "full" and self.recipe.merge_method.touches_query_output:
             allowed = "only change sign" if self.freedom.key_gauge == "signs" else "not be changed"
             notes.append(f"keys may {allowed} in this architecture (something stands between k and the scores)")
+        if self.recipe.adaptable and self.recipe.grouping == "contiguous":
+            notes.append("groups are contiguous: heads cannot change places in this architecture")
         if self.freedom.value_gauge != "full" and self.recipe.merge_method.touches_query_output:
             notes.append("values may not be rotated in this architecture (something stands between v and o)")
         return tuple(notes)
@@ -60,6 +62,8 @@ def plan_blocks(checkpoint: Checkpoint, anatomy: Anatomy, recipe: Recipe) -> Blo
         freedom = prove_freedom(anatomy.config)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{_asked(recipe)} cannot be used on {anatomy.model_type}: {error}") from error
+    if recipe.adaptable and not freedom.permutable:
+        recipe = replace(recipe, grouping="contiguous")
     _check_freedom(anatomy, recipe, freedom)
     return BlockPlan(recipe=recipe, blocks=blocks, freedom=freedom, keys=_raw_keys(checkpoint, anatomy, blocks, recipe))
 
@@ -84,11 +88,6 @@ def _check_freedom(anatomy: Anatomy, recipe: Recipe, freedom: Freedom) -> None:
             f"--grouping search cannot be used on {anatomy.model_type}: on a tiny model of it, moving heads changed "
             "the logits (other parameters are tied to the order of heads). Use --grouping contiguous."
         )
-
-
-def relax(recipe: Recipe, freedom: Freedom) -> Recipe:
-    """The recipe without what a preset may leave out where an architecture does not allow it."""
-    return recipe if freedom.permutable else replace(recipe, grouping="contiguous")
 
 
 def _raw_keys(

@@ -167,6 +167,7 @@ def _assemble(
 ) -> ConvertPlan:
     blocks = plan_blocks(checkpoint, anatomy, recipe)
     solved = blocks.raw_keys if blocks else frozenset()
+    recipe = blocks.recipe if blocks else recipe
     tensors = checkpoint.tensors
     by_key = {merge.key: merge for merge in anatomy.merges}
     dropped = set(anatomy.dropped)

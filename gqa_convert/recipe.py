@@ -43,6 +43,8 @@ class Recipe:
     """Tokens of each step."""
     refit_lr: float | None = None
     """Peak learning rate; None for a rule by width."""
+    adaptable: bool = False
+    """True for a preset: where an architecture's heads cannot change places, groups are contiguous instead."""
 
     def __post_init__(self) -> None:
         method = self.merge_method
@@ -74,6 +76,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values; only what plays a part."""
         values = asdict(self)
+        del values["adaptable"]
         if not self.uses_blocks:
             return {key: values[key] for key in ("method", "seed", "grouping")}
         if self.calibrate is None:
@@ -87,11 +90,11 @@ PRESETS: dict[str, tuple[str, Recipe]] = {
     "paper": ("mean of adjacent heads, as in the paper; seconds", Recipe()),
     "fast": (
         "calibrated pca of searched groups; closed form, minutes",
-        Recipe(method="pca", grouping="search", calibrate=SELF, fold=True),
+        Recipe(method="pca", grouping="search", calibrate=SELF, fold=True, adaptable=True),
     ),
     "best": (
         "fast, then each layer fitted to the original's attention output",
-        Recipe(method="pca", grouping="search", calibrate=SELF, fold=True, refit=True),
+        Recipe(method="pca", grouping="search", calibrate=SELF, fold=True, refit=True, adaptable=True),
     ),
 }
 
@@ -105,4 +108,6 @@ def make_recipe(preset: str | None = None, **chosen: Any) -> Recipe:
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset {preset}: choose one of {', '.join(PRESETS)}.")
     base = PRESETS[preset][1] if preset else Recipe()
+    if chosen.get("grouping") is not None:
+        base = replace(base, adaptable=False)
     return replace(base, **{name: value for name, value in chosen.items() if value is not None})
