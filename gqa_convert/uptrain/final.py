@@ -52,7 +52,7 @@ def write_final(
     needed = checkpoint.total_bytes
     with staged_output(target, force=True, source=source, needed_bytes=needed) as stage:
         with transformers_api.quiet():
-            model.save_pretrained(stage, state_dict=_cast(weights, checkpoint))
+            model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
         for relative in checkpoint.side_files:
             (stage / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / relative, stage / relative)
@@ -64,15 +64,29 @@ def write_final(
         write_provenance(stage / PROVENANCE, {**(checkpoint.provenance or {}), "uptraining": uptraining})
 
 
+def _tied(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Let parameters that are one in the model be one tensor again: only then are they written once."""
+    first: dict[int, str] = {}
+    tied = dict(weights)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner in weights:
+            tied[name] = weights[owner]
+    return tied
+
+
 def _cast(weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Give every tensor the dtype it has in the source; tensors without a namesake there get the commonest one."""
     found = [info.dtype for info in checkpoint.tensors.values()]
     common = _DTYPES.get(max(set(found), key=found.count))
-    cast = {}
+    cast: dict[str, Tensor] = {}
+    done: dict[tuple[int, Any], Tensor] = {}
     for name, value in weights.items():
         info = checkpoint.tensors.get(name)
         dtype = common if info is None else _DTYPES.get(info.dtype)
-        cast[name] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        if dtype is None or not value.is_floating_point():
+            dtype = value.dtype
+        cast[name] = done.setdefault((id(value), dtype), value.to(dtype))
     return cast
 
 

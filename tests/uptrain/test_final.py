@@ -1,0 +1,77 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.errors import VerificationError
+from gqa_convert.uptrain.final import both_spellings, write_final
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+
+
+def saved(folder, *, dtype=torch.float32, **more):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, **more)).to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype):
+    source, target = tmp_path / "source", tmp_path / "final"
+    saved(source, dtype=dtype, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.5)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}  # as gathered from shards
+    write_final(model, weights, source=source, target=target, uptraining={"steps": 1})
+    described = [{k: (i.dtype, i.shape) for k, i in Checkpoint.open(f).tensors.items()} for f in (source, target)]
+    assert described[0] == described[1]
+    assert ("lm_head.weight" in described[1]) != tied
+    again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    assert torch.allclose(again.lm_head.weight, model.lm_head.weight, atol=0 if dtype == torch.float32 else 5e-3)
+    assert json.loads((target / "gqa_convert.json").read_text())["uptraining"] == {"steps": 1}
+
+
+def test_a_result_of_other_shapes_is_not_written(tmp_path):
+    saved(tmp_path / "source")
+    other = LlamaForCausalLM(LlamaConfig(**{**SMALL, "intermediate_size": 24}))
+    with pytest.raises(VerificationError, match="shape"):
+        write_final(
+            other, dict(other.state_dict()), source=tmp_path / "source", target=tmp_path / "final", uptraining={}
+        )
+    assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_theta": 5e4, "torch_dtype": "float32"},
+        {"rope_parameters": {"rope_theta": 5e4, "rope_type": "default"}, "dtype": "float32"},
+        {"rope_parameters": {"rope_theta": 5e4, "rope_type": "linear", "factor": 2.0}, "dtype": "float32"},
+        {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"},
+    ],
+    ids=["old", "new", "new-scaled", "old-scaled"],
+)
+def test_both_spellings_mean_the_same(tmp_path, given):
+    saved(tmp_path)
+    path = tmp_path / "config.json"
+    plain = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("rope_parameters", "dtype")}
+    path.write_text(json.dumps({**plain, **given}, indent=2))
+    before = AutoConfig.from_pretrained(tmp_path)
+    text = both_spellings(tmp_path, path.read_text())
+    found = json.loads(text)
+    assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == 5e4
+    assert found["dtype"] == found["torch_dtype"] == "float32"
+    assert list(found)[:3] == list(plain)[:3]
+    if "scaled" in str(given) or "linear" in str(given):
+        assert found["rope_scaling"]["factor"] == found["rope_parameters"]["factor"] == 2.0
+    path.write_text(text)
+    after = AutoConfig.from_pretrained(tmp_path)
+    assert after.rope_parameters == before.rope_parameters
+    assert both_spellings(tmp_path, text) == text
+    assert load_file(tmp_path / "model.safetensors")
