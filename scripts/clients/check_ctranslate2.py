@@ -1,0 +1,23 @@
+"""Client check: CTranslate2, by its own converter, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+import numpy as np
+from common import main
+
+
+def logits_of(folder: Path, ids: list[int]) -> Any:
+    """Logits of every position."""
+    with tempfile.TemporaryDirectory() as out:
+        ctranslate2.converters.TransformersConverter(str(folder)).convert(out, force=True)
+        generator = ctranslate2.Generator(out, device="cpu", compute_type="float32", intra_threads=1)
+        return np.array(generator.forward_batch([ids]))[0]
+
+
+if __name__ == "__main__":
+    main(logits_of, lambda: f"CTranslate2 {ctranslate2.__version__}")
