@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from support import Command, Finished
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and tests may run side by side
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command that has run: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Finished]
 
 
 @pytest.fixture
@@ -59,12 +45,3 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip("no shared/ folder of real models (set GQA_SHARED)")
     return folder
-
-
-def tree(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file below a folder with its hash and modification time: equal only if nothing was touched."""
-    return {
-        str(file.relative_to(folder)): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }

@@ -15,7 +15,7 @@ from pathlib import Path
 import factories
 import pytest
 import torch
-from conftest import Command, Finished, tree
+from support import Command, Finished, tree
 
 USAGE, VERIFICATION, CHECKPOINT, UNSUPPORTED, OUTPUT, HUB = 2, 3, 4, 5, 6, 7
 K = "model.layers.0.self_attn.k_proj.weight"

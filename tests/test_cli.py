@@ -9,7 +9,7 @@ from pathlib import Path
 
 import factories
 import pytest
-from conftest import Command, tree
+from support import Command, tree
 
 import gqa_convert
 from gqa_convert import errors

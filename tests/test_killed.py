@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tree
+from support import tree
 
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
 

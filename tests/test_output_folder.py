@@ -12,7 +12,7 @@ from pathlib import Path
 import factories
 import pytest
 import torch
-from conftest import tree
+from support import tree
 
 from gqa_convert import convert
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import factories
 import pytest
 import torch
-from conftest import tree
 from factories import FAMILIES
+from support import tree
 
 from gqa_convert import convert, plan
 from gqa_convert.errors import UsageError

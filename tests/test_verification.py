@@ -10,8 +10,8 @@ from typing import Any
 import factories
 import pytest
 import torch
-from conftest import Command
 from factories import FAMILIES
+from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.errors import VerificationError

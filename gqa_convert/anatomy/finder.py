@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gqa_convert.anatomy import transformers_api
 from gqa_convert.anatomy.rows import Rows
 from gqa_convert.anatomy.shapes import ShapeDifference, index_of
 from gqa_convert.anatomy.transformers_api import KeyMap
@@ -185,6 +186,12 @@ class Finder:
             raise UnsupportedModelError(
                 f"{self.checkpoint.folder}: {packed[0]} shows a quantised checkpoint, whose keys and values cannot be "
                 "averaged. Convert the unquantised checkpoint, then quantise the result."
+            )
+        if self.key_map.exact_only:
+            raise UnsupportedModelError(
+                f"{self.checkpoint.folder}: no tensor is named {missing[0]}. The checkpoint may know it by another "
+                f"name, but transformers {transformers_api.version()} does not show its renaming rules where they are "
+                "looked for. Use a release that does (5.23 is one)."
             )
         raise CheckpointError(
             f"{self.checkpoint.folder}: the weights lack {missing[0]}"
