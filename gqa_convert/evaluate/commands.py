@@ -145,6 +145,10 @@ def sweep_command(
         typer.Option(help="Text for methods that use statistics: a file, or `self`: the model's own."),
     ] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit each layer to the original's after merging.")] = False,
+    uptrain_tokens: Annotated[int, typer.Option(help="Uptrain every point on so many tokens first.", min=0)] = 0,
+    uptrain_config: Annotated[
+        Path | None, typer.Option(help="YAML of the uptraining (as for `gqa uptrain`): data, schedule, batch.")
+    ] = None,
     benchmark: Annotated[bool, typer.Option("--bench/--no-bench", help="Also time decoding.")] = True,
     batch: Annotated[str, typer.Option(help="Batches of the decode benchmark: a list.")] = "8",
     cache_context: Annotated[str, typer.Option(help="Contexts of the decode benchmark: a list.")] = "2k",
@@ -172,7 +176,8 @@ def sweep_command(
     from gqa_convert.evaluate.decode.bench import BenchSettings
     from gqa_convert.evaluate.evaluation import EvalSettings
     from gqa_convert.evaluate.sizes import parse_counts
-    from gqa_convert.evaluate.sweep import SweepSettings, sweep
+    from gqa_convert.evaluate.sweep import sweep
+    from gqa_convert.evaluate.sweep_settings import SweepSettings
 
     timing = BenchSettings(
         batches=parse_counts(batch, "--batch"),
@@ -203,6 +208,8 @@ def sweep_command(
         refit=refit,
         sensitivity=sensitivity,
         keep_models=keep_models,
+        uptrain_tokens=uptrain_tokens,
+        uptrain_config=uptrain_config,
     )
     folder = run or Path(f"{Path(model).name}-sweep")
     with show.counting("points", quiet=json) as progress:

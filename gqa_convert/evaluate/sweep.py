@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -23,58 +23,22 @@ from gqa_convert.conversion import execute
 from gqa_convert.errors import GQAConvertError, UnsupportedModelError, UsageError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.contenders import load_contenders
-from gqa_convert.evaluate.decode.bench import BenchSettings, bench
-from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
+from gqa_convert.evaluate.decode.bench import bench
+from gqa_convert.evaluate.evaluation import evaluate
 from gqa_convert.evaluate.files import read_json, write_json
 from gqa_convert.evaluate.frontier import Recommendation, SweepPoint, from_json, frontier, recommend
 from gqa_convert.evaluate.sensitivity import layer_costs
 from gqa_convert.evaluate.similarity import head_similarity
+from gqa_convert.evaluate.sweep_settings import SweepSettings
+from gqa_convert.evaluate.uptrained import FOLDER, result_folder, uptrain_point
 from gqa_convert.planning import plan
-from gqa_convert.recipe import PRESETS, Recipe, make_recipe
+from gqa_convert.recipe import Recipe
 
 SUMMARY = "sweep.json"
 POINT = "point.json"
 SENSITIVITY = "sensitivity.json"
 SIMILARITY = "similarity.json"
 SENSITIVITY_WINDOWS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepSettings:
-    """What to try and how to measure it.
-
-    Attributes:
-        groups: KV-head counts.
-        variants: merge methods, or presets by name.
-        evaluation: held-out data.
-        benchmark: decode benchmark of each point; None to leave it out.
-        tolerance: loss rise that is acceptable, nats per token.
-        calibrate: text for methods that use statistics; None for none (a preset's own choice stands).
-        refit: fit each layer to the original afterwards.
-        sensitivity: also measure the cost of each layer alone, for the point that is recommended.
-        keep_models: keep the converted folders.
-    """
-
-    groups: tuple[int, ...]
-    variants: tuple[str, ...] = ("mean",)
-    evaluation: EvalSettings
-    benchmark: BenchSettings | None = field(default_factory=BenchSettings)
-    tolerance: float = 0.05
-    calibrate: str | None = None
-    refit: bool = False
-    sensitivity: bool = True
-    keep_models: bool = True
-
-    def recipe(self, variant: str) -> Recipe:
-        """The recipe that a variant's name stands for.
-
-        Raises:
-            UsageError: if there is no such method or preset, or the choices do not go together.
-        """
-        chosen: dict[str, Any] = {"refit": self.refit or None}
-        if variant in PRESETS:
-            return make_recipe(variant, calibrate=self.calibrate, **chosen)
-        return make_recipe(None, method=variant, calibrate=self.calibrate, **chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +146,8 @@ def _point(
     name = f"{variant}-g{groups}"
     folder = run / "points" / name
     benchmark = None if settings.benchmark is None else asdict(settings.benchmark)
-    key = _fingerprint(identity, recipe.to_json(), groups, asdict(settings.evaluation), benchmark)
+    trained = [settings.uptrain_tokens, settings.uptrain_config.read_text() if settings.uptrain_config else ""]
+    key = _fingerprint(identity, recipe.to_json(), groups, asdict(settings.evaluation), benchmark, trained)
     known = read_json(folder / POINT)
     if known and known.get("fingerprint") == key and known["point"]["status"] == "done":
         return from_json(known["point"]), True
@@ -213,6 +178,10 @@ def _measure(
     made = plan(subject.folder, groups=groups, out=target, recipe=recipe, trust_remote_code=trust)
     execute(made, force=True, trust_remote_code=trust)
     seconds = time.perf_counter() - started
+    if settings.uptrain_tokens and settings.uptrain_config is not None:
+        target = uptrain_point(target, folder / FOLDER, config=settings.uptrain_config, tokens=settings.uptrain_tokens)
+    elif (folder / FOLDER).exists():
+        shutil.rmtree(folder / FOLDER)
     evaluation = evaluate(subject.folder, [target], settings.evaluation)
     compared = evaluation.converted[0]
     compared = replace(compared, model=replace(compared.model, name=name))
@@ -242,9 +211,11 @@ def _measure(
         cache_ratio=compared.model.kv_cache_bytes_per_token / evaluation.base.kv_cache_bytes_per_token,
         time_ratio=_time_ratio(measured),
         convert_seconds=seconds,
+        uptrained_tokens=settings.uptrain_tokens,
     )
     if not settings.keep_models:
-        shutil.rmtree(target)
+        shutil.rmtree(folder / "model")
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
     evaluation = replace(evaluation, base=replace(evaluation.base, name=subject.name), converted=(compared,))
     return {"point": point.to_json(), "evaluation": evaluation.to_json(), "bench": bench_json}
 
@@ -273,7 +244,7 @@ def _sensitivity(subject: models.Subject, run: Path, settings: SweepSettings, fo
     if known and known.get("fingerprint") == key:
         return
     for point in done:
-        folder = run / "points" / point.name / "model"
+        folder = result_folder(run / "points" / point.name)
         costs = layer_costs(subject.folder, folder, evaluation) if folder.is_dir() else []
         if costs:
             layers = [cost.to_json() for cost in costs]

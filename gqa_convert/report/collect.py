@@ -10,6 +10,7 @@ from typing import Any
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.files import read_json
 from gqa_convert.evaluate.frontier import SweepPoint, from_json
+from gqa_convert.evaluate.uptrained import result_folder
 
 METRICS = "metrics.jsonl"
 
@@ -70,7 +71,7 @@ class Run:
 
     def model_folder(self, point: SweepPoint) -> Path:
         """Where a point's converted model is, if it was kept."""
-        return self.folder / "points" / point.name / "model"
+        return result_folder(self.folder / "points" / point.name)
 
 
 def read_run(folder: Path) -> Run:

@@ -12,7 +12,8 @@ from gqa_convert.evaluate import sweep as sweep_module
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.frontier import SweepPoint, from_json, frontier, recommend
 from gqa_convert.evaluate.sensitivity import layer_costs
-from gqa_convert.evaluate.sweep import SweepSettings, sweep
+from gqa_convert.evaluate.sweep import sweep
+from gqa_convert.evaluate.sweep_settings import SweepSettings
 
 
 def point(groups: int, loss: float, high: float | None = None, variant: str = "mean") -> SweepPoint:
@@ -142,3 +143,33 @@ def test_command_line(llama: Path, lines: Path, tmp_path: Path) -> None:
     assert json.loads(made.stdout)["recommendation"]["name"] == "mean-g2"
     measured = json.loads((tmp_path / "r" / "points" / "mean-g2" / "point.json").read_text())
     assert measured["bench"]["points"][0]["models"][1]["cache_ratio"] == 0.5
+
+
+UPTRAIN = """
+model: replaced
+output: replaced
+data: {{source: {{kind: jsonl, paths: ["{data}"]}}, context: 32, held_out_fraction: 0.2, cache: "{cache}"}}
+schedule: {{kind: constant, peak: 1.0e-3}}
+train: {{batch_sequences: 2, precision: float32, device: cpu}}
+evaluation: {{tokens: 64}}
+"""
+
+
+@pytest.mark.slow
+def test_points_are_uptrained_before_they_are_measured(llama: Path, lines: Path, tmp_path: Path) -> None:
+    config = tmp_path / "uptrain.yaml"
+    config.write_text(UPTRAIN.format(data=lines, cache=tmp_path / "tokens"))
+    plain = sweep(str(llama), tmp_path / "plain", settings(lines, groups=(2,), sensitivity=False))
+    changes = {"groups": (2,), "uptrain_tokens": 640, "uptrain_config": config, "sensitivity": False}
+    trained = sweep(str(llama), tmp_path / "run", settings(lines, **changes))
+    assert trained.points[0].error == ""
+    assert trained.points[0].uptrained_tokens == 640
+    assert trained.points[0].loss_difference < plain.points[0].loss_difference  # type: ignore[operator]
+    assert (tmp_path / "run" / "points" / "mean-g2" / "uptrain" / "metrics.jsonl").is_file()
+
+
+def test_uptraining_needs_a_config(lines: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--uptrain-config"):
+        settings(lines, uptrain_tokens=10)
+    with pytest.raises(UsageError, match="no such file"):
+        settings(lines, uptrain_tokens=10, uptrain_config=tmp_path / "none.yaml")
