@@ -49,7 +49,10 @@ def kill_once(options: argparse.Namespace, output: Path, cache: Path, rng: rando
     log = output / "metrics.jsonl"
     seen = log.stat().st_mtime_ns if log.exists() else 0
     with subprocess.Popen(command(options, output, cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        while run.poll() is None and (not log.exists() or log.stat().st_mtime_ns == seen):
+        # Until the log is rewound it still has the steps of the run that was killed.
+        while run.poll() is None and (
+            not log.exists() or log.stat().st_mtime_ns == seen or steps_logged(output) <= before
+        ):
             time.sleep(0.02)
         deadline = time.monotonic() + rng.uniform(0, options.spread)
         while run.poll() is None and time.monotonic() < deadline:

@@ -1,0 +1,70 @@
+"""Span corruption on a tiny T5, from text to the final folder."""
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from gqa_convert.errors import UsageError
+from gqa_convert.uptrain import loop
+from gqa_convert.uptrain.loading import parse_config
+from gqa_convert.uptrain.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    from conftest import WORDS
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5")
+    sentinels = [f"<extra_id_{i}>" for i in range(10)]
+    words = ["<pad>", "</s>", "<unk>", *WORDS]
+    vocabulary = {word: i for i, word in enumerate([*words, *reversed(sentinels)])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        additional_special_tokens=sentinels,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, vocab_size=len(vocabulary),
+        decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.1,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def t5_settings(settings, t5_folder):
+    settings["model"] = str(t5_folder)
+    settings["objective"] = {"kind": "span_corruption"}
+    settings["optimizer"] = {"kind": "adafactor", "clip": None}
+    settings["schedule"] = {"kind": "inverse_sqrt", "peak": 1.0, "start_step": 0, "offset": 400}
+    settings["train"]["dropout"] = 0.0
+    return settings
+
+
+def test_the_papers_recipe_runs_and_learns(t5_settings):
+    result = loop.uptrain(parse_config({**t5_settings, "budget": {"steps": 40}}), quiet=True)
+    assert result.loss_after < result.loss_before - 0.3
+    _, info = AutoModelForSeq2SeqLM.from_pretrained(result.folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_a_t5_can_be_distilled(t5_settings, t5_folder):
+    t5_settings["objective"]["distillation"] = {"teacher": str(t5_folder), "dtype": "float32", "hidden_weight": 0.5}
+    result = loop.uptrain(parse_config({**t5_settings, "budget": {"steps": 2}}), quiet=True)
+    first = read_metrics(result.folder.parent / "metrics.jsonl")[0]
+    assert abs(first["held_out_kl"]) < 1e-4  # it is its own teacher
+    assert result.reference_loss == pytest.approx(result.loss_before, abs=1e-4)
+
+
+def test_an_objective_that_does_not_fit_the_model_is_refused(t5_settings, settings, tiny_folder):
+    with pytest.raises(UsageError, match="needs causal_lm"):
+        loop.uptrain(parse_config({**t5_settings, "model": str(tiny_folder)}), quiet=True)
+    t5_settings["data"]["separate_documents"] = True
+    with pytest.raises(UsageError, match="relative positions"):
+        parse_config(t5_settings)
