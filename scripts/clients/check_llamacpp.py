@@ -35,7 +35,7 @@ def log_probabilities_of(folder: Path, ids: list[int]) -> Any:
             answer = server.handle_completions(
                 {"prompt": ids[:length], "n_predict": 1, "n_probs": rows, "temperature": 1.0, "cache_prompt": False}
             )
-            for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+            for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
                 found[length - 1, entry["id"]] = entry["logprob"]
     return found
 

@@ -39,7 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, required=True, help="folder that setup.sh filled")
     parser.add_argument("--client", action="append", choices=CLIENTS, help="only these [default: all]")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="only these models [default: all]")
-    parser.add_argument("--out", type=Path, help="write JSON here, and a table beside it as .md")
+    parser.add_argument(
+        "--out", type=Path, help="keep JSON here and a table beside it as .md; other results there stay"
+    )
     return parser.parse_args()
 
 
@@ -96,7 +98,11 @@ def main() -> None:
                         answer["error"] = answer["error"].replace(str(root), "").replace(str(Path.cwd()), "")
                     results.append({"client": client, "variant": variant, "label": label} | answer)
                     err.print(results[-1], highlight=False)
-    results.sort(key=lambda r: list(CLIENTS).index(r["client"]))
+    if args.out is not None and args.out.is_file():
+        new = {(r["client"], r["variant"]) for r in results}
+        kept = json.loads(args.out.read_text(encoding="utf-8"))
+        results += [r for r in kept if (r["client"], r["variant"]) not in new]
+    results.sort(key=lambda r: (list(CLIENTS).index(r["client"]), list(VARIANTS).index(r["variant"])))
     text = table(results)
     Console(width=200).print(text, highlight=False, markup=False)
     if args.out is not None:
