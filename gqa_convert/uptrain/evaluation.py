@@ -41,5 +41,6 @@ def evaluate(
 
 def evaluate_plain(model: Any, data: TrainingData, engine: Engine, *, micro: int) -> float:
     """Cross-entropy of a model that is not trained here."""
-    scored = ScoredModel(model, LossSpec()).to(engine.device)
+    # Evaluating puts a module back as it was: a new wrapper would wake the dropout of a teacher.
+    scored = ScoredModel(model, LossSpec()).to(engine.device).eval()
     return evaluate(scored, data, engine, micro=micro)["loss"]
