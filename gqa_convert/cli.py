@@ -14,8 +14,8 @@ from gqa_convert import __version__
 from gqa_convert.budget_command import budget_command
 from gqa_convert.errors import GQAConvertError
 from gqa_convert.evaluate import commands as evaluate_commands
-from gqa_convert.report import commands as report_commands
 from gqa_convert.recipe import make_recipe
+from gqa_convert.report import commands as report_commands
 from gqa_convert.uptrain.command import uptrain_command
 
 app = typer.Typer(

@@ -31,6 +31,7 @@ from gqa_convert.demo.loss import encode_documents, model_loss, sample_windows
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "gqa_convert" / "demo" / "checkpoint"
 END = "<|endoftext|>"
+SETTINGS = ("batch", "lr", "embedding_lr", "warmup", "vocab", "width", "layers", "heads", "mlp", "context", "threads")
 Report = Callable[[int, float, float], None]
 
 
@@ -170,6 +171,7 @@ def make(args: argparse.Namespace, command: str) -> None:
     record = {
         "command": command,
         "seed": args.seed,
+        "settings": {name: getattr(args, name) for name in SETTINGS},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

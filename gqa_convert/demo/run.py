@@ -183,8 +183,8 @@ def _closing(result: DemoResult) -> str:
     ]
     if result.groups < result.heads:
         lines.append(
-            "The loss rises: heads merged into one are no longer the heads the model was trained with. Converting is "
-            "the first half; uptraining for a few per cent of the original training brings most of the loss back."
+            "The loss rises: heads merged into one are not the heads the model was trained with. Converting is only "
+            "the first half; uptraining is what wins the loss back (the paper spends 5% of the pre-training on it)."
         )
     if result.out is not None:
         lines.append(f"Converted model: {result.out}")

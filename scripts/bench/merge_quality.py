@@ -25,15 +25,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "mean": {},
     "mean + search": {"grouping": "search"},
     "aligned": {"method": "aligned", "calibrated": True},
-    "pca, no data": {"method": "pca"},
+    "pca: no data": {"method": "pca"},
     "pca": {"method": "pca", "calibrated": True},
     "pca + search": {"method": "pca", "grouping": "search", "calibrated": True},
     "pca + o_proj refit": {"method": "pca", "refit": True, "refit_steps": 0, "calibrated": True},
     "pca + fold": {"method": "pca", "fold": True, "calibrated": True},
     "fast": {"preset": "fast", "calibrated": True},
-    "fast, self": {"preset": "fast"},
+    "fast: self": {"preset": "fast"},
     "best": {"preset": "best", "calibrated": True},
-    "best, self": {"preset": "best"},
+    "best: self": {"preset": "best"},
 }
 
 

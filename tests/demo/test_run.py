@@ -1,0 +1,53 @@
+"""The demo from end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from gqa_convert.demo.run import CHECKPOINT, DemoResult, run_demo
+from gqa_convert.errors import OutputError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
+    return run_demo(tmp_path_factory.mktemp("demo") / "two", json=True)
+
+
+def test_result(made: DemoResult) -> None:
+    assert (made.heads, made.groups) == (8, 2)
+    assert made.before.kv_cache_bytes_per_token == 4 * made.after.kv_cache_bytes_per_token
+    assert made.loss_rise == made.after.held_out_loss - made.before.held_out_loss > 0.05
+    assert made.before.continuation
+    assert made.before.continuation != made.after.continuation
+
+
+def test_out_is_kept(made: DemoResult) -> None:
+    assert made.out is not None
+    assert AutoConfig.from_pretrained(made.out).num_key_value_heads == 2
+
+
+def test_nothing_is_written_into_the_package() -> None:
+    before = {path: path.stat().st_mtime_ns for path in CHECKPOINT.parent.rglob("*") if "__pycache__" not in path.parts}
+    made = run_demo(groups=8)
+    after = {path: path.stat().st_mtime_ns for path in CHECKPOINT.parent.rglob("*") if "__pycache__" not in path.parts}
+    assert before == after
+    assert made.out is None
+    assert made.loss_rise == pytest.approx(0, abs=1e-6)
+    assert made.before.continuation == made.after.continuation
+
+
+def test_existing_out_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError):
+        run_demo(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_json(made: DemoResult) -> None:
+    plain = json.loads(json.dumps(made.to_json()))
+    assert plain["out"] == str(made.out)
+    assert plain["after"]["held_out_loss"] - plain["before"]["held_out_loss"] == plain["loss_rise"]
