@@ -44,7 +44,7 @@ class Lane:
         self._value: Any = None
         self._error: BaseException | None = None
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, name="forward pass", daemon=True)
 
     def start(self) -> None:
         """Run up to the first layer call.

@@ -116,10 +116,21 @@ def _document_marks(model: Any) -> tuple[int | None, list[int]]:
     text = model.config.get_text_config(decoder=True)
     settings = model.generation_config
     begin = settings.bos_token_id if settings.bos_token_id is not None else getattr(text, "bos_token_id", None)
-    if begin is None and model.config.is_encoder_decoder:
-        begin = settings.decoder_start_token_id
+    if model.config.is_encoder_decoder:
+        begin = _decoder_start(model)
     end = settings.eos_token_id if settings.eos_token_id is not None else getattr(text, "eos_token_id", None)
     return begin, ([] if end is None else [end] if isinstance(end, int) else list(end))
+
+
+def _decoder_start(model: Any) -> int | None:
+    """The token that an encoder-decoder's answers start with; padding where none is named."""
+    if not model.config.is_encoder_decoder:
+        return None
+    for settings in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            if getattr(settings, name, None) is not None:
+                return int(getattr(settings, name))
+    return int(getattr(model.config, "pad_token_id", None) or 0)
 
 
 def _first_tokens(model: Any, count: int, begin: int | None) -> Tensor:
@@ -147,7 +158,7 @@ def _sample(
         eos_token_id=None,
         pad_token_id=0,
         bos_token_id=begin,
-        decoder_start_token_id=model.generation_config.decoder_start_token_id,
+        decoder_start_token_id=_decoder_start(model),
         use_cache=True,
     )
     with torch.no_grad(), transformers_api.quiet():

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gqa_convert.calibrate import session
+from gqa_convert.calibrate.report import BlockReport
+from gqa_convert.calibrate.solve import SolvedLayers, solve
+from gqa_convert.conversion import merged_tensor
+from gqa_convert.errors import UsageError
+from gqa_convert.merge.registry import get_method
+from gqa_convert.recipe import Recipe
+
+FAST = Recipe(method="pca", grouping="search", fold=True, max_context=32, calibrate="text", refit_tokens=64)
+REFIT = Recipe(**{**vars(FAST), "refit": True, "refit_steps": 30})
+
+
+def solved(found: Any, recipe: Recipe, inputs: Any, work: Path, **options: Any) -> SolvedLayers:
+    source, anatomy = found.saved.checkpoint, found.anatomy
+    return solve(source, anatomy, found.blocks, found.freedom, recipe, inputs, work=work, **options)
+
+
+def state(result: SolvedLayers) -> dict[str, torch.Tensor]:
+    return {name: result.tensor(name) for name in result.names}
+
+
+def loss(found: Any, result: SolvedLayers, tokens: torch.Tensor) -> float:
+    """Mean square difference of the logits from the source's."""
+    with torch.no_grad():
+        wanted = found.saved.model(tokens, use_cache=False).logits
+        return float((found.converted(state(result))(tokens, use_cache=False).logits - wanted).square().mean())
+
+
+def test_mean_is_the_conversion_that_pools(case, work):
+    found = case("qwen2")
+    result = solved(found, Recipe(), None, work)
+    for merge in found.anatomy.merges:
+        pooled = merged_tensor(found.saved.checkpoint, merge, get_method("mean"), 0)
+        torch.testing.assert_close(result.tensor(merge.name), pooled)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "mixtral"])
+def test_a_refit_is_far_better_than_the_mean_for_any_family(model_type, case, tokens, work):
+    found = case(model_type)
+    recipe = REFIT if found.freedom.permutable else Recipe(**{**vars(REFIT), "grouping": "contiguous"})
+    mean = loss(found, solved(found, Recipe(), None, work), tokens)
+    refitted = solved(found, recipe, tokens, work)
+    assert loss(found, refitted, tokens) < 0.6 * mean
+    assert [report.module for report in refitted.reports] == [names.module for names in found.blocks]
+    for report in refitted.reports:
+        assert report.error_after is not None
+        assert report.error_before is not None
+        assert report.error_after < report.error_before
+        assert report.seconds > 0
+
+
+def test_each_step_is_worth_its_while(case, tokens, work):
+    found = case("llama")
+    plain = loss(found, solved(found, FAST, tokens, work), tokens)
+    least_squares = Recipe(**{**vars(REFIT), "refit_steps": 0})
+    assert loss(found, solved(found, least_squares, tokens, work), tokens) < plain
+    assert loss(found, solved(found, REFIT, tokens, work), tokens) < plain
+
+
+def test_a_grouped_source(case, tokens, work):
+    found = case("mistral", 2, num_kv_heads=4)
+    result = solved(found, REFIT, tokens, work)
+    assert result.tensor("model.layers.0.self_attn.k_proj.weight").shape[0] == 2 * found.anatomy.head_dim
+    assert all((report.error_after or 1) < (report.error_before or 0) for report in result.reports)
+
+
+class Interruption(Exception):
+    """What a user's Ctrl-C would be."""
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(case, tokens, tmp_path, monkeypatch):
+    found = case("llama", num_layers=3)
+    straight = solved(found, REFIT, tokens, tmp_path / "straight")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 2 and what.startswith("refitting"):
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        solved(found, REFIT, tokens, tmp_path / "stopped", on_layer=stop)
+    told: list[str] = []
+    resumed = solved(found, REFIT, tokens, tmp_path / "stopped", on_layer=lambda what, done, total: told.append(what))
+    assert told.count("resuming") == 2
+    first, second = state(straight), state(resumed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    monkeypatch.setattr(session, "open_parts", None)  # nothing is left to run
+    again = solved(found, REFIT, tokens, tmp_path / "stopped")
+    assert [r.error_after for r in again.reports] == [r.error_after for r in straight.reports]
+
+
+def test_moments_serve_another_method_and_number_of_groups(case, tokens, work, monkeypatch):
+    first = solved(case("llama", 2), FAST, tokens, work)
+    monkeypatch.setattr(session, "LayerStream", None)  # running anything would fail
+    second = solved(case("llama", 4), Recipe(**{**vars(FAST), "method": "aligned", "fold": False}), tokens, work)
+    assert first.reports[0].key_residual is not None
+    assert first.reports[0].key_residual > (second.reports[0].key_residual or 0)
+    assert len(list(work.glob("moments-*"))) == 1
+
+
+def test_other_text_is_other_work(case, tokens, work):
+    found = case("llama")
+    solved(found, FAST, tokens, work)
+    solved(found, FAST, tokens.flip(0), work)
+    assert len(list(work.glob("moments-*"))) == len(list(work.glob("layers-*"))) == 2
+
+
+def test_spilling_and_bounded_memory_change_nothing(case, tokens, tmp_path):
+    found = case("llama")
+    plain = state(solved(found, REFIT, tokens, tmp_path / "a"))
+    spilled = state(solved(found, REFIT, tokens, tmp_path / "b", activation_bytes=0))
+    assert all(torch.equal(plain[name], spilled[name]) for name in plain)
+
+
+def test_bfloat16_layers(case, tokens, work):
+    found = case("llama")
+    result = solved(found, REFIT, tokens, work, dtype=torch.bfloat16)
+    assert all((report.error_after or 1) < (report.error_before or 0) for report in result.reports)
+    assert {tensor.dtype for tensor in state(result).values()} == {torch.float32}
+
+
+def test_norms_over_all_heads_are_pooled_too(case, tokens, work):
+    found = case("olmo2")
+    result = solved(found, Recipe(method="pca", calibrate="text"), tokens, work)
+    name = "model.layers.0.self_attn.k_norm.weight"
+    expected = found.saved.model.get_parameter(name).view(2, 4, -1).mean(1).flatten()
+    torch.testing.assert_close(result.tensor(name), expected)
+
+
+def test_a_fold_needs_a_context(case, work, monkeypatch):
+    monkeypatch.setattr("gqa_convert.calibrate.choices.max_positions", lambda config: None)
+    with pytest.raises(UsageError, match="--max-context"):
+        solved(case("llama"), Recipe(method="pca", fold=True), None, work)
+
+
+def test_a_report_survives_its_file():
+    report = BlockReport(
+        module="a", grouping=((0, 2), (1, 3)), key_residual=0.1, value_residual=None, error_before=0.5, seconds=2.0
+    )
+    assert BlockReport.from_json(report.to_json()) == report
+    assert report.error_after == 0.5
+    assert BlockReport(module="a", grouping=((0,),), key_residual=None, value_residual=None).error_after is None

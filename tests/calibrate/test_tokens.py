@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from gqa_convert.calibrate import self_text
+from gqa_convert.calibrate.documents import documents
+from gqa_convert.calibrate.inputs import calibration_inputs, written_at_once
+from gqa_convert.calibrate.tokens import batches, calibration_tokens, token_hash, window_plan
+from gqa_convert.errors import HubError, UnsupportedModelError, UsageError
+from gqa_convert.recipe import Recipe
+
+WORDS = [f"w{i}" for i in range(50)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def texts(count: int) -> list[str]:
+    return [" ".join(WORDS[(i + j) % 50] for j in range(1 + i % 7)) for i in range(count)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return path
+
+
+def test_documents_are_framed_joined_and_cut(tokenizer_folder, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1", "w0 w1", "w0 w1", "w0 w1"])
+    ids = calibration_tokens(str(path), tokenizer_folder, sequences=9, length=5)
+    assert ids.tolist() == [[1, 4, 5, 2, 1], [4, 5, 2, 1, 4], [5, 2, 1, 4, 5]]
+    assert ids.dtype == torch.int64
+    assert calibration_tokens(str(path), tokenizer_folder, sequences=2, length=5).shape == (2, 5)
+
+
+def test_too_little_text_is_refused(tokenizer_folder, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1"])
+    with pytest.raises(UsageError, match=r"gives 4 tokens, less than one window of 5"):
+        calibration_tokens(str(path), tokenizer_folder, sequences=1, length=5)
+
+
+def test_no_tokenizer(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ["w0"])
+    with pytest.raises(UsageError, match="no tokenizer"):
+        calibration_tokens(str(path), tmp_path, length=2)
+
+
+def test_the_seed_decides_and_the_whole_file_is_drawn_from(tokenizer_folder, tmp_path):
+    path = str(write_jsonl(tmp_path / "a.jsonl", [f"w{i // 20}" for i in range(1000)]))
+    one, same, other = (
+        calibration_tokens(path, tokenizer_folder, sequences=10, length=12, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert len(set(one[one > 3].tolist())) > 15
+
+
+def every_form(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = texts(40)
+    write_jsonl(folder / "a.jsonl", rows)
+    (folder / "b.txt").write_text("<|endoftext|>".join(rows))
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "c.parquet", row_group_size=7)
+    return rows
+
+
+def test_every_form_gives_every_document_once(tmp_path):
+    rows = every_form(tmp_path)
+    for name in ("a.jsonl", "b.txt", "c.parquet"):
+        assert sorted(documents(str(tmp_path / name))) == sorted(rows)
+    assert sorted(documents(str(tmp_path))) == sorted(rows * 3)
+
+
+def test_a_text_without_marks_is_cut_at_line_ends(tmp_path):
+    lines = [f"line {i} " + "x" * 100 + "\n" for i in range(1000)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    pieces = list(documents(str(tmp_path / "a.txt")))
+    assert 2 < len(pieces) < 6
+    assert sorted("".join(pieces).splitlines(keepends=True)) == sorted(lines)
+    (tmp_path / "empty.txt").write_text("")
+    assert list(documents(str(tmp_path / "empty.txt"))) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{bad\n", "not JSON"), ('{"body": 1}\n', 'has no "text" .it has body'), ("[1]\n", "list")]
+)
+def test_bad_rows_are_named(content, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        list(documents(str(tmp_path / "a.jsonl")))
+
+
+def test_nothing_to_read(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for data, message in (("a.csv", "cannot be read"), ("folder", "holds no"), ("b.jsonl", "no such file")):
+        with pytest.raises(UsageError, match=message):
+            documents(str(tmp_path / data))
+
+
+def test_a_hub_dataset(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": texts(30)}).to_iterable_dataset()
+    asked = []
+
+    def load(name, config, **options):
+        asked.append((name, config, options))
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert sorted(documents("owner/name:part")) == sorted(texts(30))
+    assert asked == [("owner/name", "part", {"split": "train", "streaming": True})]
+
+
+def test_hub_errors_have_their_kind(monkeypatch):
+    import datasets
+
+    def load(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(HubError, match=r"owner/name: no such file here.*no route"):
+        next(documents("owner/name"))
+    other = datasets.Dataset.from_dict({"body": ["a"]}).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: other)
+    with pytest.raises(UsageError, match="no text column"):
+        next(documents("owner/name"))
+
+
+def test_windows_fit_the_context():
+    assert window_plan(4096) == (128, 2048)
+    assert window_plan(None) == (128, 2048)
+    assert window_plan(512) == (512, 512)
+    assert window_plan(100, sequences=1, length=250) == (3, 100)
+
+
+def test_batches_cut_all_inputs_alike():
+    inputs = {"input_ids": torch.arange(10).view(5, 2), "decoder_input_ids": torch.arange(15).view(5, 3)}
+    cut = batches(inputs, 2)
+    assert [len(each["input_ids"]) for each in cut] == [2, 2, 1]
+    assert cut[2]["decoder_input_ids"].tolist() == [[12, 13, 14]]
+    assert token_hash(inputs) != token_hash(inputs["input_ids"])
+    assert token_hash(inputs["input_ids"]) == token_hash({"input_ids": inputs["input_ids"].clone()})
+
+
+def test_a_model_writes_its_own_text(saved):
+    folder = saved("llama").checkpoint.folder
+    one, same, other = (self_text.self_tokens(folder, sequences=5, length=12, seed=s, batch=3) for s in (0, 0, 1))
+    assert one.shape == (5, 12)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert (one[:, 0] == 1).all()
+
+
+def test_the_text_follows_the_model(saved):
+    """At a low temperature it is what greedy decoding gives."""
+    source = saved("llama")
+    ids = self_text.self_tokens(source.checkpoint.folder, sequences=1, length=10, temperature=1e-4)
+    with torch.no_grad():
+        best = source.model(ids, use_cache=False).logits.argmax(-1)
+    ends = ids[0, :-1] == 2
+    assert torch.equal(ids[0, 1:][~ends], best[0, :-1][~ends])
+
+
+def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch):
+    monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, list(range(20, 128))))
+    ids = self_text.self_tokens(saved("llama").checkpoint.folder, sequences=4, length=20)
+    after = ids[:, 1:][ids[:, :-1] >= 20]
+    assert len(after) > 10
+    assert (after == 7).all()
+
+
+def test_without_a_beginning_the_first_tokens_are_drawn(saved, monkeypatch):
+    monkeypatch.setattr(self_text, "_document_marks", lambda model: (None, [2]))
+    ids = self_text.self_tokens(saved("llama").checkpoint.folder, sequences=8, length=3)
+    assert len(set(ids[:, 0].tolist())) > 3
+
+
+def test_an_encoder_decoder_answers_but_does_not_begin(saved, tokens):
+    folder = saved("t5").checkpoint.folder
+    with pytest.raises(UnsupportedModelError, match="cannot write text from nothing"):
+        self_text.self_tokens(folder, sequences=2, length=8)
+    inputs = self_text.own_outputs(folder, tokens[:3], length=6)
+    assert torch.equal(inputs["input_ids"], tokens[:3])
+    assert inputs["decoder_input_ids"].shape == (3, 6)
+
+
+def test_inputs_of_a_recipe(saved, work, monkeypatch):
+    source = saved("llama")
+    assert calibration_inputs(Recipe(), source.checkpoint, source.config, work=work) is None
+    recipe = Recipe(calibrate="self", sequences=4, length=8)
+    first = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
+    assert first is not None
+    assert first["input_ids"].shape == (4, 8)
+    monkeypatch.setattr("gqa_convert.calibrate.inputs.self_tokens", None)
+    again = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
+    assert again is not None
+    assert torch.equal(first["input_ids"], again["input_ids"])
+
+
+def test_an_encoder_decoder_needs_a_text(saved, work):
+    source = saved("t5")
+    with pytest.raises(UsageError, match="Name a file"):
+        calibration_inputs(Recipe(calibrate="self"), source.checkpoint, source.config, work=work)
+
+
+def test_long_windows_are_written_few_at_a_time(saved):
+    config = saved("llama").config
+    assert written_at_once(config, 64, 1000) == 256
+    assert written_at_once(config, 64, 10) == 10
+    assert written_at_once(config, 10**9, 10) == 1
