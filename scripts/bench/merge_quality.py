@@ -2,9 +2,11 @@
 """Print what each merge costs a model on held-out text: the increase of the loss over the original, nats a token.
 
     python scripts/bench/merge_quality.py MODEL --data HELD_OUT --calibrate TEXT --groups 4,2,1
+    python scripts/bench/merge_quality.py demo --data demo --calibrate demo --groups 4,2,1
 
 Converts by every row of the table to every number of groups, evaluates each conversion against the original on the same
-windows, and writes the figures with versions as JSON. `MODEL` may be `demo`, the model that comes with the package.
+windows, and writes the figures with versions as JSON. `demo` is the model that comes with the package, and its text:
+the held-out modules of the standard library to measure on, the others to calibrate on.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ def main() -> None:
         data=args.data, context=args.context, stride=args.context, max_windows=args.max_windows, batch_size=32
     )
     base = str(subject(args.model).folder)
+    if args.calibrate == "demo":
+        args.calibrate = str(demo_text(Path(tempfile.mkdtemp())))
     table: dict[str, dict[str, Any]] = {}
     found = None
     for name in args.rows or ROWS:
@@ -86,6 +90,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
+
+
+def demo_text(folder: Path) -> Path:
+    """Write the standard-library modules that the embedded model was trained on; one a line, as JSON."""
+    from gqa_convert.demo.text import collect, split
+
+    path = folder / "stdlib-training-modules.jsonl"
+    training, _ = split(collect())
+    path.write_text("".join(json.dumps({"text": module.text}) + "\n" for module in training))
+    return path
 
 
 def convert_one(base: str, out: Path, name: str, groups: int, args: argparse.Namespace) -> dict[str, Any] | None:
