@@ -5,99 +5,11 @@ Loading (YAML, `--set`, all problems at once) is in `loading`; what the settings
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from gqa_convert.budget import parse_count
-from gqa_convert.errors import UsageError
-
-
-def _count(value: Any) -> Any:
-    if value is None:
-        return None
-    try:
-        return parse_count(value)
-    except UsageError as error:
-        raise ValueError(str(error)) from error
-
-
-Count = Annotated[int, BeforeValidator(_count)]
-"""A number of tokens or steps; may be written 2B, 1.5T, 50k."""
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and no key is ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
-
-
-class BudgetSection(Section):
-    """How long to train. `steps` wins over `tokens`, `tokens` over `alpha`."""
-
-    alpha: Share | None = None
-    """Share of the pretraining tokens; 0.05 if nothing else is said, as in the paper."""
-    tokens: Count | None = None
-    """Tokens to train on."""
-    steps: Count | None = None
-    """Optimiser steps."""
-    pretraining: str | None = None
-    """A known model (`gqa budget --list`) whose published pretraining tokens alpha is a share of."""
-    pretraining_tokens: Count | None = None
-    """Or the number of tokens itself."""
-    pretraining_steps: Count | None = None
-    """Or steps, of this run's batch."""
-
-
-class SourceSection(Section):
-    """Where documents come from."""
-
-    kind: Literal["text", "jsonl", "parquet", "folder", "hub", "python"]
-    """text, jsonl, parquet: files; folder: every file below one; hub: a dataset id; python: `module:function`."""
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Files and glob patterns, relative to the working directory; or the folder, the id, the function."""
-    text_field: str = "text"
-    """The column that holds the text."""
-    documents: str = "file"
-    """How text files are cut: file, line, paragraph, or the separator between documents (`<|endoftext|>`)."""
-    pattern: str = "**/*"
-    """Which files of a folder."""
-    config_name: str | None = None
-    """Configuration of a hub dataset (C4: `en`)."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
-
-
-class DataSection(Section):
-    """What to train on, and how it becomes token blocks."""
-
-    source: SourceSection
-    """The documents."""
-    context: Annotated[int, Field(ge=2)]
-    """Tokens a sequence (of the encoder, for span corruption)."""
-    streaming: bool = False
-    """Tokenise while training (corpora too large to tokenise first); else once, into `<output>/tokens` or `cache`."""
-    cache: str | None = None
-    """Folder for tokenised corpora, shared between runs."""
-    separate_documents: bool | Literal["auto"] = "auto"
-    """Restart positions and let no attention cross documents; auto: yes for causal_lm. Proven on the model at start."""
-    special_tokens: bool | Literal["auto"] = "auto"
-    """Add what the tokenizer adds by itself (BOS for Llama); auto: yes for causal_lm."""
-    append_eos: bool | Literal["auto"] = "auto"
-    """End documents with EOS; auto: yes for causal_lm."""
-    shuffle: bool = True
-    """Permute documents each epoch, and blocks within windows."""
-    window: Annotated[int, Field(ge=1)] = 1024
-    """Blocks that are permuted together (and held in memory when streaming)."""
-    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of the documents kept from training for evaluation, chosen by each document's hash."""
-    held_out_source: SourceSection | None = None
-    """Evaluate on these documents instead; nothing is then held out of `source`."""
+from gqa_convert.uptrain.config_data import BudgetSection, Count, DataSection, Positive, Section, Share
 
 
 class DistillationSection(Section):

@@ -18,7 +18,8 @@ from gqa_convert.data.split import is_held_out
 from gqa_convert.data.store import StoreWriter, TokenStore
 from gqa_convert.data.stream import StreamedBlocks
 from gqa_convert.errors import UsageError
-from gqa_convert.uptrain.config import SourceSection, UptrainConfig
+from gqa_convert.uptrain.config import UptrainConfig
+from gqa_convert.uptrain.config_data import SourceSection
 
 Tell = Callable[[str], None]
 

@@ -11,21 +11,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore
+from gqa_convert.uptrain.loading import load_config
+from gqa_convert.uptrain.loop import uptrain
 from gqa_convert.uptrain.metrics import read_metrics
 
 
-def command(options: argparse.Namespace, output: Path, cache: Path) -> list[str]:
+def start(options: argparse.Namespace, output: Path, cache: Path) -> Any:
+    """Start the run in a process of its own, forked so that imports are paid for once."""
+    process = multiprocessing.get_context("fork").Process(target=train, args=(options, output, cache))
+    process.start()
+    return process
+
+
+def train(options: argparse.Namespace, output: Path, cache: Path) -> None:
     sets = [
         *options.set,
         f"output={output}",
@@ -33,7 +43,7 @@ def command(options: argparse.Namespace, output: Path, cache: Path) -> list[str]
         f"checkpoints.every_steps={options.every}",
         "log.trackers=[]",
     ]
-    return [sys.executable, "-m", "gqa_convert.uptrain", str(options.config), *(x for s in sets for x in ("--set", s))]
+    uptrain(load_config(options.config, sets), quiet=True)
 
 
 def steps_logged(output: Path) -> int:
@@ -48,21 +58,17 @@ def kill_once(options: argparse.Namespace, output: Path, cache: Path, rng: rando
     before = begun.step if begun else 0
     log = output / "metrics.jsonl"
     seen = log.stat().st_mtime_ns if log.exists() else 0
-    with subprocess.Popen(command(options, output, cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-        # Until the log is rewound it still has the steps of the run that was killed.
-        while run.poll() is None and (
-            not log.exists() or log.stat().st_mtime_ns == seen or steps_logged(output) <= before
-        ):
-            time.sleep(0.02)
-        deadline = time.monotonic() + rng.uniform(0, options.spread)
-        while run.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        if run.poll() is not None:
-            if run.returncode:
-                raise SystemExit(run.stderr.read().decode() if run.stderr else "failed")
-            return None
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+    run = start(options, output, cache)
+    # Until the log is rewound it still has the steps of the run that was killed.
+    while run.is_alive() and (not log.exists() or log.stat().st_mtime_ns == seen or steps_logged(output) <= before):
+        time.sleep(0.01)
+    run.join(rng.uniform(0, options.spread))
+    if not run.is_alive():
+        if run.exitcode:
+            raise SystemExit(f"the run ended with {run.exitcode}")
+        return None
+    run.kill()
+    run.join()
     found = store.newest()
     if found is None or found.step < before:
         raise SystemExit(f"after a kill the newest whole checkpoint is {found}, it was step {before}")
@@ -82,6 +88,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    torch.set_num_threads(1)  # threads do not survive a fork
+    transformers.logging.set_verbosity_error()
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        getattr(transformers, name)  # imported before forking
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         kills: list[dict[str, Any]] = []
@@ -97,8 +107,8 @@ def main() -> None:
         last = work / f"run-{finished}"
         undisturbed = work / "undisturbed"
         for output in (last, undisturbed):
-            subprocess.run(command(options, output, work / "tokens"), check=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)  # fmt: skip
+            run = start(options, output, work / "tokens")
+            run.join()
         one, two = ((folder / "final" / "model.safetensors").read_bytes() for folder in (last, undisturbed))
     result = {
         "what": "SIGKILL at random moments of training; every start resumed from a whole checkpoint",
