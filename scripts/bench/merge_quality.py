@@ -98,7 +98,7 @@ def demo_text(folder: Path) -> Path:
 
     path = folder / "stdlib-training-modules.jsonl"
     training, _ = split(collect())
-    path.write_text("".join(json.dumps({"text": module.text}) + "\n" for module in training))
+    path.write_text("".join(json.dumps({"text": module.text()}) + "\n" for module in training))
     return path
 
 
