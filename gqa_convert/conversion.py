@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.anatomy.finder import Merge
 from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
-from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.safetensors_file import torch_dtype
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
-from gqa_convert.errors import CheckpointError, UsageError
-from gqa_convert.merge.registry import MergeMethod, get_method
-from gqa_convert.merge.seeding import generator_for
+from gqa_convert.errors import UsageError
+from gqa_convert.merge.registry import get_method
+from gqa_convert.merging import merged_tensor
 from gqa_convert.planning import ConvertPlan, plan
 from gqa_convert.recipe import Recipe
 from gqa_convert.solving import solve_blocks, work_folder
@@ -124,11 +122,11 @@ def execute(
     checkpoint = made.checkpoint
     side_bytes = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files)
     needed = made.bytes_out + side_bytes + (1 << 20)
-    # Solving may take hours: what would be refused at the end is refused before it.
-    check_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed)
     with ExitStack() as stack:
         solved = None
         if made.blocks is not None:
+            # Solving may take hours: what would be refused at the end is refused before it.
+            check_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed)
             folder = stack.enter_context(work_folder(made, work))
             solved = solve_blocks(made, folder, trust_remote_code=trust_remote_code, on_layer=on_layer)
         checks = _write(made, solved, needed, verify, force, trust_remote_code, on_bytes)
@@ -182,7 +180,7 @@ def _write_weights(
                 elif merge is None:
                     targets.append(TargetTensor.copy_of(info))
                 else:
-                    produce = _producer(checkpoint, merge, method, made.seed)
+                    produce = partial(merged_tensor, checkpoint, merge, method, made.seed)
                     targets.append(TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, produce=produce))
             if targets:
                 write_shard(folder / shard.name, targets, dict(shard.metadata), on_bytes=on_bytes, sync=False)
@@ -193,65 +191,6 @@ def _write_weights(
 
 def _solved_tensor(solved: SolvedLayers, name: str, dtype: str) -> Tensor:
     return solved.tensor(name).to(torch_dtype(dtype))
-
-
-def _producer(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: int) -> Callable[[], Tensor]:
-    return lambda: merged_tensor(checkpoint, merge, method, seed)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one processor: means are bound by memory; torch's threads wait for each other on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
-def merged_tensor(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: int) -> Tensor:
-    """Compute one merged tensor from the source's, in float32, in the source's dtype.
-
-    Raises:
-        CheckpointError: if a source tensor holds a value that is not finite.
-    """
-    import torch
-
-    parts = [checkpoint.tensor(key) for key in merge.sources]
-    for key, part in zip(merge.sources, parts, strict=True):
-        _check_finite(checkpoint, key, part)
-    if method.name == "random" and not merge.is_projection:
-        method = get_method("mean")  # a norm or bias redrawn about zero is damage that no paper means by "random"
-    generator = generator_for(seed, merge.key) if method.name == "random" else None
-
-    pooled = method.pool or get_method("mean").pool  # a method of whole blocks leaves norms and the like to the mean
-
-    def pool(x: Tensor, grouping: Any, dim: int) -> Tensor:
-        assert pooled is not None
-        return pooled(x, grouping, dim, generator=generator)
-
-    if len(parts) > 1:
-        return merge.rows.merge(torch.stack(parts), pool).squeeze(0)
-    return merge.rows.merge(parts[0], pool)
-
-
-def _check_finite(checkpoint: Checkpoint, key: str, x: Tensor) -> None:
-    import torch
-
-    # A sum is not finite if any element is not; it may also overflow, so only then is every element looked at. A sum
-    # in x's own dtype is the fastest: torch accumulates half precision in float32 all the same.
-    if torch.isfinite(x.sum()):
-        return
-    bad = int((~torch.isfinite(x)).sum())
-    if bad:
-        raise CheckpointError(
-            f"{checkpoint.tensors[key].file}: {key} holds {bad} values that are not finite (NaN or infinity), so its "
-            "heads cannot be averaged. Repair or re-download the checkpoint."
-        )
 
 
 def _write_config(made: ConvertPlan, folder: Path) -> None:

@@ -21,6 +21,8 @@ from gqa_convert.checkpoint.dtypes import torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_heads
+from gqa_convert.merge.registry import get_method
+from gqa_convert.merging import merged_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,9 +181,6 @@ def compare_weights(made: ConvertPlan, folder: Path) -> dict[str, Any]:
 
 def _compare(made: ConvertPlan, written: Checkpoint) -> Iterator[tuple[str, bool]]:
     import torch
-
-    from gqa_convert.conversion import merged_tensor
-    from gqa_convert.merge.registry import get_method
 
     method = get_method(made.method)
     merges = {merge.key: merge for merge in made.anatomy.merges}

@@ -9,9 +9,9 @@ import torch
 from gqa_convert.calibrate import session
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.solve import SolvedLayers, solve
-from gqa_convert.conversion import merged_tensor
 from gqa_convert.errors import UsageError
 from gqa_convert.merge.registry import get_method
+from gqa_convert.merging import merged_tensor
 from gqa_convert.recipe import Recipe
 
 FAST = Recipe(method="pca", grouping="search", fold=True, max_context=32, calibrate="text", refit_tokens=64)
