@@ -10,6 +10,7 @@ to finish, and its weights are compared, bit by bit, with those of a run that wa
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import random
@@ -90,8 +91,9 @@ def main() -> None:
     rng = random.Random(options.seed)
     torch.set_num_threads(1)  # threads do not survive a fork
     transformers.logging.set_verbosity_error()
-    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
-        getattr(transformers, name)  # imported before forking
+    for name in ("accelerate", "datasets", "transformers.models.llama.modeling_llama", "gqa_convert.uptrain.build"):
+        importlib.import_module(name)  # before forking
+    getattr(transformers, "AutoTokenizer")  # noqa: B009 - lazily imported
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         kills: list[dict[str, Any]] = []
