@@ -93,6 +93,9 @@ def convert_command(
     work: Annotated[
         Path | None, typer.Option(help="Keep solved layers here, to resume or reuse. (default: beside --out, removed)")
     ] = None,
+    flush: Annotated[
+        bool, typer.Option("--flush/--no-flush", help="Wait for the disk; without, a power cut may harm the output.")
+    ] = True,
     seed: Seed = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: AsJson = False,
@@ -135,6 +138,7 @@ def convert_command(
             verify=verify,
             force=force,
             work=work,
+            flush=flush,
             trust_remote_code=trust_remote_code,
             on_bytes=on_bytes,
             on_layer=on_layer,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.ahead import computed_ahead
 from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
@@ -59,6 +60,7 @@ def convert(
     verify: str = "structure",
     force: bool = False,
     work: str | Path | None = None,
+    flush: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
     on_bytes: OnBytes | None = None,
@@ -77,6 +79,8 @@ def convert(
         force: replace an earlier conversion at `out`.
         work: folder for the solved layers of a recipe that solves any, kept for reuse; by default one beside `out`,
             resumed by the next run if this one is interrupted, and removed at the end.
+        flush: wait until the disk has everything before the output takes its name. Without it a power cut soon after
+            may leave an output that looks whole and is not, as with `cp`; a killed process leaves none either way.
         trust_remote_code: allow the model's own Python code to run.
         revision: a branch, tag or commit of a hub id.
         on_bytes: called with the number of bytes written since the last call.
@@ -100,6 +104,7 @@ def convert(
         verify=verify,
         force=force,
         work=work,
+        flush=flush,
         trust_remote_code=trust_remote_code,
         on_bytes=on_bytes,
         on_layer=on_layer,
@@ -112,6 +117,7 @@ def execute(
     verify: str = "structure",
     force: bool = False,
     work: str | Path | None = None,
+    flush: bool = True,
     trust_remote_code: bool = False,
     on_bytes: OnBytes | None = None,
     on_layer: OnLayer | None = None,
@@ -129,7 +135,7 @@ def execute(
             check_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed)
             folder = stack.enter_context(work_folder(made, work))
             solved = solve_blocks(made, folder, trust_remote_code=trust_remote_code, on_layer=on_layer)
-        checks = _write(made, solved, needed, verify, force, trust_remote_code, on_bytes)
+        checks = _write(made, solved, needed, verify, force, flush, trust_remote_code, on_bytes)
     return ConvertResult(
         out=made.target, plan=made, verified=verify, checks=checks, blocks=solved.reports if solved else ()
     )
@@ -141,12 +147,13 @@ def _write(
     needed: int,
     verify: str,
     force: bool,
+    flush: bool,
     trust_remote_code: bool,
     on_bytes: OnBytes | None,
 ) -> dict[str, Any]:
     checkpoint = made.checkpoint
-    with staged_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed) as folder:
-        _write_weights(made, solved, folder, on_bytes)
+    with staged_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed, sync=flush) as folder:
+        _write_weights(made, solved, folder, flush, on_bytes)
         _write_config(made, folder)
         for path in checkpoint.side_files:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +164,7 @@ def _write(
 
 
 def _write_weights(
-    made: ConvertPlan, solved: SolvedLayers | None, folder: Path, on_bytes: Callable[[int], None] | None
+    made: ConvertPlan, solved: SolvedLayers | None, folder: Path, flush: bool, on_bytes: OnBytes | None
 ) -> None:
     checkpoint = made.checkpoint
     method = get_method(made.method)
@@ -165,7 +172,7 @@ def _write_weights(
     names = {raw_key: name for name, raw_key in made.blocks.keys.items()} if made.blocks else {}
     dropped = set(made.anatomy.dropped)
     weight_map: dict[str, str] = {}
-    with Flusher() as flusher:
+    with Flusher() if flush else nullcontext() as flusher:
         for shard in checkpoint.shards:
             targets = []
             for key, info in shard.tensors.items():
@@ -183,10 +190,21 @@ def _write_weights(
                     produce = partial(merged_tensor, checkpoint, merge, method, made.seed)
                     targets.append(TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, produce=produce))
             if targets:
-                write_shard(folder / shard.name, targets, dict(shard.metadata), on_bytes=on_bytes, sync=False)
-                flusher.flush(folder / shard.name)
+                _write_shard(folder / shard.name, targets, dict(shard.metadata), on_bytes)
+                if flusher is not None:
+                    flusher.flush(folder / shard.name)
     if len(checkpoint.shards) > 1:
         write_index(folder / _INDEX, weight_map, made.bytes_out, made.parameters_out)
+
+
+def _write_shard(
+    path: Path, targets: list[TargetTensor], metadata: dict[str, str], on_bytes: Callable[[int], None] | None
+) -> None:
+    """Write a shard while the tensors that must be computed for it are computed on another thread."""
+    with computed_ahead([target.produce for target in targets if target.produce is not None]) as made:
+        stand_ins = iter(made)
+        ready = [t if t.produce is None else replace(t, produce=next(stand_ins)) for t in targets]
+        write_shard(path, ready, metadata, on_bytes=on_bytes, sync=False)
 
 
 def _solved_tensor(solved: SolvedLayers, name: str, dtype: str) -> Tensor:

@@ -20,7 +20,7 @@ PACKAGE = Path(gqa_convert.__file__).parent
 # own room (the first part of its name); imports inside functions count, imports for type checkers do not.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
-    ("heads", "console"),
+    ("heads", "console", "ahead"),
     ("checkpoint", "merge"),
     ("recipe", "anatomy"),
     ("proof", "data", "modeling"),

@@ -82,6 +82,16 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
         }
 
 
+def test_without_a_flush_the_bytes_are_the_same(tmp_path: Path) -> None:
+    source = factories.make(tmp_path / "source", "llama", shard_size="60KB")
+    flushed = convert(source, groups=2, out=tmp_path / "a").out
+    quick = convert(source, groups=2, out=tmp_path / "b", flush=False).out
+    assert tree(flushed).keys() == tree(quick).keys()
+    assert {name: digest for name, (digest, _) in tree(flushed).items()} == {
+        name: digest for name, (digest, _) in tree(quick).items()
+    }
+
+
 RUNS = [("mean", "a"), ("mean", "b"), ("random", "c"), ("random", "d")]
 
 
