@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.calibrate.stream import to_device
+from gqa_convert.calibrate.activations import to_device
 from gqa_convert.calibrate.watch import Names, part_of, watching
 
 if TYPE_CHECKING:

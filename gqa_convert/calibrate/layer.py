@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.blocks import BlockNames, Freedom, block_state, layout_for, read_block
+from gqa_convert.calibrate.activations import to_device
 from gqa_convert.calibrate.lanes import LayerCall
 from gqa_convert.calibrate.others import other_state
 from gqa_convert.calibrate.refit import RefitOptions, RefitReport, refit_block
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.residual import hidden_of, residual_scale
-from gqa_convert.calibrate.stream import to_device
 from gqa_convert.calibrate.watch import BlockRecord, Enough, part_of, watching
 from gqa_convert.heads import Grouping
 from gqa_convert.merge.apply import merge_block, method_options
@@ -53,7 +53,7 @@ class Merger:
         self, layer: nn.Module, path: str, blocks: Sequence[BlockNames], found: Mapping[str, Statistics]
     ) -> tuple[State, dict[str, BlockReport]]:
         """Return every tensor of one layer that depends on KV heads or moves with them, and a report a block."""
-        tensors = {f"{path}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        tensors = {f"{path}.{name}": tensor.cpu() for name, tensor in layer.state_dict().items()}
         state: State = {}
         reports = {}
         for names in blocks:

@@ -13,9 +13,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.calibrate.activations import to_device
 from gqa_convert.calibrate.descent import DescentOptions, as_float32, descend, held_out
 from gqa_convert.calibrate.least_squares import NormalEquations
-from gqa_convert.calibrate.stream import to_device
 from gqa_convert.calibrate.watch import Names, part_of, watching
 from gqa_convert.errors import UsageError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.blocks import rotary_layouts
+from gqa_convert.calibrate.activations import Spill, free_memory, to_device
 from gqa_convert.calibrate.choices import batch_size, blocks_by_layer, fold_context, refit_options
 from gqa_convert.calibrate.layer import Merger, State, refit_layer
 from gqa_convert.calibrate.moments import InputMoments
@@ -17,7 +18,7 @@ from gqa_convert.calibrate.refit import RefitReport
 from gqa_convert.calibrate.report import BlockReport, OnLayer
 from gqa_convert.calibrate.statistics_file import read_statistics, statistics_store, write_statistics
 from gqa_convert.calibrate.store import LayerStore, identity
-from gqa_convert.calibrate.stream import LayerStream, LayerWindow, Parts, Spill, to_device
+from gqa_convert.calibrate.stream import LayerStream, LayerWindow, Parts
 from gqa_convert.calibrate.student import StudentParts
 from gqa_convert.calibrate.tokens import batches, token_hash
 from gqa_convert.calibrate.watch import BlockRecord, watching
@@ -201,7 +202,13 @@ class Session:
         return progress
 
     def _spill(self) -> Spill | None:
-        return None if self.spill_limit is None else Spill(self.work, self.spill_limit)
+        budget = self.spill_limit
+        if budget is None:
+            free = free_memory()
+            if free is None:
+                return None
+            budget = free // 2
+        return Spill(self.work, budget // 4)  # two streams, each with what goes into a layer and what comes out
 
     def _keep(self, window: LayerWindow) -> Callable[[Any], Any]:
         import torch

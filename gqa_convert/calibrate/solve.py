@@ -73,7 +73,7 @@ def solve(
         work: folder for moments and solved layers, kept; both are reused where all that they depend on is the same.
         device: where layers run and are fitted.
         dtype: of the layers while they run; float32 by default. Fitting is in float32 in any case.
-        activation_bytes: activations beyond so many bytes go to mapped files in `work`; None for no limit.
+        activation_bytes: activations beyond so many bytes go to mapped files in `work`; None for half the free memory.
         on_layer: told of the progress.
 
     Raises:

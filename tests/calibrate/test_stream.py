@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 
+from gqa_convert.calibrate.activations import Spill, free_memory
 from gqa_convert.calibrate.parts import WholeModel, open_parts, streaming_fault
-from gqa_convert.calibrate.stream import LayerStream, Spill
+from gqa_convert.calibrate.stream import LayerStream
 from gqa_convert.calibrate.weights import PartialModel, layer_paths
 from gqa_convert.errors import CheckpointError, UnsupportedModelError
 from gqa_convert.proof.forward import difference, logits
@@ -88,6 +89,10 @@ def test_spilled_activations_are_the_same(saved, tmp_path):
     for a, b in zip(kept, last_hidden(None), strict=True):
         assert torch.equal(a, b)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_free_memory_is_told():
+    assert 1 << 20 < (free_memory() or 0) < 1 << 50
 
 
 def lanes():

@@ -1,0 +1,86 @@
+"""Where activations are: moved between devices, and kept in memory or in mapped files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move every tensor in nested tuples, lists and dicts; what is there already stays the same object."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if device.type == "cpu" and not _elsewhere(value):
+        return value
+    if isinstance(value, tuple):
+        moved = [to_device(item, device) for item in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    if type(value) is dict:
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value
+
+
+def _elsewhere(value: Any) -> bool:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.device.type != "cpu"
+    items = value.values() if type(value) is dict else value if isinstance(value, (tuple, list)) else ()
+    return any(_elsewhere(item) for item in items)
+
+
+class Spill:
+    """Keeps activations in memory up to a limit, and above it in mapped files that vanish with their tensors."""
+
+    def __init__(self, folder: Path | None, limit_bytes: int) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._held = 0
+
+    def reset(self) -> None:
+        """Start counting anew, when what was kept before has been given up."""
+        self._held = 0
+
+    def keep(self, value: Any) -> Any:
+        """Return `value` with its larger tensors moved to files if the limit has been reached."""
+        import torch
+
+        if isinstance(value, tuple):
+            return tuple(self.keep(item) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        size = value.numel() * value.element_size()
+        self._held += size
+        if self._held <= self.limit_bytes or size < 1 << 16:
+            return value
+        handle, name = tempfile.mkstemp(prefix="activations-", dir=self.folder)
+        os.close(handle)
+        mapped = torch.from_file(name, shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
+        os.unlink(name)  # the mapping outlives the name
+        return mapped.copy_(value)
+
+
+def free_memory() -> int | None:
+    """Return the bytes this process could still take, a container's limit included; None where it cannot be told."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        return None
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(max(0, limit - used))
+    except (OSError, ValueError):
+        pass  # no limit, or another system's control groups
+    return min(found, default=None)
