@@ -5,9 +5,9 @@
 Every round runs each command once, in turn, so that other work on the machine falls on all of them alike. The page
 cache is warm: the source has just been written or read, as it is after a download. `beyond start-up` is the converter's
 time less that of the same command with --dry-run in the same round, which imports torch and transformers, reads every
-header and plans, but writes nothing. The converter waits for the disk, `cp` and transformers do not: so `cp -r` is timed
-with a flush too, and the converter with --no-flush. Processor time is given beside wall time: it is what a busy machine
-bends least.
+header and plans, but writes nothing. The converter waits for the disk, `cp` and transformers do not: so `cp -r`
+is timed with a flush too, and the converter with --no-flush. Processor time is given beside wall time: it is what a
+busy machine bends least.
 """
 
 from __future__ import annotations
