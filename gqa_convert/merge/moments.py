@@ -7,7 +7,7 @@ P turning rotary pairs, X input width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,12 @@ class RealMoments:
     def weighted(self) -> Tensor:
         """(K, K, S, S): the Gram matrix of root_h x_h."""
         return self.root[:, None] @ self.gram @ self.root
+
+    def to(self, dtype: torch.dtype) -> RealMoments:
+        """The same in another real dtype."""
+        parts = (self.gram, self.mean, self.root, self.inverse)
+        gram, mean, root, inverse = (part.to(dtype) for part in parts)
+        return RealMoments(gram=gram, mean=mean, root=root, inverse=inverse)
 
     def stacked(self, members: tuple[int, ...], *, weighted: bool = True) -> Tensor:
         """(R S, R S): the Gram matrix of the members' vectors laid end to end."""
@@ -87,6 +93,16 @@ class BlockMoments:
     block: AttentionBlock
     values_centred: bool
     """The constant part of the values travels in the bias of o_proj, so the moments leave it out."""
+
+    def to(self, dtype: torch.dtype) -> BlockMoments:
+        """The same moments in another real dtype, for a search that prices many groups; the block stays as it is."""
+        keys = replace(
+            self.keys,
+            gram=self.keys.gram.to(dtype.to_complex()),
+            weight=self.keys.weight.to(dtype),
+            static=self.keys.static.to(dtype),
+        )
+        return replace(self, keys=keys, values=self.values.to(dtype))
 
     @property
     def total(self) -> tuple[float, float]:
