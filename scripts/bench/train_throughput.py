@@ -6,7 +6,8 @@
 
 Each side runs in a process of its own, in turn, several times over (what else the machine does hits both alike); the
 first steps are left out of the time. On a CPU that other programs use too, compare tokens a second of processor time
-(`cpu_time_ratio`), which their load touches least. Both train on documents joined and cut every `context` tokens, with fused AdamW.
+(`cpu_time_ratio`), which their load touches least. Both train on documents joined and cut every `context` tokens, with
+fused AdamW.
 With --distil, a run with distillation from that model is timed as well. MFU is given where the device's peak is known.
 """
 
