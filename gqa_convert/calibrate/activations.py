@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+_SMALL = 1 << 16  # bytes that are not worth a file
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -56,13 +57,15 @@ class Spill:
         """Return `value` with its larger tensors moved to files if the limit has been reached."""
         import torch
 
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and not hasattr(value, "_fields"):
             return tuple(self.keep(item) for item in value)
+        if type(value) is dict:
+            return {key: self.keep(item) for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
         size = value.numel() * value.element_size()
         self._held += size
-        if self._held <= self.limit_bytes or size < 1 << 16:
+        if self._held <= self.limit_bytes or size < _SMALL:
             return value
         handle, name = tempfile.mkstemp(prefix="activations-", dir=self.folder)
         os.close(handle)

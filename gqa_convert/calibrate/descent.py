@@ -32,6 +32,8 @@ class DescentOptions:
     steps: int = 300
     relative_lr: float = 0.02
     """Peak learning rate of each tensor, as a share of the root mean square of its elements; see `tensor_lr`."""
+    full_width: int = 1024
+    """Above this input width the share falls with the square root of the width."""
     lr: float | None = None
     """One absolute peak learning rate for all tensors in its place."""
     warmup: float = 0.05
@@ -53,12 +55,15 @@ def tensor_lr(parameter: Tensor, companion: Tensor, options: DescentOptions) -> 
     """Peak learning rate of one tensor.
 
     Adam moves every element by about the learning rate a step whatever the gradient, so the rate is set against the
-    size of the elements. A bias takes its weight's size (`companion`): its own may be nothing.
+    size of the elements. The more inputs a layer has, the more such moves add up, so very wide ones move less. (Best
+    shares of 80 steps on layers of width 96, 128, 512, 1024: 0.02 to 0.04, 0.04 to 0.08, 0.02 to 0.04, 0.02 to 0.04.)
+    A bias takes its weight's size (`companion`): its own may be nothing.
     """
     if options.lr is not None:
         return options.lr
     size = max(float(x.detach().float().square().mean()) for x in (companion, parameter))
-    return options.relative_lr * math.sqrt(size)
+    crowding = min(1.0, math.sqrt(options.full_width / companion.shape[-1]))
+    return options.relative_lr * crowding * math.sqrt(size)
 
 
 def held_out(count: int) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,5 +88,6 @@ def streaming_fault(cls: type[nn.Module], config: Any) -> str | None:
                 difference(seen.logits, logits(whole, each)) for seen, each in zip(stream.results, inputs, strict=True)
             )
     except Exception as error:  # whatever it is, the whole model still works
-        return f"a tiny model of it fails ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        text = re.sub(r"\S*/\S+: ", "", " ".join(str(error).split()))  # the temporary folder means nothing to anybody
+        return f"a tiny model of it fails ({type(error).__name__}: {text[:160]})"
     return None if gap <= TOLERANCE else f"a tiny model of it is off by {gap:.1e}"

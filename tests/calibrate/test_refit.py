@@ -86,6 +86,8 @@ def test_the_learning_rate_follows_the_size_of_the_tensor():
     assert tensor_lr(weight, weight, options) == pytest.approx(0.002)
     assert tensor_lr(torch.zeros(4), weight, options) == pytest.approx(0.002)
     assert tensor_lr(weight, weight, DescentOptions(lr=1e-4)) == 1e-4
+    wide = torch.full((1, 4096), 0.1)
+    assert tensor_lr(wide, wide, options) == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize("values", [{"steps": -1}, {"tokens": 0}, {"lr": 2.0}, {"damping": 0.0}])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from gqa_convert.calibrate import session
+from gqa_convert.calibrate import activations, session
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.solve import SolvedLayers, solve
 from gqa_convert.errors import UsageError
@@ -114,10 +114,15 @@ def test_other_text_is_other_work(case, tokens, work):
     assert len(list(work.glob("moments-*"))) == len(list(work.glob("layers-*"))) == 2
 
 
-def test_spilling_and_bounded_memory_change_nothing(case, tokens, tmp_path):
+def test_spilling_changes_nothing(case, tokens, tmp_path, monkeypatch):
     found = case("llama")
     plain = state(solved(found, REFIT, tokens, tmp_path / "a"))
+    monkeypatch.setattr(activations, "_SMALL", 1)
+    mapped = []
+    original = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *args, **named: mapped.append(1) or original(*args, **named))
     spilled = state(solved(found, REFIT, tokens, tmp_path / "b", activation_bytes=0))
+    assert len(mapped) > 40
     assert all(torch.equal(plain[name], spilled[name]) for name in plain)
 
 
