@@ -1,4 +1,4 @@
-"""Compute the next result on another thread while the present one is being used."""
+"""Compute results on other threads: the next ones while the present one is being used, or several together."""
 
 from __future__ import annotations
 
@@ -29,5 +29,19 @@ def computed_ahead(makers: Sequence[Callable[[], T]], ahead: int = 2) -> Iterato
 
         try:
             yield [partial(take, number) for number in range(len(makers))]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def computed_together(makers: Sequence[Callable[[], T]], together: int) -> Iterator[T]:
+    """Yield what `makers` make, in order, up to `together` of them being made at a time.
+
+    The first exception is raised in its place; what was not started then is dropped, what was is waited for.
+    """
+    with ThreadPoolExecutor(together, thread_name_prefix="together") as pool:
+        futures = [pool.submit(make) for make in makers]
+        try:
+            for future in futures:
+                yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -11,7 +11,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.ahead import computed_ahead
+from gqa_convert.ahead import computed_ahead, computed_together
 from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
@@ -20,7 +20,7 @@ from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
 from gqa_convert.errors import UsageError
 from gqa_convert.merge.registry import get_method
-from gqa_convert.merging import merged_tensor
+from gqa_convert.merging import merged_tensor, one_thread
 from gqa_convert.planning import ConvertPlan, plan
 from gqa_convert.recipe import Recipe
 from gqa_convert.solving import solve_blocks, work_folder
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 OnBytes = Callable[[int], None]
 OnLayer = Callable[[str, int, int], None]
 VERIFY_LEVELS = ("none", "structure", "logits")
+WRITERS = 2
+"""Shards written at a time: one processor copies at half of what memory allows."""
 _INDEX = "model.safetensors.index.json"
 
 
@@ -172,39 +174,40 @@ def _write_weights(
     names = {raw_key: name for name, raw_key in made.blocks.keys.items()} if made.blocks else {}
     dropped = set(made.anatomy.dropped)
     weight_map: dict[str, str] = {}
-    with Flusher() if flush else nullcontext() as flusher:
-        for shard in checkpoint.shards:
-            targets = []
-            for key, info in shard.tensors.items():
-                if key in dropped:
-                    continue
-                weight_map[key] = shard.name
-                merge = merges.get(key)
-                if solved is not None and key in names:
-                    shape = merge.target_shape if merge else info.shape
-                    made_there = partial(_solved_tensor, solved, names[key], info.dtype)
-                    targets.append(TargetTensor(key=key, dtype=info.dtype, shape=shape, produce=made_there))
-                elif merge is None:
-                    targets.append(TargetTensor.copy_of(info))
-                else:
-                    produce = partial(merged_tensor, checkpoint, merge, method, made.seed)
-                    targets.append(TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, produce=produce))
-            if targets:
-                _write_shard(folder / shard.name, targets, dict(shard.metadata), on_bytes)
-                if flusher is not None:
-                    flusher.flush(folder / shard.name)
+    work = []
+    for shard in checkpoint.shards:
+        targets = []
+        for key, info in shard.tensors.items():
+            if key in dropped:
+                continue
+            weight_map[key] = shard.name
+            merge = merges.get(key)
+            if solved is not None and key in names:
+                shape = merge.target_shape if merge else info.shape
+                made_there = partial(_solved_tensor, solved, names[key], info.dtype)
+                targets.append(TargetTensor(key=key, dtype=info.dtype, shape=shape, produce=made_there))
+            elif merge is None:
+                targets.append(TargetTensor.copy_of(info))
+            else:
+                produce = partial(merged_tensor, checkpoint, merge, method, made.seed)
+                targets.append(TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, produce=produce))
+        if targets:
+            work.append(partial(_write_shard, folder / shard.name, targets, dict(shard.metadata), on_bytes))
+    with one_thread(), Flusher() if flush else nullcontext() as flusher:
+        for path in computed_together(work, WRITERS):
+            if flusher is not None:
+                flusher.flush(path)
     if len(checkpoint.shards) > 1:
         write_index(folder / _INDEX, weight_map, made.bytes_out, made.parameters_out)
 
 
-def _write_shard(
-    path: Path, targets: list[TargetTensor], metadata: dict[str, str], on_bytes: Callable[[int], None] | None
-) -> None:
+def _write_shard(path: Path, targets: list[TargetTensor], metadata: dict[str, str], on_bytes: OnBytes | None) -> Path:
     """Write a shard while the tensors that must be computed for it are computed on another thread."""
     with computed_ahead([target.produce for target in targets if target.produce is not None]) as made:
         stand_ins = iter(made)
         ready = [t if t.produce is None else replace(t, produce=next(stand_ins)) for t in targets]
         write_shard(path, ready, metadata, on_bytes=on_bytes, sync=False)
+    return path
 
 
 def _solved_tensor(solved: SolvedLayers, name: str, dtype: str) -> Tensor:

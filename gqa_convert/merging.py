@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one processor: means are bound by memory; torch's threads wait for each other on a busy machine."""
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one processor, in this thread and in those it starts.
+
+    Means are bound by memory, and torch's threads wait for each other on a busy machine.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -29,7 +32,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
 def merged_tensor(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: int) -> Tensor:
     """Compute one merged tensor from the source's, in float32, in the source's dtype.
 
