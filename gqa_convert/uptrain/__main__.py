@@ -15,8 +15,8 @@ def _leave(code: int) -> None:
     """End the process now.
 
     The libraries under a process group keep threads of their own. One that asks for the interpreter while that is being
-    torn down is unwound by force, which C++ answers with abort: 134 in place of the exit code that the launcher waits for
-    (0, or 75 for "saved, start me again"). All files are closed and the process group is gone by now.
+    torn down is unwound by force, which C++ answers with abort: 134 in place of the exit code that the launcher waits
+    for (0, or 75 for "saved, start me again"). All files are closed and the process group is gone by now.
     """
     sys.stdout.flush()
     sys.stderr.flush()
