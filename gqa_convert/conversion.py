@@ -192,21 +192,36 @@ def _write_weights(
                 produce = partial(merged_tensor, checkpoint, merge, method, made.seed)
                 targets.append(TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, produce=produce))
         if targets:
-            work.append(partial(_write_shard, folder / shard.name, targets, dict(shard.metadata), on_bytes))
+            work.append(partial(_write_shard, folder / shard.name, targets, dict(shard.metadata)))
     with one_thread(), Flusher() if flush else nullcontext() as flusher:
-        for path in computed_together(work, WRITERS):
+        tasks = [partial(write, on_bytes, flusher) for write in work]
+        for path in computed_together(tasks, WRITERS):
             if flusher is not None:
                 flusher.flush(path)
     if len(checkpoint.shards) > 1:
         write_index(folder / _INDEX, weight_map, made.bytes_out, made.parameters_out)
 
 
-def _write_shard(path: Path, targets: list[TargetTensor], metadata: dict[str, str], on_bytes: OnBytes | None) -> Path:
+def _write_shard(
+    path: Path,
+    targets: list[TargetTensor],
+    metadata: dict[str, str],
+    on_bytes: OnBytes | None,
+    flusher: Flusher | None,
+) -> Path:
     """Write a shard while the tensors that must be computed for it are computed on another thread."""
+    listeners = [] if on_bytes is None else [on_bytes]
+    if flusher is not None:
+        listeners.append(flusher.while_growing(path))
+
+    def tell(nbytes: int) -> None:
+        for listener in listeners:
+            listener(nbytes)
+
     with computed_ahead([target.produce for target in targets if target.produce is not None]) as made:
         stand_ins = iter(made)
         ready = [t if t.produce is None else replace(t, produce=next(stand_ins)) for t in targets]
-        write_shard(path, ready, metadata, on_bytes=on_bytes, sync=False)
+        write_shard(path, ready, metadata, on_bytes=tell, sync=False)
     return path
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+
+STEP = 128 << 20
+"""Bytes of a growing file after which what is there is sent on its way."""
 
 
 class Flusher:
@@ -23,8 +27,21 @@ class Flusher:
         return self
 
     def flush(self, path: Path) -> None:
-        """Begin to flush a file that is written whole."""
+        """Begin to flush what a file holds by now."""
         self._pending.append(self._pool.submit(sync_path, path))
+
+    def while_growing(self, path: Path) -> Callable[[int], None]:
+        """Return what is to be told of the bytes written to a file, to begin flushing it before it is whole."""
+        waiting = 0
+
+        def tell(nbytes: int) -> None:
+            nonlocal waiting
+            waiting += nbytes
+            if waiting >= STEP:
+                waiting = 0
+                self.flush(path)
+
+        return tell
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
