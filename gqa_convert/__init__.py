@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert import registration
+
 if TYPE_CHECKING:
     from gqa_convert.conversion import ConvertResult, convert, execute
     from gqa_convert.errors import GQAConvertError
@@ -42,6 +44,9 @@ __all__ = [
     "execute",
     "plan",
 ]
+
+
+registration.install()
 
 
 def __getattr__(name: str) -> Any:

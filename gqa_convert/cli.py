@@ -30,6 +30,9 @@ Model = Annotated[str, typer.Argument(help="A checkpoint folder or a Hugging Fac
 Groups = Annotated[
     int, typer.Option("--groups", "-g", help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention).")
 ]
+CrossGroups = Annotated[
+    int | None, typer.Option(help="KV heads of cross-attention, where a model sets them apart. (default: as --groups)")
+]
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Folder to write [default: MODEL-gqa<GROUPS> beside it].")
 ]
@@ -67,6 +70,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 def convert_command(
     model: Model,
     groups: Groups,
+    cross_groups: CrossGroups = None,
     out: Out = None,
     preset: Preset = None,
     method: Method = None,
@@ -127,7 +131,13 @@ def convert_command(
         seed=seed,
     )
     made = planning.plan(
-        model, groups=groups, out=out, recipe=recipe, trust_remote_code=trust_remote_code, revision=revision
+        model,
+        groups=groups,
+        cross_groups=cross_groups,
+        out=out,
+        recipe=recipe,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
     )
     if dry_run:
         _emit(made.to_json(), json, lambda: console.show_plan(made))
@@ -154,6 +164,7 @@ app.command("convert")(convert_command)
 def plan_command(
     model: Model,
     groups: Groups,
+    cross_groups: CrossGroups = None,
     out: Out = None,
     preset: Preset = None,
     method: Method = None,
@@ -166,7 +177,13 @@ def plan_command(
 
     recipe = make_recipe(preset, method=method)
     made = planning.plan(
-        model, groups=groups, out=out, recipe=recipe, trust_remote_code=trust_remote_code, revision=revision
+        model,
+        groups=groups,
+        cross_groups=cross_groups,
+        out=out,
+        recipe=recipe,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
     )
     _emit(made.to_json(), json, lambda: console.show_plan(made))
 

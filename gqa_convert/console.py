@@ -88,7 +88,11 @@ def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
         ("source", str(made.source)),
         ("target", str(made.target)),
         ("model", f"{made.model_type} ({made.class_name})"),
-        ("heads", f"{layout(made.layout_before)} -> {layout(made.layout_after)}"),
+        (
+            "heads",
+            f"{layout(made.layout_before)} -> {layout(made.layout_after)}"
+            + (f"; {made.cross_groups} KV heads in cross-attention" if made.cross_groups else ""),
+        ),
         ("method", recipe_words(made)),
         (
             "tensors",

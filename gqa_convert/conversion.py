@@ -55,6 +55,7 @@ def convert(
     source: str | Path,
     *,
     groups: int,
+    cross_groups: int | None = None,
     out: str | Path | None = None,
     method: str = "mean",
     seed: int = 0,
@@ -73,6 +74,7 @@ def convert(
     Args:
         source: a checkpoint folder or a hub id; never written to.
         groups: KV heads after the conversion; 1 is MQA.
+        cross_groups: KV heads of cross-attention, for models that set them apart; as many as `groups` by default.
         out: the folder to write; by default `<source>-gqa<groups>` beside the source.
         method: a merge method by name.
         seed: for methods that draw random numbers.
@@ -94,6 +96,7 @@ def convert(
     made = plan(
         source,
         groups=groups,
+        cross_groups=cross_groups,
         out=out,
         method=method,
         seed=seed,
@@ -157,7 +160,11 @@ def _write(
     with staged_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed, sync=flush) as folder:
         _write_weights(made, solved, folder, flush, on_bytes)
         _write_config(made, folder)
+        for file in made.anatomy.files:
+            shutil.copyfile(file, folder / file.name)
         for path in checkpoint.side_files:
+            if path.name in {file.name for file in made.anatomy.files}:
+                continue
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.folder / path, folder / path)
         checks = verify_output(made, folder, level=verify, trust_remote_code=trust_remote_code)
@@ -239,7 +246,8 @@ def _write_config(made: ConvertPlan, folder: Path) -> None:
 def provenance(made: ConvertPlan, solved: SolvedLayers | None = None) -> dict[str, Any]:
     """What `gqa_convert.json` says: the source's identity, the recipe, the layouts, and the versions at work."""
     described = made.to_json()
-    kept = ("model_type", "class", "method", "seed", "recipe", "before", "after", "config_edits")
+    kept = ["model_type", "class", "method", "seed", "recipe", "before", "after", "config_edits"]
+    kept += ["cross_groups"] if described["cross_groups"] is not None else []
     return {
         "format": 1,
         "tool": {"name": "gqa-convert", "version": installed_version("gqa-convert")},

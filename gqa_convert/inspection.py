@@ -106,6 +106,7 @@ def verify_pair(
     made = plan(
         source,
         groups=fields[0].kv_heads,
+        cross_groups=next((f.kv_heads for f in fields if f.cross and f.kv_heads != fields[0].kv_heads), None),
         out=converted,
         method=conversion.get("method", "mean"),
         seed=conversion.get("seed", 0),

@@ -68,9 +68,14 @@ class ConvertPlan:
         return self.layout_after.num_kv_heads
 
     @property
+    def cross_groups(self) -> int | None:
+        """KV heads of cross-attention after the conversion, where they are set apart."""
+        return next((field.target for field in self.anatomy.fields if field.target is not None), None)
+
+    @property
     def max_tensor_parallel(self) -> int:
         """Largest tensor-parallel size at which no KV head is replicated."""
-        return self.groups
+        return min(self.groups, self.cross_groups or self.groups)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values: sizes in bytes, counts of tensors, layouts."""
@@ -88,6 +93,7 @@ class ConvertPlan:
             "recipe": self.recipe.to_json(),
             "before": _layout_json(self.layout_before),
             "after": _layout_json(self.layout_after),
+            "cross_groups": self.cross_groups,
             "merged_tensors": self.merged_tensors,
             "solved_tensors": self.solved_tensors,
             "copied_tensors": self.copied_tensors,
@@ -120,6 +126,7 @@ def plan(
     source: str | Path,
     *,
     groups: int,
+    cross_groups: int | None = None,
     out: str | Path | None = None,
     method: str = "mean",
     seed: int = 0,
@@ -132,6 +139,7 @@ def plan(
     Args:
         source: a checkpoint folder or a hub id.
         groups: KV heads after the conversion (as in the paper's GQA-8); 1 is MQA. More groups are closer to the source.
+        cross_groups: KV heads of cross-attention, for models that set them apart; as many as `groups` by default.
         out: the folder to write; by default `<source>-gqa<groups>` beside the source.
         method: a merge method by name; see `gqa_convert.merge.registry.all_methods`.
         seed: for methods that draw random numbers.
@@ -147,7 +155,7 @@ def plan(
         raise UsageError(f"--groups {groups}: at least one KV head is needed; 1 is multi-query attention.")
     folder = resolve_model(str(source), revision=revision)
     checkpoint = Checkpoint.open(folder)
-    anatomy = dissect(checkpoint, groups, trust_remote_code=trust_remote_code)
+    anatomy = dissect(checkpoint, groups, cross_groups=cross_groups, trust_remote_code=trust_remote_code)
     return _assemble(checkpoint, anatomy, _target(source, folder, groups, out), chosen, trust_remote_code)
 
 
@@ -179,8 +187,10 @@ def _assemble(
         bytes_out += info.nbytes * _numel(merge.target_shape) // _numel(merge.shape) if merge else info.nbytes
         parameters_out += _numel(merge.target_shape if merge else info.shape)
     before, after = _cache_bytes(checkpoint, anatomy.merges)
-    if not anatomy.merges:
-        before = after = unchanged_cache_bytes(checkpoint, anatomy, trust_remote_code=trust_remote_code)
+    apart = any(field.target is not None for field in anatomy.fields)
+    if not anatomy.merges or (apart and len(anatomy.changed_fields) < len(anatomy.fields)):
+        whole = unchanged_cache_bytes(checkpoint, anatomy, trust_remote_code=trust_remote_code)
+        before, after = whole, whole - before + after
     main = anatomy.fields[0]
     return ConvertPlan(
         source=checkpoint.folder,
@@ -198,7 +208,7 @@ def _assemble(
         copied_tensors=len(tensors.keys() - by_key.keys() - dropped - solved),
         dropped_tensors=len(dropped),
         config_edits={".".join(path): value for path, value in anatomy.edits.items()},
-        side_files=tuple(str(path) for path in checkpoint.side_files),
+        side_files=tuple(str(path) for path in checkpoint.side_files) + tuple(file.name for file in anatomy.files),
         bytes_in=checkpoint.total_bytes,
         bytes_out=bytes_out,
         parameters_in=sum(_numel(info.shape) for info in tensors.values()),
@@ -206,7 +216,7 @@ def _assemble(
         kv_cache_bytes_per_token_before=before,
         kv_cache_bytes_per_token_after=after,
         working_bytes=max((_working_bytes(checkpoint, merge) for merge in anatomy.merges), default=0),
-        notes=anatomy.notes + _field_notes(anatomy) + (blocks.notes() if blocks else ()),
+        notes=anatomy.notes + _code_notes(anatomy) + _field_notes(anatomy) + (blocks.notes() if blocks else ()),
         checkpoint=checkpoint,
         anatomy=anatomy,
         blocks=blocks,
@@ -249,8 +259,18 @@ def _working_bytes(checkpoint: Checkpoint, merge: Merge) -> int:
     return source + checkpoint.tensors[merge.key].nbytes + 12 * _numel(merge.target_shape)
 
 
+def _code_notes(anatomy: Anatomy) -> tuple[str, ...]:
+    if not anatomy.files:
+        return ()
+    becomes = type(anatomy.target_model).__name__
+    return (
+        f"becomes {becomes}: transformers gives {anatomy.model_type} no setting for KV heads, so "
+        f"{anatomy.files[0].name} goes along; load with trust_remote_code=True, or after `import gqa_convert`",
+    )
+
+
 def _field_notes(anatomy: Anatomy) -> tuple[str, ...]:
-    kept = [f for f in anatomy.fields if f not in anatomy.changed_fields and f.kv_heads < anatomy.groups]
+    kept = [f for f in anatomy.fields if f.target is None and f.kv_heads < anatomy.groups]
     return tuple(f"{f.name} stays at {f.kv_heads}: it is below {anatomy.groups} already" for f in kept)
 
 

@@ -59,8 +59,9 @@ def verify_structure(made: ConvertPlan, folder: Path, *, trust_remote_code: bool
     config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
     for kv_field in made.anatomy.changed_fields:
         value = get_path(config, kv_field.path)
-        if value != made.groups and get_path(written.config, kv_field.path) != made.groups:
-            raise VerificationError(f"{folder / 'config.json'}: {kv_field.name} reads {value}, not {made.groups}.")
+        wanted = kv_field.wanted(made.groups)
+        if value != wanted and get_path(written.config, kv_field.path) != wanted:
+            raise VerificationError(f"{folder / 'config.json'}: {kv_field.name} reads {value}, not {wanted}.")
     shapes = {key: info.shape for key, info in written.tensors.items()}
     check_target(made.anatomy, shapes, made.checkpoint.tensors)
     merged = {merge.key for merge in made.anatomy.merges}
@@ -75,8 +76,8 @@ def verify_structure(made: ConvertPlan, folder: Path, *, trust_remote_code: bool
 
 def verify_logits(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Run both models in float32 and compare. Both are held in memory. See the module's docstring."""
-    source = _load(made, made.source, trust_remote_code)
-    converted = _load(made, folder, trust_remote_code)
+    source = _load(made.anatomy.config, made.source, trust_remote_code)
+    converted = _load(made.anatomy.target_config, folder, trust_remote_code)
     inputs = _token_inputs(converted)
     seen = _logits(made, converted, inputs)
     scale = max(float(seen.abs().max()), 1e-30)
@@ -133,10 +134,10 @@ def _mean_of_adjacent(x: Tensor, grouping: Grouping, dim: int) -> Tensor:
     return merge_heads(heads.unflatten(dim, (grouping.num_groups, grouping.group_size)).mean(dim=dim + 1), dim)
 
 
-def _load(made: ConvertPlan, folder: Path, trust_remote_code: bool) -> Any:
+def _load(config: Any, folder: Path, trust_remote_code: bool) -> Any:
     import torch
 
-    cls = transformers_api.model_class(made.anatomy.config, folder=folder, trust_remote_code=trust_remote_code)
+    cls = transformers_api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
     with transformers_api.quiet():
         model, info = cls.from_pretrained(  # type: ignore[attr-defined]
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True

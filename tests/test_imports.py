@@ -19,11 +19,13 @@ PACKAGE = Path(gqa_convert.__file__).parent
 # From the ground up. A module belongs to the longest prefix that fits it and may import from lower layers and from its
 # own room (the first part of its name); imports inside functions count, imports for type checkers do not.
 LAYERS: tuple[tuple[str, ...], ...] = (
+    ("registration",),
     ("", "errors"),
     ("heads", "console", "ahead"),
     ("checkpoint", "merge"),
+    ("modeling",),
     ("recipe", "anatomy"),
-    ("proof", "data", "modeling"),
+    ("proof", "data"),
     ("calibrate", "blockplan", "families"),
     ("planning", "merging"),
     ("solving", "verify"),

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gqa_convert.anatomy import special, transformers_api
 from gqa_convert.anatomy.finder import Finder, Merge
-from gqa_convert.anatomy.kv_fields import KVField, check_groups, config_edits, find_kv_fields, get_path
+from gqa_convert.anatomy.kv_fields import KVField, aim, check_groups, get_path
 from gqa_convert.anatomy.shapes import ShapeDifference
+from gqa_convert.anatomy.shipped import fields_of, retarget
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import UnsupportedModelError, VerificationError
+from gqa_convert.modeling import shipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class Anatomy:
     target_config: Any = field(repr=False)
     target_model: Any = field(repr=False)
     difference: ShapeDifference | None = field(repr=False)
+    files: tuple[Path, ...] = ()
+    """Modelling code that the converted folder needs beside its weights."""
 
 
 def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, tuple[KVField, ...]]:
@@ -50,7 +55,7 @@ def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> t
     kind, reason = special.refused_families().get(model_type, ("", ""))
     if kind in ("C", "D"):
         raise UnsupportedModelError(f"{model_type} cannot become a grouped-query model here: {reason}.")
-    fields = find_kv_fields(config, checkpoint.config)
+    fields = fields_of(config, checkpoint.config, _class_of(checkpoint, config, trust_remote_code))
     if not fields:
         raise UnsupportedModelError(
             f"{model_type} cannot become a grouped-query model here: transformers {transformers_api.version()} gives "
@@ -65,8 +70,16 @@ def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> t
     return config, fields
 
 
-def dissect(checkpoint: Checkpoint, groups: int, *, trust_remote_code: bool = False) -> Anatomy:
+def _class_of(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
+    return transformers_api.model_class(config, folder=checkpoint.folder, trust_remote_code=trust_remote_code)
+
+
+def dissect(
+    checkpoint: Checkpoint, groups: int, *, cross_groups: int | None = None, trust_remote_code: bool = False
+) -> Anatomy:
     """Find what converting `checkpoint` to `groups` KV heads must merge, edit and drop.
+
+    `cross_groups` sets the KV heads of cross-attention apart, where the model can.
 
     Raises:
         UsageError: if `groups` does not divide the KV heads.
@@ -74,14 +87,16 @@ def dissect(checkpoint: Checkpoint, groups: int, *, trust_remote_code: bool = Fa
         CheckpointError: if the weights are not those that the configuration describes.
     """
     config, fields = read_fields(checkpoint, trust_remote_code=trust_remote_code)
+    fields = aim(fields, cross_groups)
     changed = check_groups(fields, groups)
     why = special.refusal(config, groups, fields[0].kv_heads)
     if why:
         raise UnsupportedModelError(f"--groups {groups}: {why}")
-    edits, target_config = config_edits(config, checkpoint.config, changed, groups) if changed else ({}, config)
-    cls = transformers_api.model_class(config, folder=checkpoint.folder, trust_remote_code=trust_remote_code)
+    cls = _class_of(checkpoint, config, trust_remote_code)
+    edits, target_config, target_cls = retarget(config, checkpoint.config, cls, fields, groups, checkpoint.folder)
+    files = (shipping.FILE,) if shipping.is_shipped(str(target_config.model_type)) else ()
     source_model = transformers_api.build_on_meta(cls, config)
-    target_model = transformers_api.build_on_meta(cls, target_config)
+    target_model = transformers_api.build_on_meta(target_cls, target_config)
     difference = ShapeDifference(source_model, target_model, fields, groups) if changed else None
     found = Finder(checkpoint, difference) if difference else None
     return Anatomy(
@@ -99,6 +114,7 @@ def dissect(checkpoint: Checkpoint, groups: int, *, trust_remote_code: bool = Fa
         target_config=target_config,
         target_model=target_model,
         difference=difference,
+        files=files,
     )
 
 

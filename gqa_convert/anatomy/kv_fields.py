@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gqa_convert.anatomy import special
@@ -29,17 +29,28 @@ class KVField:
     """One configuration field that sets a number of KV heads.
 
     `path` leads through the configuration's attributes; `kv_heads` is its present value, `query_heads` the number of
-    query heads of the same (sub-)configuration.
+    query heads of the same (sub-)configuration. `target` is the value it is to get, where that is not the one that
+    all fields get.
     """
 
     path: Path
     kv_heads: int
     query_heads: int
+    target: int | None = None
 
     @property
     def name(self) -> str:
         """The path, dotted, as a user would write it."""
         return ".".join(self.path)
+
+    @property
+    def cross(self) -> bool:
+        """True if it counts the KV heads of cross-attention only."""
+        return self.path[-1].startswith("cross_")
+
+    def wanted(self, groups: int) -> int:
+        """The KV heads of this field in a conversion to `groups`; never more than it has."""
+        return min(self.kv_heads, self.target or groups)
 
 
 def get_path(config: Any, path: Path) -> Any:
@@ -145,7 +156,8 @@ def check_groups(fields: tuple[KVField, ...], groups: int) -> tuple[KVField, ...
         UsageError: if `groups` does not divide a field's KV heads.
     """
     main = fields[0]
-    legal = [d for d in divisors(main.kv_heads) if all(d >= f.kv_heads or f.kv_heads % d == 0 for f in fields)]
+    free = [f for f in fields if f.target is None]
+    legal = [d for d in divisors(main.kv_heads) if all(d >= f.kv_heads or f.kv_heads % d == 0 for f in free)]
     if groups not in legal:
         what = "query heads cannot be shared by" if main.kv_heads == main.query_heads else "KV heads cannot become"
         more = "" if groups <= main.kv_heads else " Groups are KV heads: converting only ever lowers their number."
@@ -153,7 +165,28 @@ def check_groups(fields: tuple[KVField, ...], groups: int) -> tuple[KVField, ...
             f"--groups {groups}: {main.kv_heads} {what} {groups} KV heads (config.json: {main.name}={main.kv_heads}). "
             f"Choose one of {', '.join(map(str, legal))}.{more}"
         )
-    return tuple(field for field in fields if field.kv_heads > groups)
+    return tuple(field for field in fields if field.kv_heads > field.wanted(groups))
+
+
+def aim(fields: tuple[KVField, ...], cross_groups: int | None) -> tuple[KVField, ...]:
+    """Set the fields of cross-attention to `cross_groups`, if it is given.
+
+    Raises:
+        UsageError: if there is no such field, or `cross_groups` does not divide its KV heads.
+    """
+    if cross_groups is None:
+        return fields
+    legal = [d for field in fields if field.cross for d in divisors(field.kv_heads)]
+    if not legal:
+        raise UsageError(
+            f"--cross-groups {cross_groups}: this model has no setting for the KV heads of its cross-attention alone."
+        )
+    if cross_groups not in legal:
+        raise UsageError(
+            f"--cross-groups {cross_groups}: {max(legal)} heads of cross-attention cannot be shared by {cross_groups} "
+            f"KV heads. Choose one of {', '.join(map(str, legal))}."
+        )
+    return tuple(replace(field, target=cross_groups) if field.cross else field for field in fields)
 
 
 def config_edits(
@@ -179,14 +212,15 @@ def _edit_one(
     config: Any, values: Mapping[str, Any], done: Mapping[Path, Any], field: KVField, groups: int
 ) -> dict[Path, Any]:
     for path in _json_candidates(values, field):
-        trial = {**done, path: groups}
+        wanted = field.wanted(groups)
+        trial = {**done, path: wanted}
         try:
             edited = config_from_dict(config, apply_edits(values, trial | special.extra_edits(config, values, groups)))
         except Exception:  # a strict class refuses a key in the wrong place: try the next one
             continue
         read = get_path(edited, field.path)
-        if read == groups or (read is None and field.path[-1].startswith("num_global_")):
-            return {path: groups}
+        if read == wanted or (read is None and field.path[-1].startswith("num_global_")):
+            return {path: wanted}
     raise UnsupportedModelError(
         f"{type(config).__name__}: transformers does not read {field.name}={groups} from config.json."
     )

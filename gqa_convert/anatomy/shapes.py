@@ -89,12 +89,12 @@ class ShapeDifference:
         return self._fused_rows(name, dim, size, target_size)
 
     def _ratio_known(self, ratio: int) -> bool:
-        return any(f.kv_heads == ratio * self.groups for f in self.fields)
+        return any(f.kv_heads == ratio * f.wanted(self.groups) for f in self.fields)
 
     def _head_dim(self, name: str, size: int, target_size: int) -> int:
         """Width of one head along an axis of `size`, from the attention module itself where it tells."""
         ratio = size // target_size
-        counts = [f.kv_heads for f in self.fields if f.kv_heads == ratio * self.groups]
+        counts = [f.kv_heads for f in self.fields if f.kv_heads == ratio * f.wanted(self.groups)]
         widths = [size // count for count in counts if size % count == 0 and target_size % (size // count) == 0]
         own = self._module_widths(name)
         for width in own:

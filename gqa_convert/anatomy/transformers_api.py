@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.errors import CheckpointError, UnsupportedModelError
+from gqa_convert.modeling import shipping
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,6 +106,9 @@ def model_class(config: Any, *, folder: Path | None = None, trust_remote_code: b
     import transformers
 
     names = list(getattr(config, "architectures", None) or ())
+    if shipping.is_shipped(str(config.model_type)):
+        shipped: type[nn.Module] = shipping.class_named(names[0] if names else "", folder)
+        return shipped
     remote = dict(getattr(config, "auto_map", None) or {})
     if trust_remote_code and folder is not None:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.special import refused_families
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.modeling import shipping
 from gqa_convert.proof.files import read_tensors, same_bits
 from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
 from gqa_convert.proof.kv_axes import KVAxes
 from gqa_convert.proof.model import text_inputs, tiny_model
 from gqa_convert.proof.overrides import KV_HEADS, SIDE_FILES, TOWERS
+from gqa_convert.proof.shipped import eager_logits, leave_inputs, meet_stranger
 from gqa_convert.proof.tiny import tiny_config
 
 if TYPE_CHECKING:
@@ -57,8 +59,11 @@ class Broken(Exception):
     """A check did not hold."""
 
 
-def prove(model_type: str, folder: Path, *, changes: dict[str, Any] | None = None) -> Record:
-    """Run the contract for `model_type` with its config defaults and `changes`, writing checkpoints below `folder`."""
+def prove(model_type: str, folder: Path, *, changes: dict[str, Any] | None = None, stranger: bool = True) -> Record:
+    """Run the contract for `model_type` with its config defaults and `changes`, writing checkpoints below `folder`.
+
+    Without `stranger`, the seconds of a fresh process that loads a shipped modelling file are saved.
+    """
     record = Record(model_type)
     started = time.perf_counter()
     try:
@@ -68,6 +73,10 @@ def prove(model_type: str, folder: Path, *, changes: dict[str, Any] | None = Non
             record.refused = True
         else:
             contract.run()
+            if shipping.ships(model_type):
+                contract.eager_same_logits()
+                if stranger:
+                    contract.loads_without_gqa_convert()
             record.proven = all(record.checks.values())
     except Broken as error:
         record.reason = str(error)
@@ -230,6 +239,19 @@ class _Contract:
         loaded = self.reload("reload_clean", out).state_dict()
         for name, expected in self.axes.pool(self.untied).items():
             self.close("untied_heads_averaged", expected.float(), loaded[name].float(), 1e-6)
+
+    def eager_same_logits(self) -> None:
+        """A shipped modelling file serves the eager attention function as it does the usual one."""
+        self.close("eager_same_logits", self.full, eager_logits(self.gqa, self.inputs), SAME_FUNCTION)
+
+    def loads_without_gqa_convert(self) -> None:
+        """A shipped modelling file serves those who have never heard of this package."""
+        out = self.folder / "converted"
+        leave_inputs(out, self.inputs, self.full)
+        [found] = meet_stranger([out], self.folder / "modules")
+        clean = found["module"] == "transformers_modules" and not found["troubles"]
+        self.check("loads_without_gqa_convert", clean, str(found)[:200])
+        self.check("loads_without_gqa_convert", found["difference"] <= SAME_FUNCTION, str(found)[:200])
 
 
 def _first(keys: Any) -> str:

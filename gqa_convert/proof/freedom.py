@@ -21,8 +21,8 @@ from gqa_convert.anatomy.blocks import (
     read_block,
     rotary_layouts,
 )
-from gqa_convert.anatomy.kv_fields import config_edits, find_kv_fields
 from gqa_convert.anatomy.shapes import ShapeDifference
+from gqa_convert.anatomy.shipped import fields_of, retarget
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.heads import Grouping, divisors
 from gqa_convert.proof.forward import difference as logit_difference
@@ -90,12 +90,12 @@ def _subject(config: Any) -> _Subject:
     tiny.architectures = getattr(config, "architectures", None)
     model = tiny_model(tiny)
     values = tiny.to_dict()
-    fields = find_kv_fields(tiny, values)
+    fields = fields_of(tiny, values, type(model))
     if not fields or fields[0].kv_heads < 2:
         tiny = shrink(config, num_heads=8, num_kv_heads=8)
         tiny.architectures = getattr(config, "architectures", None)
         model, values = tiny_model(tiny), tiny.to_dict()
-        fields = find_kv_fields(tiny, values)
+        fields = fields_of(tiny, values, type(model))
     difference = _difference(tiny, values, fields)
     inputs = text_inputs(model)
     return _Subject(model=model, blocks=find_blocks(difference), inputs=inputs, before=logits(model, inputs))
@@ -106,10 +106,10 @@ def _difference(tiny: Any, values: dict[str, Any], fields: Sequence[Any]) -> Sha
     cls = transformers_api.model_class(tiny)
     for groups in reversed(divisors(fields[0].kv_heads)[:-1]):
         try:
-            changed = tuple(f for f in fields if f.kv_heads > groups and f.kv_heads % groups == 0)
-            _, target = config_edits(tiny, values, changed, groups)
+            changeable = tuple(f for f in fields if f.kv_heads % groups == 0)
+            _, target, target_cls = retarget(tiny, values, cls, changeable, groups)
             source_model = transformers_api.build_on_meta(cls, tiny)
-            target_model = transformers_api.build_on_meta(cls, target)
+            target_model = transformers_api.build_on_meta(target_cls, target)
             return ShapeDifference(source_model, target_model, tuple(fields), groups)
         except UnsupportedModelError:
             if groups == 1:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.modeling import shipping
 from gqa_convert.proof.sizes import TEXT_IDS
 from gqa_convert.proof.survey import mapping_names
 from gqa_convert.proof.unusual import UNUSUAL
@@ -28,13 +29,17 @@ def model_class(config: Any, architectures: list[str] | None = None) -> Any:
     import transformers
 
     for name in architectures or config.architectures or ():
+        if shipping.is_shipped(config.model_type):
+            return shipping.class_named(name)
         found = getattr(transformers, name, None)
         if found is not None:
             return found
+    native = config.model_type.removeprefix(shipping.TYPE_PREFIX)
     for names in mapping_names():
-        entry = names.get(config.model_type)
+        entry = names.get(native)
         if entry is not None:
-            return getattr(transformers, entry if isinstance(entry, str) else entry[0])
+            found = getattr(transformers, entry if isinstance(entry, str) else entry[0])
+            return found if native == config.model_type else shipping.grouped_class(found)
     raise UnsupportedModelError(
         f"{config.model_type}: transformers {transformers.__version__} has no class that generates with it."
     )

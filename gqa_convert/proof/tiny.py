@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
+from gqa_convert.modeling import shipping
 from gqa_convert.proof.layers import choose_layers, cut_layers
 from gqa_convert.proof.overrides import DEFAULTS, MROPE_SECTIONS, SHRUNK, SWITCHES, TOWERS
 from gqa_convert.proof.rotary import rope_dicts, shrink_rope, smallest_head_dim
@@ -64,7 +65,10 @@ def tiny_config(
         for name, value in (changes or {}).items():
             if name in vars(part):
                 setattr(part, name, deepcopy(value))
-    return shrink(config, num_heads=num_heads, num_kv_heads=num_kv_heads, num_layers=num_layers)
+    small = shrink(config, num_heads=num_heads, num_kv_heads=num_kv_heads, num_layers=num_layers)
+    if shipping.ships(model_type) and num_kv_heads < num_heads:
+        return shipping.grouped_config(small, num_kv_heads)
+    return small
 
 
 def shrink(config: Any, *, num_heads: int | None = None, num_kv_heads: int | None = None, num_layers: int = 2) -> Any:

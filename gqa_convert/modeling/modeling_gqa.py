@@ -1,0 +1,234 @@
+"""Grouped-query attention for model families to which transformers gives no setting for the number of KV heads.
+
+This one file lies beside the weights of a converted model and needs nothing but torch and transformers. `GQA` before
+the name of a class of transformers (`GQAT5ForConditionalGeneration`, `GQAT5Config`, ...) names a subclass, made when it
+is asked for, whose decoder has `config.num_key_value_heads` KV heads in its self-attention and
+`config.cross_num_key_value_heads` in its cross-attention; None means as many as there are query heads. Encoders keep
+theirs. Only key and value projections are narrower. The forward passes are transformers' own: they read the number of
+KV heads off the tensors, and the attention functions (sdpa, flash, flex) share them out by `num_key_value_groups`. The
+eager functions of these families do not, so they are given repeated heads.
+
+Written by gqa-convert. Licence: Apache-2.0.
+"""
+
+import inspect
+import types
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, conversion_mapping
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+PREFIX = "GQA"
+TYPE_PREFIX = "gqa_"
+SELF_FIELD = "num_key_value_heads"
+CROSS_FIELD = "cross_num_key_value_heads"
+
+# How families spell the key and value projections, the number of query heads, and a cross-attention module.
+PROJECTIONS = (("k_proj", "v_proj"), ("k", "v"), ("key", "value"))
+HEADS = ("num_heads", "n_heads", "num_attention_heads")
+CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
+
+# Where the decoder of a composite model lies; for the others see `_in_decoder`.
+DECODERS = {
+    "florence2": "model.language_model.decoder.",
+    "kosmos-2": "text_model.",
+    "kosmos-2.5": "text_model.",
+    "seamless_m4t": "text_decoder.",
+    "seamless_m4t_v2": "text_decoder.",
+}
+
+# Attention modules whose forward pass splits keys by this attribute, and queries not by it.
+KEY_HEADS = {"whisper": "num_heads"}
+
+
+def decoder_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the attention modules of a model's decoder by their paths."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (_projections(module) or _is_fused(module)) and _in_decoder(model.config, name, module)
+    }
+
+
+def is_cross(path: str, module: nn.Module) -> bool:
+    """Tell by its path (or its own word) whether an attention module reads the encoder's output."""
+    return bool(getattr(module, "is_cross_attention", False)) or any(part in CROSS for part in path.split("."))
+
+
+def query_heads(module: nn.Module) -> int:
+    """Return the number of query heads of an attention module."""
+    return next(int(getattr(module, name)) for name in HEADS if hasattr(module, name))
+
+
+def share_kv_heads(model: PreTrainedModel) -> None:
+    """Give the decoder's attention as many KV heads as the configuration says.
+
+    Raises:
+        ValueError: if the model has no decoder attention, or its heads cannot share that many KV heads.
+    """
+    found = decoder_attention(model)
+    if not found:
+        raise ValueError(f"{type(model).__name__}: it has no decoder whose attention could share KV heads.")
+    for path, module in found.items():
+        field = CROSS_FIELD if is_cross(path, module) else SELF_FIELD
+        heads, groups = query_heads(module), getattr(model.config, field, None)
+        if groups is None or groups == heads:
+            continue
+        if groups < 1 or heads % groups:
+            raise ValueError(f"{path}: {heads} query heads cannot share {groups} KV heads ({field}).")
+        _share(module, heads, groups, _native_type(model.config))
+
+
+def _share(module: Any, heads: int, groups: int, native_type: str) -> None:
+    if _is_fused(module):
+        _narrow_fused(module, heads, groups)
+    for name in _projections(module):
+        _narrow(getattr(module, name), heads, groups)
+    module.num_key_value_groups = heads // groups
+    if native_type in KEY_HEADS:
+        setattr(module, KEY_HEADS[native_type], groups)
+    module.__class__ = _grouped_class(type(module))
+
+
+def _in_decoder(config: PreTrainedConfig, path: str, module: nn.Module) -> bool:
+    where = DECODERS.get(_native_type(config))
+    if where is not None:
+        return path.startswith(where)
+    if config.is_encoder_decoder:
+        return "decoder" in path.split(".")
+    return getattr(module, "is_decoder", True) is not False
+
+
+def _projections(module: nn.Module) -> tuple[str, ...]:
+    for names in PROJECTIONS:
+        if all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+            return names
+    return ()
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "c_attn", None), Conv1D)
+
+
+def _narrow(linear: Any, heads: int, groups: int) -> None:
+    """Keep the rows of `groups` heads; which does not matter, as weights are loaded afterwards."""
+    rows = linear.out_features // heads * groups
+    linear.out_features = rows
+    linear.weight = nn.Parameter(linear.weight[:rows].detach().clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias[:rows].detach().clone())
+
+
+def _narrow_fused(module: Any, heads: int, groups: int) -> None:
+    """GPT-2's [q | k | v], or [k | v] across: a Conv1D of (in, out)."""
+    full = module.split_size
+    part = full // heads * groups
+    sizes = [part, part] if module.is_cross_attention else [full, part, part]
+    keep = torch.cat([torch.arange(size) + i * full for i, size in enumerate(sizes)]).to(module.c_attn.weight.device)
+    module.split_size = sizes
+    module.c_attn.nf = sum(sizes)
+    module.c_attn.weight = nn.Parameter(module.c_attn.weight.detach()[:, keep])
+    module.c_attn.bias = nn.Parameter(module.c_attn.bias.detach()[keep])
+
+
+_grouped: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _grouped_class(native: type[nn.Module]) -> type[nn.Module]:
+    """Subclass an attention module: its forward is the native one with an eager function that repeats KV heads."""
+    if native not in _grouped:
+        forward: Any = inspect.unwrap(native.forward)
+        eager = forward.__globals__.get("eager_attention_forward")
+        if forward is not native.forward or eager is None:
+            raise ValueError(
+                f"{native.__name__}: transformers {transformers.__version__} has another form of it than the one this "
+                "model was converted for. Use transformers 5.23."
+            )
+
+        def repeated(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+            key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+            return eager(module, query, key, value, *args, **kwargs)
+
+        names = {**forward.__globals__, "eager_attention_forward": repeated}
+        own = types.FunctionType(forward.__code__, names, "forward", forward.__defaults__, forward.__closure__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        _grouped[native] = type(PREFIX + native.__name__, (native,), {"forward": own, "__module__": __name__})
+    return _grouped[native]
+
+
+def _native_type(config: PreTrainedConfig) -> str:
+    return str(config.model_type).removeprefix(TYPE_PREFIX)
+
+
+def __getattr__(name: str) -> Any:
+    """Make `GQA<native>` from a class of transformers."""
+    native = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not isinstance(native, type) or not issubclass(native, (PreTrainedConfig, PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = _config_class(native) if issubclass(native, PreTrainedConfig) else _model_class(native)
+    globals()[name] = made
+    return made
+
+
+def grouped_class(native: type) -> Any:
+    """Return the `GQA` class of a native configuration or model class."""
+    return globals().get(PREFIX + native.__name__) or __getattr__(PREFIX + native.__name__)
+
+
+def _config_class(native: type[PreTrainedConfig]) -> type:
+    space = {
+        "__module__": __name__,
+        "__doc__": f"{native.__name__} with a number of KV heads for the decoder's self- and cross-attention.",
+        "__annotations__": {SELF_FIELD: int | None, CROSS_FIELD: int | None},
+        SELF_FIELD: None,
+        CROSS_FIELD: None,
+        "model_type": TYPE_PREFIX + native.model_type,
+        # Whisper's maps this name to the encoder's heads.
+        "attribute_map": {name: to for name, to in (native.attribute_map or {}).items() if name != SELF_FIELD},
+        "_auto_class": "AutoConfig",
+    }
+    _carry_key_names(native.model_type, TYPE_PREFIX + native.model_type)
+    return type(PREFIX + native.__name__, (native,), space)
+
+
+def _model_class(native: Any) -> type:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        native.__init__(self, config, *args, **kwargs)
+        share_kv_heads(self)
+
+    space = {
+        "__module__": __name__,
+        "__doc__": f"{native.__name__} whose decoder shares KV heads among its query heads.",
+        "__init__": __init__,
+        "config_class": grouped_class(native.config_class),
+        "_auto_class": auto_class(native.__name__),
+    }
+    _carry_key_names(native.__name__, PREFIX + native.__name__)
+    return type(PREFIX + native.__name__, (native,), space)
+
+
+def auto_class(native_name: str) -> str:
+    """Return the Auto class that a native model class belongs to."""
+    for mapping, auto in (
+        ("CAUSAL_LM", "CausalLM"),
+        ("SEQ_TO_SEQ_CAUSAL_LM", "Seq2SeqLM"),
+        ("SPEECH_SEQ_2_SEQ", "SpeechSeq2Seq"),
+        ("IMAGE_TEXT_TO_TEXT", "ImageTextToText"),
+        ("TEXT_TO_WAVEFORM", "TextToWaveform"),
+        ("MULTIMODAL_LM", "MultimodalLM"),
+    ):
+        if native_name in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {}).values():
+            return f"AutoModelFor{auto}"
+    return "AutoModel"
+
+
+def _carry_key_names(native: str, own: str) -> None:
+    """Let old names of weights be read as for the native class: transformers looks them up by class or model type."""
+    known = conversion_mapping.get_checkpoint_conversion_mapping(native)
+    if known is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(own, known, overwrite=True)

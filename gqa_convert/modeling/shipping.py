@@ -1,0 +1,141 @@
+"""What goes along with a converted model whose modelling code is not transformers' own, and which models those are.
+
+The code itself is `modeling_gqa.py`: it lies beside the weights and works without this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.errors import UnsupportedModelError
+
+FILE = Path(__file__).with_name("modeling_gqa.py")
+TYPE_PREFIX = "gqa_"
+
+# Model types whose attention works with fewer KV heads once its projections are narrowed and its groups are counted:
+# each was run through the contract (`gqa_convert.proof`).
+FAMILIES = frozenset({"longt5", "mt5", "pop2piano", "t5"})
+
+# Of these, bidirectional encoders unless their configuration says `is_decoder`.
+ENCODERS: frozenset[str] = frozenset()
+
+
+def ships(model_type: str) -> bool:
+    """Tell whether a native model type becomes a GQA model by way of the shipped file."""
+    return model_type in FAMILIES
+
+
+def is_shipped(model_type: str) -> bool:
+    """Tell whether a model type is one of the shipped file's own."""
+    return model_type.startswith(TYPE_PREFIX) and model_type.removeprefix(TYPE_PREFIX) in FAMILIES
+
+
+def check_native(config: Any) -> None:
+    """Refuse a model of a shipped family that decodes without a cache of keys and values.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    model_type = str(config.model_type)
+    if model_type in ENCODERS and not getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(
+            f"{model_type} cannot become a grouped-query model here: it is an encoder, which reads all tokens at once "
+            "and keeps no KV cache (config.json does not say is_decoder: true)."
+        )
+    if getattr(config, "reorder_and_upcast_attn", False):
+        raise UnsupportedModelError(
+            f"{model_type} cannot become a grouped-query model here: reorder_and_upcast_attn computes attention in a "
+            "way of its own that knows no groups. Set it to false in config.json if the model does without."
+        )
+
+
+def head_counts(model: Any) -> tuple[int, int | None]:
+    """Return the heads of a native model's decoder: of self-attention, and of cross-attention (None: it has none).
+
+    Raises:
+        UnsupportedModelError: if it has no decoder, or its layers differ in heads.
+    """
+    from gqa_convert.modeling import modeling_gqa
+
+    counts: dict[bool, set[int]] = {False: set(), True: set()}
+    for path, module in modeling_gqa.decoder_attention(model).items():
+        counts[modeling_gqa.is_cross(path, module)].add(modeling_gqa.query_heads(module))
+    if not counts[False]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot become a grouped-query model here: it has no decoder, and encoders keep no "
+            "KV cache."
+        )
+    if any(len(found) > 1 for found in counts.values()):
+        raise UnsupportedModelError(f"{type(model).__name__}: its layers differ in heads ({counts}).")
+    return counts[False].pop(), counts[True].pop() if counts[True] else None
+
+
+def grouped_class(native: type) -> Any:
+    """Return the GQA form of a native configuration or model class."""
+    from gqa_convert.modeling import modeling_gqa
+
+    return modeling_gqa.grouped_class(native)
+
+
+def class_named(name: str, folder: Path | None = None) -> Any:
+    """Return the GQA model class that a converted folder's `architectures` names.
+
+    Raises:
+        UnsupportedModelError: if there is none of that name.
+    """
+    from gqa_convert.modeling import modeling_gqa
+
+    try:
+        found: type = getattr(modeling_gqa, name)
+        return found
+    except AttributeError as error:
+        where = f"{folder / 'config.json'}: " if folder else ""
+        raise UnsupportedModelError(f"{where}architectures names {name!r}, which is no GQA class.") from error
+
+
+def field_names() -> tuple[str, str]:
+    """Return the configuration's names for the KV heads of self- and of cross-attention."""
+    from gqa_convert.modeling import modeling_gqa
+
+    return modeling_gqa.SELF_FIELD, modeling_gqa.CROSS_FIELD
+
+
+def config_values(config: Any, native_class: type, folder: Path | None = None) -> dict[str, Any]:
+    """Return what config.json must say beside the KV heads for the shipped file to be used.
+
+    A tokenizer that is found by its model type alone is named, as no tokenizer goes by the new one.
+    """
+    from gqa_convert.modeling import modeling_gqa
+
+    grouped = grouped_class(native_class)
+    module = FILE.stem
+    auto_map = {"AutoConfig": f"{module}.{grouped.config_class.__name__}"}
+    auto_map[modeling_gqa.auto_class(native_class.__name__)] = f"{module}.{grouped.__name__}"
+    return {
+        "model_type": grouped.config_class.model_type,
+        "architectures": [grouped.__name__],
+        "auto_map": auto_map,
+        **(_tokenizer(config, folder) if folder else {}),
+    }
+
+
+def grouped_config(config: Any, kv_heads: int) -> Any:
+    """Return a native configuration's GQA form with `kv_heads` KV heads everywhere in the decoder."""
+    fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
+    return grouped_class(type(config))(**fields, **dict.fromkeys(field_names(), kv_heads))
+
+
+def _tokenizer(config: Any, folder: Path) -> Mapping[str, str]:
+    import json
+
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    own = folder / "tokenizer_config.json"
+    if getattr(config, "tokenizer_class", None) or not any(folder.glob("*token*")):
+        return {}
+    if own.is_file() and "tokenizer_class" in json.loads(own.read_text(encoding="utf-8")):
+        return {}
+    name = TOKENIZER_MAPPING_NAMES.get(config.model_type)
+    return {"tokenizer_class": name} if isinstance(name, str) else {}

@@ -1,0 +1,152 @@
+"""Models of the shipped kind: strangers load them, they decode as they should, and saving keeps their code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from gqa_convert import convert, plan
+from gqa_convert.errors import UnsupportedModelError, UsageError
+from gqa_convert.inspection import inspect, verify_pair
+from gqa_convert.proof.contract import prove
+from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
+from gqa_convert.proof.model import text_inputs
+from gqa_convert.proof.shipped import leave_inputs, meet_stranger
+from tests.modeling.conftest import Make
+
+T5 = ("t5", "t5v1.1")
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+
+
+def test_strangers_load_converted_and_saved_again(make: Make, tmp_path: Path) -> None:
+    folders = [make("t5", 2), make("t5v1.1", 2, 4), make("mt5", 1)]
+    for folder in folders[:]:
+        model = load(folder)
+        inputs = text_inputs(model)
+        again = tmp_path / f"{folder.name}-saved"
+        model.save_pretrained(again)
+        for each in (folder, again):
+            leave_inputs(each, inputs, logits(model, inputs))
+        folders.append(again)
+    found = meet_stranger(folders, tmp_path / "modules")
+    assert [each["module"] for each in found] == ["transformers_modules"] * 6
+    assert [each["troubles"] for each in found] == [{}] * 6
+    assert max(each["difference"] for each in found) < 1e-5
+
+
+def test_auto_classes_know_them_once_the_package_is_imported(make: Make) -> None:
+    code = (
+        "import sys, gqa_convert; assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
+        "from transformers import AutoConfig; from transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
+        f"config = AutoConfig.from_pretrained({str(make('t5', 2))!r})\n"
+        "assert 'gqa_nonsense' not in CONFIG_MAPPING and 'gqa_llama' not in CONFIG_MAPPING\n"
+        "sys.stdout.write(f'{type(config).__module__} {config.num_key_value_heads}')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "gqa_convert.modeling.modeling_gqa 2"
+
+
+@pytest.mark.parametrize("model_type", ["t5"])
+def test_the_contract_holds(model_type: str, tmp_path: Path) -> None:
+    record = prove(model_type, tmp_path, stranger=False)
+    assert record.proven, record.reason
+
+
+@pytest.mark.parametrize("name", T5)
+@pytest.mark.parametrize(("groups", "cross_groups"), [(1, None), (2, 4), (8, 2)])
+def test_caches_hold_the_groups_of_each_attention(make: Make, name: str, groups: int, cross_groups: int | None) -> None:
+    model = load(make(name, groups, cross_groups))
+    inputs = text_inputs(model)
+    stepped, cache = cached_logits(model, inputs)
+    assert cache_head_counts(cache) == [groups] * 2 + [cross_groups or groups] * 2
+    assert difference(logits(model, inputs), stepped) < 1e-4
+
+
+@pytest.mark.parametrize("name", T5)
+def test_generation_is_the_same_however_it_is_cached(make: Make, name: str) -> None:
+    model = load(make(name, 2, 1))
+    inputs = torch.randint(4, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def text(**choices: Any) -> list[list[int]]:
+        made = model.generate(inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, **choices)
+        found: list[list[int]] = made.tolist()
+        return found
+
+    greedy = text()
+    assert text(use_cache=False) == greedy
+    assert text(cache_implementation="static") == greedy
+    assert text(num_beams=3) == text(num_beams=3, use_cache=False)
+
+
+@pytest.mark.parametrize("name", T5)
+def test_encoder_and_output_layer_are_left_alone(make: Make, name: str) -> None:
+    before, after = load(make(name)).state_dict(), load(make(name, 2)).state_dict()
+    differing = {key for key in before if before[key].shape != after[key].shape}
+    assert differing
+    assert all(key.startswith("decoder.") and key[-9:] in (".k.weight", ".v.weight") for key in differing)
+    same = before.keys() - differing
+    assert all(torch.equal(before[key], after[key]) for key in same)
+
+
+def test_plan_says_what_it_becomes_and_what_it_saves(make: Make) -> None:
+    made = plan(make("t5"), groups=2, cross_groups=1)
+    assert (made.layout_after.num_kv_heads, made.cross_groups, made.max_tensor_parallel) == (2, 1, 1)
+    assert made.config_edits["model_type"] == "gqa_t5"
+    assert "modeling_gqa.py" in made.side_files
+    assert any("trust_remote_code" in note for note in made.notes)
+    # two layers of 8 heads of 8, keys and values, self and cross, in float32: 2048 bytes, of which a half is cross
+    assert made.kv_cache_bytes_per_token_before == 2 * 8 * 8 * 2 * 2 * 4
+    assert made.kv_cache_bytes_per_token_after == 1024 * 2 // 8 + 1024 // 8
+    partial = plan(make("t5"), groups=8, cross_groups=1)
+    assert (partial.kv_cache_bytes_per_token_before, partial.kv_cache_bytes_per_token_after) == (2048, 1024 + 128)
+
+
+def test_groups_of_cross_attention_are_recorded_and_verified(make: Make) -> None:
+    folder = make("t5", 2, 4)
+    conversion = json.loads((folder / "gqa_convert.json").read_text())["conversion"]
+    assert (conversion["after"]["kv_heads"], conversion["cross_groups"]) == (2, 4)
+    checks = verify_pair(make("t5"), folder, logits=True)
+    assert (checks["merged"], checks["differing"]) == (8, [])
+    assert inspect(folder).layout.num_kv_heads == 2
+
+
+def test_impossible_cross_groups_are_refused(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--cross-groups 3: 8 heads .* Choose one of 1, 2, 4, 8"):
+        plan(make("t5"), groups=2, cross_groups=3)
+
+
+def test_a_converted_folder_can_be_converted_again(make: Make, tmp_path: Path) -> None:
+    convert(make("t5", 4), groups=2, out=tmp_path / "again", verify="logits")
+    direct, twice = (load(folder).state_dict() for folder in (make("t5", 2), tmp_path / "again"))
+    for key, tensor in direct.items():
+        torch.testing.assert_close(twice[key], tensor)
+    assert (tmp_path / "again" / "modeling_gqa.py").is_file()
+
+
+def test_an_encoder_is_refused(make: Make, tmp_path: Path) -> None:
+    from transformers import T5EncoderModel
+
+    T5EncoderModel.from_pretrained(make("t5")).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(UnsupportedModelError, match="has no decoder, and encoders keep no KV cache"):
+        convert(tmp_path / "encoder", groups=2, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_reaches_the_narrow_projections(make: Make) -> None:
+    model = load(make("t5", 2)).train()
+    model.activation_checkpointing_enable()
+    ids = torch.randint(4, 64, (2, 6))
+    model(input_ids=ids, labels=ids).loss.backward()
+    narrow = model.decoder.block[0].layer[1].EncDecAttention.k.weight
+    assert narrow.grad is not None
+    assert float(narrow.grad.abs().max()) > 0
