@@ -151,6 +151,8 @@ class EvaluationSection(Section):
 
     every_tokens: Count | None = None
     """Evaluate when this many more tokens were seen; null for start and end only."""
+    at_tokens: tuple[Count, ...] = ()
+    """And when these many were seen: a curve is best resolved where it falls fastest, near the start."""
     tokens: Count | None = 1_000_000
     """Held-out tokens to score; null for all."""
     reference: str | None = None

@@ -152,8 +152,7 @@ class _Run:
         return found["loss"]
 
     def _train(self) -> None:
-        total, every = self.made.horizon.steps, self.config.evaluation.every_tokens
-        batch = self.made.horizon.batch_tokens
+        total = self.made.horizon.steps
         self.display.start(total, self.step)
         with self.recorder.profiler() as tick:
             while self.step < total:
@@ -164,9 +163,15 @@ class _Run:
                 self.seconds += spent
                 self.recorder.step(self.step, result, spent)
                 tick()
-                if every and self.step < total and self.step * batch // every > (self.step - 1) * batch // every:
+                if self.step < total and self._evaluation_due():
                     self._evaluate()
                 self._save_or_stop(result)
+
+    def _evaluation_due(self) -> bool:
+        settings, batch = self.config.evaluation, self.made.horizon.batch_tokens
+        before, now = (self.step - 1) * batch, self.step * batch
+        every = settings.every_tokens
+        return bool(every and now // every > before // every) or any(before < at <= now for at in settings.at_tokens)
 
     def _save_due(self) -> bool:
         settings, done = self.config.checkpoints, self.step + 1

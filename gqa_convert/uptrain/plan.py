@@ -158,8 +158,10 @@ def _held_out(config: UptrainConfig) -> str:
     amount = "all" if config.evaluation.tokens is None else f"{format_count(config.evaluation.tokens)} tokens at most"
     apart = config.data.held_out_source
     where = ", ".join(apart.paths) if apart else f"{config.data.held_out_fraction:.3g} of documents, by hash"
-    every = config.evaluation.every_tokens
-    when = f"start, every {format_count(every)} tokens, end" if every else "start and end"
+    every, at = config.evaluation.every_tokens, config.evaluation.at_tokens
+    between = [f"every {format_count(every)} tokens"] if every else []
+    between += [f"at {', '.join(map(format_count, at))} tokens"] if at else []
+    when = ", ".join(["start", *between, "end"])
     return f"{where}; {amount}; scored at {when}"
 
 

@@ -237,6 +237,13 @@ def test_every_switch_trains(settings, teacher_folder, changes):
         assert result.reference_loss > 0
 
 
+def test_evaluations_at_given_tokens_come_beside_the_regular_ones(settings):
+    # A step is 128 tokens; 300 is passed in the third one, and the last step is always evaluated, once.
+    run(settings, evaluation={"every_tokens": 1280, "at_tokens": [128, 300, 2560]})
+    records = read_metrics(Path(settings["output"]) / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 1, 3, 10, 20]
+
+
 def test_a_nan_stops_before_the_step_and_the_checkpoint_is_from_before(settings, monkeypatch):
     real = loop.train_step
 
