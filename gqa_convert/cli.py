@@ -240,13 +240,18 @@ def methods_command(json: AsJson = False) -> None:
 @app.command("demo")
 def demo_command(
     groups: Groups = 2,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the converted model here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Keep the converted model here, the uptrained one beside it.")
+    ] = None,
+    uptrain_seconds: Annotated[
+        float, typer.Option(min=0, help="About how long to uptrain after converting; 0: not at all.")
+    ] = 60.0,
     json: AsJson = False,
 ) -> None:
-    """Convert the small model that comes with the package, and show what was gained and lost."""
+    """Convert the small model that comes with the package, uptrain it, and show what was gained and lost."""
     from gqa_convert.demo.run import run_demo
 
-    run_demo(out, groups=groups, json=json)
+    run_demo(out, groups=groups, uptrain_seconds=uptrain_seconds, json=json)
 
 
 evaluate_commands.register(app)

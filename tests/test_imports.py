@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("budget",),
     ("budget_command",),
     ("evaluate", "uptrain"),
-    ("report",),
+    ("report", "demo.run", "demo.recovery"),
     ("cli",),
     ("uptrain.__main__",),
 )

@@ -1,12 +1,13 @@
-"""The demo: convert the embedded checkpoint, and show what conversion saves and what it costs."""
+"""The demo: convert the embedded checkpoint, uptrain it a little, and show what is saved and what it costs."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +18,18 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from gqa_convert.demo import text
+from gqa_convert.demo.embedded import CHECKPOINT
+from gqa_convert.demo.recovery import Uptrained, uptrain_for
+from gqa_convert.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-CHECKPOINT = Path(__file__).parent / "checkpoint"
-"""The embedded default checkpoint: Llama architecture, 8 query heads with a KV head each."""
 
 PROMPT = '''def read_lines(path, encoding="utf-8"):
     """Return the lines of the file at path.
 '''
 NEW_TOKENS = 64
+UPTRAIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,19 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo did. `out` is None when the converted model was made in a temporary folder and is gone."""
+    """What the demo did.
+
+    `out` is None when the models were made in a temporary folder and are gone. `recovered` is the uptrained model's
+    showing and `uptrained` what its training took, both None where there was nothing to win back or it was left out.
+    """
 
     out: Path | None
     heads: int
     groups: int
     before: Measured
     after: Measured
+    recovered: Measured | None
+    uptrained: Uptrained | None
     prompt: str
     held_out_modules: int
     held_out_windows: int
@@ -62,15 +70,22 @@ class DemoResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON values."""
-        return asdict(self) | {"out": None if self.out is None else str(self.out), "loss_rise": self.loss_rise}
+        values = asdict(self) | {"out": None if self.out is None else str(self.out), "loss_rise": self.loss_rise}
+        if self.uptrained is not None:
+            values["uptrained"]["folder"] = None if self.out is None else str(self.uptrained.folder)
+        return values
 
 
-def run_demo(out: Path | None = None, groups: int = 2, json: bool = False) -> DemoResult:
-    """Convert the embedded checkpoint, verify it, measure both models and print the comparison.
+def run_demo(
+    out: Path | None = None, groups: int = 2, uptrain_seconds: float = UPTRAIN_SECONDS, json: bool = False
+) -> DemoResult:
+    """Convert the embedded checkpoint, verify it, uptrain it a little, measure all and print the comparison.
 
     Args:
-        out: folder for the converted model; by default a temporary one, removed at the end.
+        out: folder for the converted model; by default a temporary one, removed at the end. The uptrained model goes
+            to `<out>-uptrained`.
         groups: KV heads after the conversion.
+        uptrain_seconds: about how long to uptrain; 0 leaves it out.
         json: print one JSON object instead of tables.
 
     Raises:
@@ -78,7 +93,7 @@ def run_demo(out: Path | None = None, groups: int = 2, json: bool = False) -> De
     """
     console = Console()
     with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="gqa-demo-") as name:
-        result = _demo(Path(name) / "converted" if out is None else out, groups=groups, kept=out is not None)
+        result = _demo(Path(name), out, groups=groups, seconds=uptrain_seconds, quiet=json)
     if json:
         console.print_json(dumps(result.to_json()))
     else:
@@ -95,24 +110,36 @@ def held_out_windows(tokenizer: Any, *, length: int) -> tuple[Tensor, int]:
     return sample_windows(stream, length=length), len(held_out)
 
 
-def _demo(target: Path, *, groups: int, kept: bool) -> DemoResult:
+def _demo(work: Path, out: Path | None, *, groups: int, seconds: float, quiet: bool) -> DemoResult:
     from transformers import AutoConfig, AutoTokenizer
 
     from gqa_convert.conversion import convert
 
     started = time.monotonic()
-    converted = convert(CHECKPOINT, groups=groups, out=target, verify="logits")
+    beside = None if out is None else out.absolute().with_name(out.absolute().name + "-uptrained")
+    if beside is not None and beside.exists():
+        raise OutputError(f"--out: {beside} is there already. Choose another folder.")
     config = AutoConfig.from_pretrained(CHECKPOINT)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    converted = convert(CHECKPOINT, groups=groups, out=work / "converted" if out is None else out, verify="logits")
     ids_BT, modules = held_out_windows(tokenizer, length=config.max_position_embeddings)
-    cache_before = converted.plan.kv_cache_bytes_per_token_before
     cache_after = converted.plan.kv_cache_bytes_per_token_after
+    before = _measure(CHECKPOINT, tokenizer, ids_BT, converted.plan.kv_cache_bytes_per_token_before)
+    after = _measure(converted.out, tokenizer, ids_BT, cache_after)
+    uptrained = recovered = None
+    if seconds > 0 and groups < config.num_attention_heads:
+        uptrained = uptrain_for(converted.out, work, seconds=seconds, quiet=quiet)
+        recovered = _measure(uptrained.folder, tokenizer, ids_BT, cache_after)
+        if beside is not None:
+            uptrained = replace(uptrained, folder=Path(shutil.move(uptrained.folder, beside)))
     return DemoResult(
-        out=converted.out if kept else None,
+        out=out,
         heads=config.num_attention_heads,
         groups=groups,
-        before=_measure(CHECKPOINT, tokenizer, ids_BT, cache_before),
-        after=_measure(converted.out, tokenizer, ids_BT, cache_after),
+        before=before,
+        after=after,
+        recovered=recovered,
+        uptrained=uptrained,
         prompt=PROMPT,
         held_out_modules=modules,
         held_out_windows=len(ids_BT),
@@ -151,25 +178,18 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _show(result: DemoResult, console: Console) -> None:
-    before, after = result.before, result.after
+    shown = [("before", result.before), ("converted", result.after), ("uptrained", result.recovered)]
+    models = [(when, measured) for when, measured in shown if measured is not None]
     table = Table(title=f"The embedded checkpoint, {result.heads} KV heads to {result.groups}")
-    for column, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_row(
-        "held-out loss, nats per token",
-        f"{before.held_out_loss:.3f}",
-        f"{after.held_out_loss:.3f}",
-        f"{result.loss_rise:+.3f}",
-    )
-    share = after.kv_cache_bytes_per_token / before.kv_cache_bytes_per_token
-    table.add_row(
-        "KV cache, bytes per token",
-        f"{before.kv_cache_bytes_per_token:,}",
-        f"{after.kv_cache_bytes_per_token:,}",
-        f"x {share:.2f}",
-    )
+    table.add_column("")
+    for when, _ in models:
+        table.add_column(when, justify="right")
+    table.add_row("held-out loss, nats per token", *(f"{m.held_out_loss:.3f}" for _, m in models))
+    rises = [f"{m.held_out_loss - result.before.held_out_loss:+.3f}" for _, m in models[1:]]
+    table.add_row("  more than before", "", *rises)
+    table.add_row("KV cache, bytes per token", *(f"{m.kv_cache_bytes_per_token:,}" for _, m in models))
     console.print(table)
-    for when, measured in (("before", before), ("after", after)):
+    for when, measured in models:
         code = Syntax(result.prompt + measured.continuation, "python", word_wrap=True, background_color="default")
         console.print(Panel(code, title=f"greedy continuation, {when}", title_align="left"))
     console.print(_closing(result))
@@ -183,9 +203,14 @@ def _closing(result: DemoResult) -> str:
     ]
     if result.groups < result.heads:
         lines.append(
-            "The loss rises: heads merged into one are not the heads the model was trained with. Converting is only "
-            "the first half; uptraining is what wins the loss back (the paper spends 5% of the pre-training on it)."
+            "Converting by mean raises the loss: heads merged into one are not the heads the model was trained with. "
+            "Uptraining wins it back (the paper spends 5% of the pretraining on it)."
         )
+    if result.uptrained is not None:
+        done = result.uptrained
+        lines.append(f"Uptrained here: {done.steps} steps, {done.tokens:,} tokens, {done.seconds:.0f} s.")
     if result.out is not None:
         lines.append(f"Converted model: {result.out}")
+        if result.uptrained is not None:
+            lines.append(f"Uptrained model: {result.uptrained.folder}")
     return "\n".join(lines)

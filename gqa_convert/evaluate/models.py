@@ -50,7 +50,7 @@ def subject(model: str, *, trust_remote_code: bool = False) -> Subject:
         GQAConvertError: if it cannot be read or has no KV heads.
     """
     if model == DEMO and not Path(model).exists():
-        from gqa_convert.demo.run import CHECKPOINT
+        from gqa_convert.demo.embedded import CHECKPOINT
 
         folder = CHECKPOINT
     else:

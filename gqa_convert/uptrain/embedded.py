@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 
 def training_texts() -> Iterator[str]:
@@ -20,3 +21,17 @@ def _texts(side: int) -> Iterator[str]:
 
     for module in text.split(text.collect())[side]:
         yield module.text()
+
+
+def some_training_texts() -> Iterator[str]:
+    """A sample of the modules that the embedded model was trained on: enough for a demonstration, quick to tokenise."""
+    yield from _sample(_texts(0), every=6)
+
+
+def some_held_out_texts() -> Iterator[str]:
+    """A sample of the modules that it has never seen."""
+    yield from _sample(_texts(1), every=6)
+
+
+def _sample(texts: Iterator[str], every: int) -> Iterator[str]:
+    return islice(texts, 0, None, every)

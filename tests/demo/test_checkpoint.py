@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gqa_convert.demo.embedded import CHECKPOINT
 from gqa_convert.demo.loss import held_out_loss
-from gqa_convert.demo.run import CHECKPOINT, held_out_windows
+from gqa_convert.demo.run import held_out_windows
 
 SAMPLES = [
     "def add(a, b):\n    return a + b\n",

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from gqa_convert.demo.run import CHECKPOINT, DemoResult, run_demo
+from gqa_convert.demo import recovery
+from gqa_convert.demo.embedded import CHECKPOINT
+from gqa_convert.demo.run import DemoResult, run_demo
 from gqa_convert.errors import OutputError
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
-    return run_demo(tmp_path_factory.mktemp("demo") / "two", json=True)
+    with pytest.MonkeyPatch.context() as patch:  # 20 steps, however fast the machine is
+        patch.setattr(recovery, "_step_seconds", lambda folder: 0.1)
+        return run_demo(tmp_path_factory.mktemp("demo") / "two", uptrain_seconds=2, json=True)
 
 
 def test_result(made: DemoResult) -> None:
@@ -28,6 +32,22 @@ def test_result(made: DemoResult) -> None:
 def test_out_is_kept(made: DemoResult) -> None:
     assert made.out is not None
     assert AutoConfig.from_pretrained(made.out).num_key_value_heads == 2
+
+
+def test_uptraining_wins_back_what_converting_lost(made: DemoResult) -> None:
+    assert made.recovered is not None
+    assert made.uptrained is not None
+    assert made.uptrained.steps == 20
+    assert made.recovered.held_out_loss < made.after.held_out_loss - 0.3
+    assert made.recovered.kv_cache_bytes_per_token == made.after.kv_cache_bytes_per_token
+    assert made.uptrained.folder == Path(f"{made.out}-uptrained")
+    assert AutoConfig.from_pretrained(made.uptrained.folder).num_key_value_heads == 2
+
+
+def test_uptraining_can_be_left_out(tmp_path: Path) -> None:
+    made = run_demo(tmp_path / "four", groups=4, uptrain_seconds=0, json=True)
+    assert made.recovered is None
+    assert not (tmp_path / "four-uptrained").exists()
 
 
 def test_nothing_is_written_into_the_package() -> None:
@@ -45,6 +65,10 @@ def test_existing_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         run_demo(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "keep"
+    (tmp_path / "new-uptrained").mkdir()
+    with pytest.raises(OutputError):
+        run_demo(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_json(made: DemoResult) -> None:
