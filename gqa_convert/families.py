@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from gqa_convert.anatomy import special, transformers_api
+from gqa_convert.modeling import shipping
 
 RECORD = "record.json"
 
@@ -20,8 +21,9 @@ RECORD = "record.json"
 class Family:
     """One model type.
 
-    `kind` is A (separate k and v projections), B (fused), C (no KV-head setting in transformers), D (no KV heads to
-    merge) or N (a wrapper whose nested decoder decides); `status` is proven, unproven, untried, refused or nested.
+    `kind` is A (separate k and v projections), B (fused), C (no KV-head setting in transformers, but perhaps in a
+    modelling file of ours), D (no KV heads to merge) or N (a wrapper whose nested decoder decides); `status` is proven,
+    unproven, untried, refused or nested.
     """
 
     model_type: str
@@ -56,12 +58,21 @@ def _family(model_type: str, result: dict[str, Any] | None, made_with: str) -> F
     if refused is not None:
         status = "nested" if refused[0] == "N" else "refused"
         return Family(model_type=model_type, kind=refused[0], status=status, reason=refused[1])
-    kind = "B" if model_type in special.FUSED_LAYOUTS else "A"
+    kind = "C" if shipping.ships(model_type) else "B" if model_type in special.FUSED_LAYOUTS else "A"
     if result is None:
         return Family(model_type=model_type, kind=kind, status="untried", reason="not in the recorded run")
     if result.get("proven"):
-        note = special.ONLY_MQA.get(model_type, "") or special.ONLY_EVEN.get(model_type, "")
+        note = (
+            special.ONLY_MQA.get(model_type, "") or special.ONLY_EVEN.get(model_type, "") or _shipped_note(model_type)
+        )
         return Family(
             model_type=model_type, kind=kind, status="proven", reason=note or f"contract held with {made_with}"
         )
     return Family(model_type=model_type, kind=kind, status="unproven", reason=str(result.get("reason", "")))
+
+
+def _shipped_note(model_type: str) -> str:
+    if not shipping.ships(model_type):
+        return ""
+    only = "only decoders (is_decoder: true); " if model_type in shipping.ENCODERS else ""
+    return f"{only}{shipping.FILE.name} goes along: load with trust_remote_code, or after importing gqa_convert"

@@ -97,7 +97,8 @@ def test_families(command: Command) -> None:
     assert all(family["reason"] for family in found.values())
     assert found["llama"]["kind"] == "A"
     assert found["phi3"]["kind"] == "B"
-    assert (found["gpt2"]["kind"], found["gpt2"]["status"]) == ("C", "refused")
+    assert (found["bloom"]["kind"], found["bloom"]["status"]) == ("C", "refused")
+    assert (found["t5"]["kind"], found["t5"]["status"]) == ("C", "proven")
     assert (found["mamba"]["kind"], found["mamba"]["status"]) == ("D", "refused")
 
 

@@ -40,6 +40,8 @@ FUSED_LAYOUTS: dict[str, tuple[str, str]] = {
     "phi4_multimodal": ("concat", "concat"),
     "dbrx": ("concat", "concat"),
     "gpt_bigcode": ("per_head", "concat"),
+    "gpt2": ("concat", "concat"),
+    "gpt-sw3": ("concat", "concat"),
     "falcon": ("per_head", "concat"),
 }
 

@@ -29,9 +29,9 @@ SELF_FIELD = "num_key_value_heads"
 CROSS_FIELD = "cross_num_key_value_heads"
 
 # How families spell the key and value projections, the number of query heads, and a cross-attention module.
-PROJECTIONS = (("k_proj", "v_proj"), ("k", "v"), ("key", "value"))
+PROJECTIONS = (("k_proj", "v_proj"), ("k", "v"), ("key", "value"), ("Wk", "Wv"))
 HEADS = ("num_heads", "n_heads", "num_attention_heads")
-CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
+CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attention", "encoder_decoder_attention")
 
 # Where the decoder of a composite model lies; for the others see `_in_decoder`.
 DECODERS = {

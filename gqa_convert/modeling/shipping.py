@@ -16,10 +16,50 @@ TYPE_PREFIX = "gqa_"
 
 # Model types whose attention works with fewer KV heads once its projections are narrowed and its groups are counted:
 # each was run through the contract (`gqa_convert.proof`).
-FAMILIES = frozenset({"longt5", "mt5", "pop2piano", "t5"})
+_SEQUENCE_TO_SEQUENCE = [
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "florence2",
+    "longt5",
+    "m2m_100",
+    "marian",
+    "mbart",
+    "mt5",
+    "nllb-moe",
+    "pegasus",
+    "pegasus_x",
+    "pix2struct",
+    "plbart",
+    "pop2piano",
+    "pp_formulanet",
+    "seamless_m4t",
+    "seamless_m4t_v2",
+    "speech_to_text",
+    "t5",
+    "udop",
+    "whisper",
+]
+_DECODERS = ["biogpt", "ctrl", "gpt-sw3", "gpt2", "kosmos-2.5", "modernbert-decoder"]
+_ENCODERS = [
+    "bert",
+    "bert-generation",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+]
 
-# Of these, bidirectional encoders unless their configuration says `is_decoder`.
-ENCODERS: frozenset[str] = frozenset()
+# Of these, encoders that decode with a cache only if their configuration says `is_decoder`.
+ENCODERS = frozenset(_ENCODERS)
+FAMILIES = frozenset(_SEQUENCE_TO_SEQUENCE) | frozenset(_DECODERS) | ENCODERS
 
 
 def ships(model_type: str) -> bool:
@@ -124,7 +164,9 @@ def config_values(config: Any, native_class: type, folder: Path | None = None) -
 def grouped_config(config: Any, kv_heads: int) -> Any:
     """Return a native configuration's GQA form with `kv_heads` KV heads everywhere in the decoder."""
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}
-    return grouped_class(type(config))(**fields, **dict.fromkeys(field_names(), kv_heads))
+    own, cross = field_names()
+    listens = config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
+    return grouped_class(type(config))(**fields, **{own: kv_heads, cross: kv_heads if listens else None})
 
 
 def _tokenizer(config: Any, folder: Path) -> Mapping[str, str]:

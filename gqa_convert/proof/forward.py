@@ -77,6 +77,7 @@ def _arguments(inputs: dict[str, Tensor]) -> dict[str, Any]:
 
         encoded = BaseModelOutput(last_hidden_state=arguments.pop("encoder_hidden"))
         encoded.attention_mask = None  # speech encoders shorten their mask and return it
+        encoded.router_logits = None
         arguments["encoder_outputs"] = encoded
     return arguments
 
@@ -86,7 +87,9 @@ def _encoder_outputs(output: Any, arguments: dict[str, Any], decoded: str) -> An
         return arguments.get("encoder_outputs")
     from transformers.modeling_outputs import BaseModelOutput
 
-    return BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+    encoded = BaseModelOutput(last_hidden_state=output.encoder_last_hidden_state)
+    encoded.attention_mask = encoded.router_logits = None  # which some families look for
+    return encoded
 
 
 def _logits_of(output: Any) -> Tensor:

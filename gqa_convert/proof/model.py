@@ -106,7 +106,10 @@ def text_inputs(model: Any, batch: int = 2, length: int = 12, seed: int = 0) -> 
             inputs["token_type_ids"] = torch.ones(batch, length, dtype=torch.long)
         return inputs
     if model.main_input_name == "input_ids" and not channels:
-        return {"input_ids": ids(batch, ENCODER_LENGTH), "decoder_input_ids": ids(*shape)}
+        inputs = {"input_ids": ids(batch, ENCODER_LENGTH), "decoder_input_ids": ids(*shape)}
+        if config.model_type.endswith("udop"):  # where on the page each token stands
+            inputs["bbox"] = torch.rand(batch, ENCODER_LENGTH, 4, generator=generator)
+        return inputs
     features = torch.randn(batch, ENCODER_LENGTH, encoder_width(config), generator=generator)
     return {"encoder_hidden": features, "decoder_input_ids": ids(*shape)}
 
@@ -128,4 +131,5 @@ def encoder_width(config: Any) -> int:
         nested = getattr(config, name, None)
         if nested is not None and hasattr(nested, "hidden_size"):
             return int(nested.hidden_size)
-    return int(getattr(config, "hidden_size", 0) or config.d_model)
+    text = config.get_text_config(decoder=True)
+    return int(getattr(text, "hidden_size", 0) or text.d_model)

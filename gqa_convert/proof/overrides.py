@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gqa_convert.modeling.shipping import ENCODERS
 from gqa_convert.proof.sizes import TinySizes
 
 # Config classes whose defaults describe no whole model: what a real checkpoint would say. Used by `tiny_config` only,
 # before shrinking. A dotted name reaches into a nested config that has no model type of its own.
 DEFAULTS: dict[str, dict[str, Any]] = {
     # no attention layer by default
+    **{name: {"is_decoder": True} for name in sorted(ENCODERS - {"xmod"})},  # encoders, but with this
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
     # layer kinds have no default
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_experts_per_tok": 6},
     # required, but None by default

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import shutil
 import tempfile
 import time
 import warnings
@@ -20,7 +21,9 @@ from typing import Annotated, Any
 
 import typer
 
+from gqa_convert.modeling import shipping
 from gqa_convert.proof.contract import Record, prove
+from gqa_convert.proof.shipped import meet_strangers
 from gqa_convert.proof.survey import survey_model_types
 
 app = typer.Typer(add_completion=False)
@@ -65,13 +68,20 @@ def document(records: list[Record]) -> dict[str, Any]:
 def run_all(names: list[str], *, jobs: int = 2, timeout: float = 120.0) -> list[Record]:
     """Run the contract for each name, `jobs` at a time, and return the records in the order they finish."""
     _warm_up()
+    with tempfile.TemporaryDirectory(prefix="gqa-proof-") as root:
+        done = _run_each(names, Path(root), jobs, timeout)
+        _meet_strangers(done, Path(root))
+    return done
+
+
+def _run_each(names: list[str], root: Path, jobs: int, timeout: float) -> list[Record]:
     context = multiprocessing.get_context("fork")
     waiting = list(names)
     running: list[_Running] = []
     done: list[Record] = []
     while waiting or running:
         while waiting and len(running) < jobs:
-            running.append(_Running(context, waiting.pop(0), timeout))
+            running.append(_Running(context, waiting.pop(0), root, timeout))
         time.sleep(0.02)
         for process in [process for process in running if process.finished()]:
             running.remove(process)
@@ -83,12 +93,12 @@ def run_all(names: list[str], *, jobs: int = 2, timeout: float = 120.0) -> list[
 class _Running:
     """One family in a child process."""
 
-    def __init__(self, context: Any, name: str, timeout: float) -> None:
+    def __init__(self, context: Any, name: str, root: Path, timeout: float) -> None:
         self.record = Record(name, reason="the process ended without a result")
         self._deadline = time.monotonic() + timeout
         self._timeout = timeout
         self._receiver, sender = context.Pipe(duplex=False)
-        self._process = context.Process(target=_child, args=(name, sender), daemon=True)
+        self._process = context.Process(target=_child, args=(name, root / name, sender), daemon=True)
         self._process.start()
         sender.close()
 
@@ -127,10 +137,26 @@ def _warm_up() -> None:
         prove("llama", Path(folder))
 
 
-def _child(name: str, sender: Connection) -> None:
-    with tempfile.TemporaryDirectory(prefix="gqa-proof-") as folder:
-        sender.send(prove(name, Path(folder)))
+def _child(name: str, folder: Path, sender: Connection) -> None:
+    """Prove one family in a folder of its own, and keep of it what a stranger is to load."""
+    record = prove(name, folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name != "converted" or not record.proven:
+            shutil.rmtree(path)
+    sender.send(record)
     sender.close()
+
+
+def _meet_strangers(records: list[Record], root: Path) -> None:
+    """Load every model whose modelling code is shipped in a fresh process that has no gqa_convert."""
+    shipped = [record for record in records if record.proven and shipping.ships(record.model_type)]
+    if not shipped:
+        return
+    found = meet_strangers([root / record.model_type / "converted" for record in shipped], root / "modules")
+    for record, troubles in zip(shipped, found, strict=True):
+        record.checks["loads_without_gqa_convert"] = record.proven = not troubles
+        record.reason = troubles and f"loads_without_gqa_convert: {troubles}"
+        typer.echo(f"without gqa_convert: {_line(record)}")
 
 
 def _line(record: Record) -> str:

@@ -20,7 +20,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for folder in sys.argv[1:]:
-        sys.stdout.write(json.dumps(meet(Path(folder))) + "\n")
+        try:
+            found = meet(Path(folder))
+        except Exception as error:  # what one folder does wrong says nothing about the next
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        sys.stdout.write(json.dumps(found) + "\n")
 
 
 def meet(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def source(name: str) -> Path:
         folder = root / name
         if not folder.exists():
-            config = tiny_config(name.partition("v")[0], changes=changes.get(name))
+            config = tiny_config(name.removesuffix("v1.1"), changes=changes.get(name))
             model = tiny_model(config)
             model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 0
             if name == "t5v1.1":

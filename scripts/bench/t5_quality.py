@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Show what converting a T5 keeps and costs: caches, generation by strangers, and divergence from the original.
+
+    python scripts/bench/t5_quality.py T5_FOLDER --groups 3,2,1 --out scripts/bench/results/t5_quality.json
+
+Prompts are docstrings of Python's standard library: some to measure on, others to calibrate on. The original answers
+each greedily; every conversion then reads the same prompts and answers, and is compared token by token: KL divergence
+of its next-token distribution from the original's, and how often both would choose the same token. For each number of
+groups a process that has no gqa_convert loads the folder with `trust_remote_code=True`, generates with and without
+cache, with a static cache and with beams, and measures the caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Row -> what is chosen about the merge; `calibrated` rows get the calibration prompts.
+ROWS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "first": {"method": "first"},
+    "random": {"method": "random"},
+    "aligned": {"method": "aligned", "calibrated": True},
+    "pca: no data": {"method": "pca"},
+    "pca": {"method": "pca", "calibrated": True},
+    "fast": {"preset": "fast", "calibrated": True},
+    "best": {"preset": "best", "calibrated": True},
+}
+
+STRANGER = """
+import json, sys
+sys.modules["gqa_convert"] = None
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model, info = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+model.eval()
+inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+def text(**choices):
+    return model.generate(**inputs, max_new_tokens=16, do_sample=False, **choices).tolist()
+def size(cache):
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+greedy = text()
+one = tokenizer(prompts[:1], return_tensors="pt")
+with torch.no_grad():
+    seen = model(**one, decoder_input_ids=torch.zeros(1, 16, dtype=torch.long), use_cache=True).past_key_values
+print(json.dumps({
+    "class": type(model).__name__,
+    "clean": not any(info.values()),
+    "same_without_cache": text(use_cache=False) == greedy,
+    "same_with_static_cache": text(cache_implementation="static") == greedy,
+    "same_beams_without_cache": text(num_beams=3) == text(num_beams=3, use_cache=False),
+    "self_cache_bytes_of_16_tokens": size(seen.self_attention_cache),
+    "cross_cache_bytes_of_prompt": size(seen.cross_attention_cache),
+    "prompt_tokens": one["input_ids"].shape[1],
+}))
+"""
+
+
+def main() -> None:
+    """Run everything and print it."""
+    args = parse_arguments()
+    texts = list(prompts())
+    measured, calibration = texts[0 : 2 * args.prompts : 2], texts[1::2]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "calibration.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in calibration))
+        answers = original_answers(args.model, measured, args.tokens)
+        result: dict[str, Any] = {"identity": identity(args.model, answers, work)}
+        print("as many groups as heads:", result["identity"], flush=True)
+        result["strangers"] = strangers(args.model, [answers["heads"], *args.groups], measured[:4], work)
+        result["rows"] = rows(args, answers, work)
+    show(result["rows"], args.groups)
+    if args.out:
+        args.out.write_text(json.dumps(described(args, answers, result), indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--groups", type=lambda text: [int(part) for part in text.split(",")], required=True)
+    parser.add_argument("--prompts", type=int, default=64, help="prompts to measure on")
+    parser.add_argument("--tokens", type=int, default=24, help="longest answer")
+    parser.add_argument("--sequences", type=int, default=64, help="calibration windows")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each")
+    parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    return parser.parse_args()
+
+
+def prompts() -> Iterator[str]:
+    """First paragraphs of the standard library's docstrings, each once, in the order of files."""
+    seen: set[str] = set()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+                if 8 <= len(text.split()) <= 60 and text not in seen:
+                    seen.add(text)
+                    yield text
+
+
+def load(folder: Path) -> Any:
+    """Load a model and its tokenizer as any user of the package does."""
+    import transformers
+
+    import gqa_convert  # noqa: F401  (tells the Auto classes about converted models)
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+
+
+def original_answers(folder: Path, texts: list[str], tokens: int) -> dict[str, Any]:
+    """The original's greedy answers, and its logits at every token of them."""
+    import torch
+    from transformers import AutoTokenizer
+
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=96))
+    inputs.pop("token_type_ids", None)
+    with torch.no_grad():
+        written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    read, chosen = written[:, :-1], written[:, 1:]
+    found = {"inputs": {**inputs, "decoder_input_ids": read}, "counted": chosen != model.config.pad_token_id}
+    found["logits"] = logits(model, found["inputs"])
+    found["heads"] = model.config.num_heads
+    return found
+
+
+def logits(model: Any, inputs: dict[str, Any]) -> Any:
+    """Next-token logits along the answers."""
+    import torch
+
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def identity(folder: Path, answers: dict[str, Any], work: Path) -> dict[str, Any]:
+    """With as many groups as heads nothing changes, not a bit."""
+    from gqa_convert import convert
+
+    convert(folder, groups=answers["heads"], out=work / "identity")
+    seen = logits(load(work / "identity"), answers["inputs"])
+    return {"groups": answers["heads"], "largest_logit_difference": float((seen - answers["logits"]).abs().max())}
+
+
+def strangers(folder: Path, groups: list[int], texts: list[str], work: Path) -> dict[str, Any]:
+    """What a process without gqa_convert finds in conversions by mean."""
+    from gqa_convert import convert
+
+    found = {}
+    for count in groups:
+        out = work / f"stranger-{count}"
+        convert(folder, groups=count, out=out)
+        command = [sys.executable, "-c", STRANGER, str(out), json.dumps(texts)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{count} groups: {done.stderr[-1000:]}")
+        found[str(count)] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{count} groups without gqa_convert:", found[str(count)], flush=True)
+    return found
+
+
+def rows(args: argparse.Namespace, answers: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Divergence from the original, by row and groups."""
+    table: dict[str, Any] = {}
+    for name in args.rows or ROWS:
+        for groups in args.groups:
+            out = work / f"{name}-{groups}".replace(" ", "_").replace(":", "")
+            started = time.perf_counter()
+            convert_one(args, name, groups, out, work / "calibration.jsonl")
+            point = {"seconds": round(time.perf_counter() - started, 1), **divergence(load(out), answers)}
+            table.setdefault(name, {})[str(groups)] = point
+            print(f"{name:14s} {groups} groups  KL {point['kl']:.3f} nats  {point['agreement']:.1%} same", flush=True)
+    return table
+
+
+def convert_one(args: argparse.Namespace, name: str, groups: int, out: Path, text: Path) -> None:
+    """Convert by one row."""
+    from gqa_convert import convert
+    from gqa_convert.recipe import make_recipe
+
+    chosen = dict(ROWS[name])
+    if chosen.pop("calibrated", False):
+        chosen |= {"calibrate": str(text), "sequences": args.sequences, "length": args.length}
+    convert(args.model, groups=groups, out=out, recipe=make_recipe(chosen.pop("preset", None), **chosen))
+
+
+def divergence(model: Any, answers: dict[str, Any]) -> dict[str, float]:
+    """KL(original || converted) in nats a token and the share of tokens on which both agree."""
+    seen, was, counted = logits(model, answers["inputs"]), answers["logits"], answers["counted"]
+    p, q = was.log_softmax(-1), seen.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)[counted].mean()
+    return {"kl": float(kl), "agreement": float((seen.argmax(-1) == was.argmax(-1))[counted].float().mean())}
+
+
+def show(table: dict[str, Any], groups: list[int]) -> None:
+    """Print the table."""
+    print("\nKL from the original on its own answers, nats a token (share of tokens that agree)")
+    print(f"{'':14s} " + " ".join(f"{g:>9d} groups" for g in groups))
+    for name, row in table.items():
+        cells = (f"{row[str(g)]['kl']:8.3f} ({row[str(g)]['agreement']:5.1%})" for g in groups)
+        print(f"{name:14s} " + " ".join(cells))
+
+
+def described(args: argparse.Namespace, answers: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """The figures with what they were made of; names only, no paths."""
+    return {
+        "model": args.model.name,
+        "prompts": args.prompts,
+        "answer_tokens": int(answers["counted"].sum()),
+        "calibration": {"sequences": args.sequences, "length": args.length},
+        "machine": {"processor": platform.machine(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
+        **result,
+    }
+
+
+if __name__ == "__main__":
+    main()
