@@ -12,7 +12,7 @@ from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import GQAConvertError, VerificationError
 from gqa_convert.heads import HeadLayout
 from gqa_convert.planning import plan
-from gqa_convert.routes import ROUTES, routed
+from gqa_convert.routes import recorded_route, routed
 from gqa_convert.verify import compare_weights, read_provenance, verify_logits, verify_structure
 
 
@@ -115,7 +115,7 @@ def verify_pair(
         out=converted,
         method=conversion.get("method", "mean"),
         seed=conversion.get("seed", 0),
-        route=_route(conversion),
+        route=recorded_route(conversion),
         trust_remote_code=trust_remote_code,
     )
     checks = verify_structure(made, converted, trust_remote_code=trust_remote_code)
@@ -128,9 +128,3 @@ def verify_pair(
     if logits:
         checks |= verify_logits(made, converted, trust_remote_code=trust_remote_code)
     return checks
-
-
-def _route(conversion: dict[str, Any]) -> str:
-    """The route that a record names, where it is one that can be asked for."""
-    route = str(conversion.get("route", "auto"))
-    return route if route in ROUTES else "auto"

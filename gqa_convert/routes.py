@@ -84,6 +84,12 @@ def routed(
     return _transpiled(checkpoint, rule, config, model_type)
 
 
+def recorded_route(conversion: Mapping[str, Any]) -> str:
+    """The route that the record of a conversion names, as one that can be asked for."""
+    route = str(conversion.get("route", "auto"))
+    return route if route in ROUTES else "auto"
+
+
 def _obstacle(rule: Rule, config: Any, groups: int | None) -> str:
     """Why a rule does not lead to `groups` KV heads; empty if it does."""
     class_name = transformers_api.model_class(config).__name__
