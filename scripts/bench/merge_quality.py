@@ -5,7 +5,8 @@
     python scripts/bench/merge_quality.py demo --data demo --calibrate demo --groups 4,2,1
 
 Converts by every row of the table to every number of groups, evaluates each conversion against the original on the same
-windows, and writes the figures with versions as JSON. `demo` is the model that comes with the package, and its text:
+windows, and writes the figures with versions as JSON, row by row: started again with the same `--out`, it goes on where
+it stopped, and `--again ROW,ROW` measures rows anew. `demo` is the model that comes with the package, and its text:
 the held-out modules of the standard library to measure on, the others to calibrate on.
 """
 
@@ -51,16 +52,21 @@ def main() -> None:
     base = str(subject(args.model).folder)
     if args.calibrate == "demo":
         args.calibrate = str(demo_text(Path(tempfile.mkdtemp())))
-    table: dict[str, dict[str, Any]] = {}
-    found = None
+    kept = earlier(args)
+    table: dict[str, dict[str, Any]] = kept.get("rows", {})
     for name in args.rows or ROWS:
         for groups in args.groups:
+            if str(groups) in table.get(name, {}):
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 point = convert_one(base, Path(folder) / "converted", name, groups, args)
                 if point is None:
                     continue
                 found = evaluate(base, [Path(folder) / "converted"], settings)
             seen = found.converted[0]
+            known = (found.windows, found.tokens, round(found.base.loss, 5))
+            if kept and known != (kept["windows"], kept["tokens"], round(kept["base_loss"], 5)):
+                raise SystemExit(f"{args.out}: was measured on other text ({known} now); name another file")
             point |= {
                 "increase": seen.loss_difference,
                 "interval": list(seen.loss_difference_interval),
@@ -69,12 +75,23 @@ def main() -> None:
             }
             table.setdefault(name, {})[str(groups)] = point
             print(f"{name:20s} {groups:3d} groups  {point['increase']:+.4f} nats  {point['seconds']:.0f} s", flush=True)
-    if found is None:
+            kept = described(args, table, found)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(kept, indent=1) + "\n")
+    if not kept:
         raise SystemExit("no row could be run")
-    show(table, args.groups, found.base.loss)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(described(args, table, found), indent=1) + "\n")
+    show(table, args.groups, kept["base_loss"])
+
+
+def earlier(args: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run of the same table wrote, less the rows that are to be measured again."""
+    if not args.out or not args.out.exists():
+        return {}
+    kept: dict[str, Any] = json.loads(args.out.read_text())
+    for name in args.again:
+        kept["rows"].pop(name, None)
+    return kept
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--again", type=lambda text: text.split(","), default=[], help="rows to measure again")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
 
@@ -114,9 +132,13 @@ def convert_one(base: str, out: Path, name: str, groups: int, args: argparse.Nam
     if calibrated:
         chosen["calibrate"] = args.calibrate
     recipe = make_recipe(chosen.pop("preset", None), sequences=args.sequences, **chosen)
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     convert(base, groups=groups, out=out, recipe=recipe)
-    return {"seconds": round(time.perf_counter() - started, 1), "recipe": recipe.to_json()}
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "processor_seconds": round(time.process_time() - worked, 1),
+        "recipe": recipe.to_json(),
+    }
 
 
 def show(table: dict[str, dict[str, Any]], groups: list[int], base_loss: float) -> None:
