@@ -21,7 +21,8 @@ from gqa_convert.recipe import Recipe
 class BlockPlan:
     """The blocks of a conversion.
 
-    `keys` maps every parameter that solving may change (q, k, v, o; weights and biases) to its raw checkpoint key.
+    `keys` maps every parameter that solving may change (q, k, v, o, weights and biases; where heads may move, the other
+    per-head parameters too) to its raw checkpoint key.
     """
 
     recipe: Recipe
@@ -65,7 +66,8 @@ def plan_blocks(checkpoint: Checkpoint, anatomy: Anatomy, recipe: Recipe) -> Blo
     if recipe.adaptable and not freedom.permutable:
         recipe = replace(recipe, grouping="contiguous")
     _check_freedom(anatomy, recipe, freedom)
-    return BlockPlan(recipe=recipe, blocks=blocks, freedom=freedom, keys=_raw_keys(checkpoint, anatomy, blocks, recipe))
+    keys = _raw_keys(checkpoint, anatomy, blocks, freedom, recipe)
+    return BlockPlan(recipe=recipe, blocks=blocks, freedom=freedom, keys=keys)
 
 
 def _asked(recipe: Recipe) -> str:
@@ -91,10 +93,13 @@ def _check_freedom(anatomy: Anatomy, recipe: Recipe, freedom: Freedom) -> None:
 
 
 def _raw_keys(
-    checkpoint: Checkpoint, anatomy: Anatomy, blocks: tuple[BlockNames, ...], recipe: Recipe
+    checkpoint: Checkpoint, anatomy: Anatomy, blocks: tuple[BlockNames, ...], freedom: Freedom, recipe: Recipe
 ) -> dict[str, str]:
     assert anatomy.difference is not None
     wanted = {f"{path}.{part}" for b in blocks for path in (b.q, b.k, b.v, b.o) for part in ("weight", "bias")}
+    if recipe.grouping == "search":
+        wanted |= {name for b in blocks for extra in freedom.extras for name in extra.names(b)}
+        wanted -= anatomy.difference.vanishing
     wanted &= set(anatomy.difference.source_shapes)
     key_map = KeyMap(anatomy.difference.source)
     keys: dict[str, str] = {}

@@ -20,6 +20,7 @@ from gqa_convert.heads import merge_heads, split_heads
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gqa_convert.anatomy.extras import HeadExtra
     from gqa_convert.merge.block import AttentionBlock, RotaryLayout
 
     Get = Callable[[str], Tensor | None]
@@ -64,6 +65,8 @@ class Freedom:
     value_gauge: Literal["full", "none"]
     permutable: bool
     shift_invariant: bool = True
+    extras: tuple[HeadExtra, ...] = ()
+    """Other per-head parameters, which change places with their heads."""
 
 
 def find_blocks(difference: ShapeDifference) -> tuple[BlockNames, ...]:

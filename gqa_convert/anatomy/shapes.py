@@ -44,6 +44,11 @@ class ShapeDifference:
                 "so it cannot become a grouped-query model here."
             )
 
+    @property
+    def vanishing(self) -> frozenset[str]:
+        """Parameters that the target model does not have."""
+        return frozenset(self.source_shapes) - frozenset(self.target_shapes)
+
     def stack_of(self, name: str) -> tuple[int, int]:
         """Return the place of `name` in its list of heads and how many heads share a group there."""
         names = self.stacks[name]

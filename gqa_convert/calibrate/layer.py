@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.blocks import BlockNames, Freedom, block_state, layout_for, read_block
+from gqa_convert.anatomy.extras import moved_extras
 from gqa_convert.calibrate.activations import to_device
 from gqa_convert.calibrate.lanes import LayerCall
 from gqa_convert.calibrate.others import other_state
@@ -49,6 +51,11 @@ class Merger:
     max_context: int | None
     """Longest context that a fold keeps sound, if the recipe folds."""
 
+    @cached_property
+    def _merged(self) -> frozenset[str]:
+        """Parameters that a merge makes smaller or drops."""
+        return frozenset(self.difference.rows) | frozenset(self.difference.stacks)
+
     def merge_layer(
         self, layer: nn.Module, path: str, blocks: Sequence[BlockNames], found: Mapping[str, Statistics]
     ) -> tuple[State, dict[str, BlockReport]]:
@@ -62,6 +69,13 @@ class Merger:
             block = read_block(tensors.get, names, self.freedom, rotary)
             merged, report = self._merge(names, block, found.get(names.module))
             state |= {name: tensor.float() for name, tensor in block_state(names, merged).items()}
+            if self.recipe.grouping == "search":
+                grouping = Grouping(report.grouping)
+                moved = moved_extras(
+                    tensors.get, names, self.freedom.extras, block.query_order(grouping), grouping.order
+                )
+                tensors |= moved  # those of KV heads are merged below, in their new order
+                state |= {name: tensor.float() for name, tensor in moved.items() if name not in self._merged}
             reports[names.module] = replace(report, seconds=time.monotonic() - started)
         state |= other_state(self.difference, tensors.get, path, state)
         return state, reports

@@ -1,7 +1,6 @@
 """What else in a layer depends on its KV heads: norms over all heads, per-head norms, depthwise convolutions.
 
-The merges leave them to the mean of each group. Heads are in their old order wherever such parameters exist, because
-an architecture that has them is not proven to let its heads move.
+The merges leave them to the mean of each group. Where heads change places, what is given here has been moved already.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ is refused by name where it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from gqa_convert.anatomy.blocks import (
     read_block,
     rotary_layouts,
 )
+from gqa_convert.anatomy.extras import HeadExtra, candidates, moved_extras
 from gqa_convert.anatomy.shapes import ShapeDifference
 from gqa_convert.anatomy.shipped import fields_of, retarget
 from gqa_convert.errors import UnsupportedModelError
@@ -33,10 +35,16 @@ from gqa_convert.proof.tiny import shrink
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from gqa_convert.anatomy.blocks import Get
     from gqa_convert.merge.block import AttentionBlock, RotaryLayout
+
+    StateOf = Callable[[int, BlockNames, AttentionBlock, Get], dict[str, Tensor]]
 
 TOLERANCE = 1e-4
 """Largest accepted change of a logit, as a share of the largest logit, of float32 models."""
+
+_MOST_CHOICES = 256
+"""Sets of per-head parameters that are tried."""
 
 _KINDS: tuple[Literal["none", "half", "interleaved"], ...] = ("none", "half", "interleaved")
 
@@ -49,16 +57,31 @@ class _Subject:
     blocks: tuple[BlockNames, ...]
     inputs: dict[str, Tensor]
     before: Tensor
+    extras: list[list[HeadExtra]]
+    """What may be a per-head parameter, and how."""
 
     def unchanged(self, freedom: Freedom, change: Callable[[AttentionBlock], AttentionBlock]) -> bool:
         """True if changing every block leaves the logits within float error. The model is restored."""
+        return self._same_logits(freedom, lambda _, names, block, get: block_state(names, change(block)))
+
+    def permutes(self, freedom: Freedom, extras: Sequence[HeadExtra]) -> bool:
+        """True if heads may change place with those parameters, in every block by another order."""
+
+        def state(number: int, names: BlockNames, block: AttentionBlock, get: Get) -> dict[str, Tensor]:
+            grouping = _other_order(block.num_kv_heads, number)
+            extra = moved_extras(get, names, extras, block.query_order(grouping), grouping.order)
+            return block_state(names, block.permuted(grouping)) | extra
+
+        return self._same_logits(freedom, state)
+
+    def _same_logits(self, freedom: Freedom, state_of: StateOf) -> bool:
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         try:
             layouts = rotary_layouts(self.model, freedom)
-            for names in self.blocks:
+            for number, names in enumerate(self.blocks):
                 rotary = layout_for(names, self.model, layouts)
                 block = read_block(kept.get, names, freedom, rotary)
-                self.model.load_state_dict(block_state(names, change(block)), strict=False)
+                self.model.load_state_dict(state_of(number, names, block, kept.get), strict=False)
             return logit_difference(logits(self.model, self.inputs), self.before) <= TOLERANCE
         except (UnsupportedModelError, ValueError):
             return False
@@ -81,7 +104,8 @@ def prove_freedom(config: Any, values: dict[str, Any] | None = None) -> Freedom:
     if subject.unchanged(freedom, _value_change):
         freedom = replace(freedom, value_gauge="full")
     freedom = _key_freedom(subject, freedom)
-    freedom = replace(freedom, permutable=subject.unchanged(freedom, _permutation))
+    extras = _extras(subject, freedom)
+    freedom = replace(freedom, permutable=extras is not None, extras=extras or ())
     return replace(freedom, shift_invariant=not any("sink" in name for name in subject.model.state_dict()))
 
 
@@ -98,7 +122,14 @@ def _subject(config: Any) -> _Subject:
         fields = fields_of(tiny, values, type(model))
     difference = _difference(tiny, values, fields)
     inputs = text_inputs(model)
-    return _Subject(model=model, blocks=find_blocks(difference), inputs=inputs, before=logits(model, inputs))
+    blocks = find_blocks(difference)
+    return _Subject(
+        model=model,
+        blocks=blocks,
+        inputs=inputs,
+        before=logits(model, inputs),
+        extras=candidates(difference, blocks),
+    )
 
 
 def _difference(tiny: Any, values: dict[str, Any], fields: Sequence[Any]) -> ShapeDifference:
@@ -204,7 +235,25 @@ def _sign_change(block: AttentionBlock) -> AttentionBlock:
     )
 
 
-def _permutation(block: AttentionBlock) -> AttentionBlock:
-    """KV heads in reverse order, with their q heads and o_proj columns."""
-    order = tuple((head,) for head in reversed(range(block.num_kv_heads)))
-    return block.permuted(Grouping(order))
+def _extras(subject: _Subject, freedom: Freedom) -> tuple[HeadExtra, ...] | None:
+    """The fewest parameters that must move with their heads so that nothing changes; None if no choice does it."""
+    for extras in itertools.islice(_choices(subject.extras), _MOST_CHOICES):
+        if subject.permutes(freedom, extras):
+            return extras
+    return None
+
+
+def _choices(ways: Sequence[Sequence[HeadExtra]]) -> Iterator[tuple[HeadExtra, ...]]:
+    """Every set of candidates with at most one way each, small sets first."""
+    for size in range(len(ways) + 1):
+        for some in itertools.combinations(ways, size):
+            yield from itertools.product(*some)
+
+
+def _other_order(heads: int, seed: int) -> Grouping:
+    """Heads in a random order, never the old one."""
+    import torch
+
+    drawn = (torch.randperm(heads - 1, generator=torch.Generator().manual_seed(seed)) + 1).tolist()
+    order = [*drawn, 0]  # the first head goes last
+    return Grouping(tuple((head,) for head in order))

@@ -1,0 +1,98 @@
+"""Per-head parameters beside q, k, v and o are found by proof and change places with their heads, exactly."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gqa_convert import convert
+from gqa_convert.anatomy.blocks import block_state, layout_for, read_block, rotary_layouts
+from gqa_convert.anatomy.extras import moved_extras
+from gqa_convert.heads import Grouping
+from gqa_convert.proof.forward import logits
+from gqa_convert.proof.freedom import _subject, prove_freedom
+from gqa_convert.proof.model import text_inputs, tiny_model
+from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.recipe import Recipe
+
+NORMS = {"q_norm.weight", "k_norm.weight"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "switch", "found"),
+    [
+        ("llama", None, set()),
+        ("qwen3", None, set()),  # one norm for all heads stays where it is
+        ("olmo2", None, NORMS),
+        ("gpt_oss", None, {"sinks"}),
+        ("cohere", "use_qk_norm", NORMS),
+        ("stablelm", "qk_layernorm", {"q_layernorm.norms.{}.weight", "k_layernorm.norms.{}.weight"}),
+        ("chameleon", None, NORMS | {"q_norm.bias", "k_norm.bias"}),
+    ],
+)
+@pytest.mark.parametrize("kv_heads", [8, 4])
+def test_heads_move_with_all_that_is_theirs(model_type: str, switch: str | None, found: set[str], kv_heads: int):
+    config = tiny_config(model_type, num_kv_heads=kv_heads)
+    if switch:
+        setattr(config, switch, True)
+    freedom = prove_freedom(config)
+    assert freedom.permutable
+    assert {extra.name for extra in freedom.extras} == found
+    assert {extra.name: extra.heads for extra in freedom.extras} == {
+        name: "kv" if name.startswith("k_") else "query" for name in found
+    }
+
+
+def test_the_logits_stay_only_if_the_extras_move_too():
+    config = tiny_config("olmo2", num_kv_heads=4)
+    subject, freedom = _subject(config), prove_freedom(config)
+    assert subject.permutes(freedom, freedom.extras)
+    assert not subject.permutes(freedom, ())
+    assert not subject.permutes(freedom, freedom.extras[:1])
+
+
+def test_a_table_that_all_layers_share_ties_heads_to_their_places():
+    """Layers move their heads in different orders; T5's position bias has one order for all of them."""
+    assert not prove_freedom(tiny_config("t5")).permutable
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "olmo2"])
+def test_a_grouped_model_in_another_order_gives_the_same_logits(model_type: str):
+    model = tiny_model(tiny_config(model_type, num_kv_heads=4))
+    inputs, freedom, blocks = text_inputs(model), prove_freedom(model.config), _subject(model.config).blocks
+    before, state = logits(model, inputs), dict(model.state_dict())
+    grouping, moved = Grouping(((2, 0), (3, 1))), {}
+    for names in blocks:
+        block = read_block(state.get, names, freedom, layout_for(names, model, rotary_layouts(model, freedom)))
+        moved |= block_state(names, block.permuted(grouping))
+        moved |= moved_extras(state.get, names, freedom.extras, block.query_order(grouping), grouping.order)
+    model.load_state_dict(state | moved)
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("olmo2", {}), ("gpt_oss", {}), ("cohere", {"use_qk_norm": True}), ("stablelm", {"qk_layernorm": True})],
+)
+def test_tied_heads_that_lie_apart_are_found_and_merged_without_a_change(
+    model_type: str, changes: dict[str, bool], tmp_path: Path
+):
+    """Heads 0 and 4, 1 and 5 ... are the same; a search brings them together, and all their parameters with them."""
+    model = tiny_model(tiny_config(model_type, changes=changes))
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if re.search(r"\.(k_proj|v_proj|k_norm)\.", name):
+            half = tensor.shape[0] // 2
+            tensor[half:] = tensor[:half]
+        if found := re.search(r"(k_layernorm\.norms\.)(\d)\b", name):
+            tensor.copy_(state[name.replace(found[0], f"{found[1]}{int(found[2]) % 4}")])
+    model.save_pretrained(tmp_path / "source")
+    recipe = Recipe(method="mean", grouping="search")
+    made = convert(tmp_path / "source", groups=4, recipe=recipe, out=tmp_path / "out")
+    assert {report.grouping for report in made.blocks} == {((0, 4), (1, 5), (2, 6), (3, 7))}
+    converted = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    inputs = text_inputs(model)
+    torch.testing.assert_close(logits(converted, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)
