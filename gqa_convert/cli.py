@@ -64,6 +64,13 @@ Verify = Annotated[
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
+Route = Annotated[
+    str,
+    typer.Option(
+        help="For families without a KV-head setting. native: write another stock family that computes the same; "
+        "remote-code: ship modelling code; auto: native where that is exact."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 
@@ -104,6 +111,7 @@ def convert_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: AsJson = False,
     force: Force = False,
+    route: Route = "auto",
     verify: Verify = "structure",
     trust_remote_code: Trust = False,
     revision: Revision = None,
@@ -136,6 +144,7 @@ def convert_command(
         cross_groups=cross_groups,
         out=out,
         recipe=recipe,
+        route=route,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
@@ -168,6 +177,7 @@ def plan_command(
     out: Out = None,
     preset: Preset = None,
     method: Method = None,
+    route: Route = "auto",
     json: AsJson = False,
     trust_remote_code: Trust = False,
     revision: Revision = None,
@@ -182,6 +192,7 @@ def plan_command(
         cross_groups=cross_groups,
         out=out,
         recipe=recipe,
+        route=route,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )

@@ -88,6 +88,7 @@ def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
         ("source", str(made.source)),
         ("target", str(made.target)),
         ("model", f"{made.model_type} ({made.class_name})"),
+        *([("becomes", made.becomes)] if made.becomes else []),
         (
             "heads",
             f"{layout(made.layout_before)} -> {layout(made.layout_after)}"
@@ -97,6 +98,7 @@ def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
         (
             "tensors",
             f"{made.merged_tensors} merged, {made.copied_tensors} copied as they are"
+            + (f", {made.rewritten_tensors} rewritten" if made.rewritten_tensors else "")
             + (f", {made.solved_tensors} q, k, v, o tensors solved layer by layer" if made.solved_tensors else "")
             + (f", {made.dropped_tensors} dropped" if made.dropped_tensors else ""),
         ),
@@ -135,6 +137,7 @@ def show_inspection(found: Inspection) -> None:
     """Print what a checkpoint is."""
     rows = [
         ("model", f"{found.model_type} ({found.class_name})"),
+        *([("becomes", found.becomes)] if found.becomes else []),
         ("heads", layout(found.layout)),
         ("parameters", f"{found.parameters:,}"),
         ("weights", size(found.bytes)),

@@ -60,6 +60,7 @@ def convert(
     method: str = "mean",
     seed: int = 0,
     recipe: Recipe | None = None,
+    route: str = "auto",
     verify: str = "structure",
     force: bool = False,
     work: str | Path | None = None,
@@ -79,6 +80,7 @@ def convert(
         method: a merge method by name.
         seed: for methods that draw random numbers.
         recipe: all choices about the merge at once, instead of `method` and `seed`.
+        route: `native`, `remote-code` or `auto`; see `gqa_convert.planning.plan`.
         verify: `none`, `structure` (keys and shapes against the target model) or `logits` (run both models).
         force: replace an earlier conversion at `out`.
         work: folder for the solved layers of a recipe that solves any, kept for reuse; by default one beside `out`,
@@ -101,6 +103,7 @@ def convert(
         method=method,
         seed=seed,
         recipe=recipe,
+        route=route,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
@@ -193,6 +196,8 @@ def _write_weights(
                 shape = merge.target_shape if merge else info.shape
                 made_there = partial(_solved_tensor, solved, names[key], info.dtype)
                 targets.append(TargetTensor(key=key, dtype=info.dtype, shape=shape, produce=made_there))
+            elif merge is None and info.load is not None:
+                targets.append(TargetTensor(key=key, dtype=info.dtype, shape=info.shape, produce=info.load))
             elif merge is None:
                 targets.append(TargetTensor.copy_of(info))
             else:
@@ -246,7 +251,7 @@ def _write_config(made: ConvertPlan, folder: Path) -> None:
 def provenance(made: ConvertPlan, solved: SolvedLayers | None = None) -> dict[str, Any]:
     """What `gqa_convert.json` says: the source's identity, the recipe, the layouts, and the versions at work."""
     described = made.to_json()
-    kept = ["model_type", "class", "method", "seed", "recipe", "before", "after", "config_edits"]
+    kept = ["model_type", "class", "route", "becomes", "method", "seed", "recipe", "before", "after", "config_edits"]
     kept += ["cross_groups"] if described["cross_groups"] is not None else []
     return {
         "format": 1,

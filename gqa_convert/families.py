@@ -13,6 +13,7 @@ from typing import Any
 
 from gqa_convert.anatomy import special, transformers_api
 from gqa_convert.modeling import shipping
+from gqa_convert.modeling.transpile.rule import rules_for
 
 RECORD = "record.json"
 
@@ -55,20 +56,35 @@ def families() -> tuple[Family, ...]:
 
 def _family(model_type: str, result: dict[str, Any] | None, made_with: str) -> Family:
     refused = special.refused_families().get(model_type)
-    if refused is not None:
+    if refused is not None and not rules_for(model_type):
         status = "nested" if refused[0] == "N" else "refused"
         return Family(model_type=model_type, kind=refused[0], status=status, reason=refused[1])
-    kind = "C" if shipping.ships(model_type) else "B" if model_type in special.FUSED_LAYOUTS else "A"
+    without_setting = shipping.ships(model_type) or rules_for(model_type)
+    kind = "C" if without_setting else "B" if model_type in special.FUSED_LAYOUTS else "A"
     if result is None:
         return Family(model_type=model_type, kind=kind, status="untried", reason="not in the recorded run")
     if result.get("proven"):
-        note = (
-            special.ONLY_MQA.get(model_type, "") or special.ONLY_EVEN.get(model_type, "") or _shipped_note(model_type)
-        )
+        note = special.ONLY_MQA.get(model_type, "") or special.ONLY_EVEN.get(model_type, "") or _route_note(model_type)
         return Family(
             model_type=model_type, kind=kind, status="proven", reason=note or f"contract held with {made_with}"
         )
     return Family(model_type=model_type, kind=kind, status="unproven", reason=str(result.get("reason", "")))
+
+
+def _route_note(model_type: str) -> str:
+    """How a family without a setting converts: as another stock family, with shipped code, or either."""
+    return "; else ".join(note for note in (_transpiled_note(model_type), _shipped_note(model_type)) if note)
+
+
+def _transpiled_note(model_type: str) -> str:
+    rules = rules_for(model_type)
+    if not rules:
+        return ""
+    counts = sorted({groups for rule in rules for groups in rule.only_groups or ()})
+    targets = " or ".join(dict.fromkeys(rule.target for rule in rules))
+    return f"written as {targets}, no remote code" + (
+        f" (only --groups {', '.join(map(str, counts))})" if counts else ""
+    )
 
 
 def _shipped_note(model_type: str) -> str:

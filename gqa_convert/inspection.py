@@ -12,6 +12,7 @@ from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import GQAConvertError, VerificationError
 from gqa_convert.heads import HeadLayout
 from gqa_convert.planning import plan
+from gqa_convert.routes import recorded_route, routed
 from gqa_convert.verify import compare_weights, read_provenance, verify_logits, verify_structure
 
 
@@ -19,7 +20,8 @@ from gqa_convert.verify import compare_weights, read_provenance, verify_logits, 
 class Inspection:
     """A checkpoint's head layout and what each legal group count would cost.
 
-    `cache` holds (groups, KV-cache bytes per token or None where refused, the reason of a refusal).
+    `becomes` says what converting writes, and why, where that is of another family. `cache` holds (groups, KV-cache
+    bytes per token or None where refused, the reason of a refusal).
     """
 
     source: Path
@@ -30,6 +32,7 @@ class Inspection:
     bytes: int
     cache: tuple[tuple[int, int | None, str], ...]
     converted_from: str
+    becomes: str = ""
 
     @property
     def legal_groups(self) -> tuple[int, ...]:
@@ -42,6 +45,7 @@ class Inspection:
             "source": str(self.source),
             "model_type": self.model_type,
             "class": self.class_name,
+            "becomes": self.becomes,
             "kind": self.layout.kind,
             "query_heads": self.layout.num_query_heads,
             "kv_heads": self.layout.num_kv_heads,
@@ -62,8 +66,8 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, revision: str
         GQAConvertError: if it cannot be read, or is of a family that has no KV heads to merge.
     """
     folder = resolve_model(str(model), revision=revision)
-    checkpoint = Checkpoint.open(folder)
-    _, fields = read_fields(checkpoint, trust_remote_code=trust_remote_code)
+    way = routed(Checkpoint.open(folder), trust_remote_code=trust_remote_code)
+    _, fields = read_fields(way.checkpoint, trust_remote_code=trust_remote_code)
     made = plan(folder, groups=fields[0].kv_heads, trust_remote_code=trust_remote_code)
     cache: list[tuple[int, int | None, str]] = []
     for groups in made.layout_before.legal_groups:
@@ -81,6 +85,7 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, revision: str
         parameters=made.parameters_in,
         bytes=made.bytes_in,
         cache=tuple(cache),
+        becomes=way.becomes,
         converted_from=" ".join(str(value) for value in tool.values()),
     )
 
@@ -110,6 +115,7 @@ def verify_pair(
         out=converted,
         method=conversion.get("method", "mean"),
         seed=conversion.get("seed", 0),
+        route=recorded_route(conversion),
         trust_remote_code=trust_remote_code,
     )
     checks = verify_structure(made, converted, trust_remote_code=trust_remote_code)

@@ -14,14 +14,20 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.heads import HeadLayout
+from gqa_convert.modeling.transpile.view import computed_keys, computing_bytes
 from gqa_convert.recipe import Recipe
+from gqa_convert.routes import SETTING, Routed, routed
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertPlan:
-    """What `execute` will do. Plain values but for `checkpoint` and `anatomy`, which carry what executing needs."""
+    """What `execute` will do. Plain values but for `checkpoint` and `anatomy`, which carry what executing needs.
+
+    `model_type` and `class_name` are the source's; `becomes` says what is written instead, and why, where that is of
+    another family.
+    """
 
     source: Path
     target: Path
@@ -32,6 +38,7 @@ class ConvertPlan:
     layout_after: HeadLayout
     merged_tensors: int
     copied_tensors: int
+    rewritten_tensors: int
     dropped_tensors: int
     config_edits: dict[str, Any]
     side_files: tuple[str, ...]
@@ -43,6 +50,8 @@ class ConvertPlan:
     kv_cache_bytes_per_token_after: int
     working_bytes: int
     notes: tuple[str, ...]
+    route: str = SETTING
+    becomes: str = ""
     checkpoint: Checkpoint = field(repr=False, compare=False)
     anatomy: Anatomy = field(repr=False, compare=False)
     blocks: BlockPlan | None = field(repr=False, compare=False)
@@ -88,6 +97,8 @@ class ConvertPlan:
             "target": str(self.target),
             "model_type": self.model_type,
             "class": self.class_name,
+            "route": self.route,
+            "becomes": self.becomes,
             "method": self.method,
             "seed": self.seed,
             "recipe": self.recipe.to_json(),
@@ -97,6 +108,7 @@ class ConvertPlan:
             "merged_tensors": self.merged_tensors,
             "solved_tensors": self.solved_tensors,
             "copied_tensors": self.copied_tensors,
+            "rewritten_tensors": self.rewritten_tensors,
             "dropped_tensors": self.dropped_tensors,
             "config_edits": self.config_edits,
             "side_files": list(self.side_files),
@@ -131,6 +143,7 @@ def plan(
     method: str = "mean",
     seed: int = 0,
     recipe: Recipe | None = None,
+    route: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> ConvertPlan:
@@ -144,6 +157,8 @@ def plan(
         method: a merge method by name; see `gqa_convert.merge.registry.all_methods`.
         seed: for methods that draw random numbers.
         recipe: all choices about the merge at once, instead of `method` and `seed`.
+        route: for families without a setting for KV heads: `native` (as another stock family), `remote-code`, or
+            `auto`, which is native where that is exact for these groups.
         trust_remote_code: allow the model's own Python code to run.
         revision: a branch, tag or commit of a hub id.
 
@@ -154,9 +169,9 @@ def plan(
     if groups < 1:
         raise UsageError(f"--groups {groups}: at least one KV head is needed; 1 is multi-query attention.")
     folder = resolve_model(str(source), revision=revision)
-    checkpoint = Checkpoint.open(folder)
-    anatomy = dissect(checkpoint, groups, cross_groups=cross_groups, trust_remote_code=trust_remote_code)
-    return _assemble(checkpoint, anatomy, _target(source, folder, groups, out), chosen, trust_remote_code)
+    way = routed(Checkpoint.open(folder), groups=groups, route=route, trust_remote_code=trust_remote_code)
+    anatomy = dissect(way.checkpoint, groups, cross_groups=cross_groups, trust_remote_code=trust_remote_code)
+    return _assemble(way, anatomy, _target(source, folder, groups, out), chosen, trust_remote_code)
 
 
 def _target(source: str | Path, folder: Path, groups: int, out: str | Path | None) -> Path:
@@ -170,15 +185,16 @@ def _target(source: str | Path, folder: Path, groups: int, out: str | Path | Non
     return Path(re.sub(r".*/", "", str(source)) + f"-gqa{groups}").absolute()
 
 
-def _assemble(
-    checkpoint: Checkpoint, anatomy: Anatomy, target: Path, recipe: Recipe, trust_remote_code: bool
-) -> ConvertPlan:
+def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, trust_remote_code: bool) -> ConvertPlan:
+    checkpoint = way.checkpoint
+    stored = checkpoint.stored or checkpoint
     blocks = plan_blocks(checkpoint, anatomy, recipe)
     solved = blocks.raw_keys if blocks else frozenset()
     recipe = blocks.recipe if blocks else recipe
     tensors = checkpoint.tensors
     by_key = {merge.key: merge for merge in anatomy.merges}
     dropped = set(anatomy.dropped)
+    kept, rewritten = tensors.keys() - by_key.keys() - dropped - solved, computed_keys(checkpoint)
     bytes_out = parameters_out = 0
     for key, info in tensors.items():
         if key in dropped:
@@ -195,8 +211,8 @@ def _assemble(
     return ConvertPlan(
         source=checkpoint.folder,
         target=target,
-        model_type=anatomy.model_type,
-        class_name=anatomy.class_name,
+        model_type=way.model_type,
+        class_name=way.class_name or anatomy.class_name,
         recipe=recipe,
         layout_before=HeadLayout(
             num_query_heads=main.query_heads, num_kv_heads=main.kv_heads, head_dim=anatomy.head_dim
@@ -205,18 +221,26 @@ def _assemble(
             num_query_heads=main.query_heads, num_kv_heads=anatomy.groups, head_dim=anatomy.head_dim
         ),
         merged_tensors=len(by_key.keys() - solved),
-        copied_tensors=len(tensors.keys() - by_key.keys() - dropped - solved),
+        copied_tensors=len(kept - rewritten),
+        rewritten_tensors=len(kept & rewritten),
         dropped_tensors=len(dropped),
         config_edits={".".join(path): value for path, value in anatomy.edits.items()},
         side_files=tuple(str(path) for path in checkpoint.side_files) + tuple(file.name for file in anatomy.files),
-        bytes_in=checkpoint.total_bytes,
+        bytes_in=stored.total_bytes,
         bytes_out=bytes_out,
-        parameters_in=sum(_numel(info.shape) for info in tensors.values()),
+        parameters_in=sum(_numel(info.shape) for info in stored.tensors.values()),
         parameters_out=parameters_out,
         kv_cache_bytes_per_token_before=before,
         kv_cache_bytes_per_token_after=after,
-        working_bytes=max((_working_bytes(checkpoint, merge) for merge in anatomy.merges), default=0),
-        notes=anatomy.notes + _code_notes(anatomy) + _field_notes(anatomy) + (blocks.notes() if blocks else ()),
+        working_bytes=max((_working_bytes(checkpoint, merge) for merge in anatomy.merges), default=0)
+        + computing_bytes(checkpoint),
+        route=way.route,
+        becomes=way.becomes,
+        notes=way.notes
+        + anatomy.notes
+        + _code_notes(anatomy)
+        + _field_notes(anatomy)
+        + (blocks.notes() if blocks else ()),
         checkpoint=checkpoint,
         anatomy=anatomy,
         blocks=blocks,
@@ -276,7 +300,7 @@ def _field_notes(anatomy: Anatomy) -> tuple[str, ...]:
 
 def legal_groups(source: str | Path, *, trust_remote_code: bool = False) -> tuple[int, ...]:
     """Return the KV-head counts a checkpoint's configuration allows, ascending."""
-    checkpoint = Checkpoint.open(resolve_model(str(source)))
-    _, fields = read_fields(checkpoint, trust_remote_code=trust_remote_code)
+    way = routed(Checkpoint.open(resolve_model(str(source))), trust_remote_code=trust_remote_code)
+    _, fields = read_fields(way.checkpoint, trust_remote_code=trust_remote_code)
     main = fields[0]
     return HeadLayout(num_query_heads=main.query_heads, num_kv_heads=main.kv_heads, head_dim=1).legal_groups

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from gqa_convert.anatomy import transformers_api
 from gqa_convert.anatomy.anatomy import check_target
 from gqa_convert.anatomy.kv_fields import get_path
+from gqa_convert.calibrate.weights import whole_model
 from gqa_convert.checkpoint.dtypes import torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_heads
 from gqa_convert.merge.registry import get_method
 from gqa_convert.merging import merged_tensor, one_thread
+from gqa_convert.verify_transpiling import LOGIT_TOLERANCE, verify_transpiling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from gqa_convert.anatomy.shapes import ShapeDifference
     from gqa_convert.planning import ConvertPlan
 
-LOGIT_TOLERANCE = 1e-4
-"""Largest accepted logit difference, as a share of the largest logit."""
 MEAN_TOLERANCE = 10 * LOGIT_TOLERANCE
 """The same where means are taken anew: another order of summing may round to the other neighbour in half precision."""
 
@@ -57,6 +57,9 @@ def verify_structure(made: ConvertPlan, folder: Path, *, trust_remote_code: bool
     """Check configuration, keys, shapes and dtypes without reading a weight. See `verify_output`."""
     written = Checkpoint.open(folder)
     config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
+    expected = made.anatomy.target_config.model_type
+    if config.model_type != expected:
+        raise VerificationError(f"{folder / 'config.json'}: model_type is {config.model_type}, not {expected}.")
     for kv_field in made.anatomy.changed_fields:
         value = get_path(config, kv_field.path)
         wanted = kv_field.wanted(made.groups)
@@ -76,9 +79,10 @@ def verify_structure(made: ConvertPlan, folder: Path, *, trust_remote_code: bool
 
 def verify_logits(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Run both models in float32 and compare. Both are held in memory. See the module's docstring."""
-    source = _load(made.anatomy.config, made.source, trust_remote_code)
     converted = _load(made.anatomy.target_config, folder, trust_remote_code)
     inputs = _token_inputs(converted)
+    checks = verify_transpiling(made.checkpoint, made.anatomy, inputs) if made.checkpoint.stored else {}
+    source = _source_model(made, trust_remote_code)
     seen = _logits(made, converted, inputs)
     scale = max(float(seen.abs().max()), 1e-30)
     replaced = [(source.state_dict(), LOGIT_TOLERANCE, "the source")]
@@ -94,7 +98,17 @@ def verify_logits(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = 
         worst = float((_logits(made, source, inputs) - seen).abs().max())
         if not worst <= tolerance * scale:
             raise VerificationError(f"{folder}: logits differ by {worst:.3g} at scale {scale:.3g} from {what}.")
-    return {"logit_difference": worst, "logit_scale": scale}
+    return {"logit_difference": worst, "logit_scale": scale, **checks}
+
+
+def _source_model(made: ConvertPlan, trust_remote_code: bool) -> Any:
+    """The source in float32: as it is stored, or as the model of another family that it is converted as."""
+    import torch
+
+    if made.checkpoint.stored is None:
+        return _load(made.anatomy.config, made.source, trust_remote_code)
+    cls = transformers_api.model_class(made.anatomy.config)
+    return whole_model(made.checkpoint, cls, made.anatomy.config, dtype=torch.float32)
 
 
 def _logits(made: ConvertPlan, model: Any, inputs: dict[str, Tensor]) -> Tensor:

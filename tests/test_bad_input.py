@@ -202,7 +202,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = 
         UNSUPPORTED,
         ("--trust-remote-code",),
     ),
-    "no KV-head setting": (config_of(model_type="gpt2", architectures=["GPT2LMHeadModel"]), UNSUPPORTED, ("gpt2",)),
+    "no KV-head setting": (config_of(model_type="bloom", architectures=["BloomForCausalLM"]), UNSUPPORTED, ("bloom",)),
     "latent attention": (
         config_of(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"]),
         UNSUPPORTED,

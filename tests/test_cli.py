@@ -99,6 +99,10 @@ def test_families(command: Command) -> None:
     assert found["phi3"]["kind"] == "B"
     assert (found["bloom"]["kind"], found["bloom"]["status"]) == ("C", "refused")
     assert (found["t5"]["kind"], found["t5"]["status"]) == ("C", "proven")
+    assert (found["gpt2"]["kind"], found["gpt2"]["status"]) == ("C", "proven")
+    assert "only --groups 1" in found["gpt2"]["reason"]
+    assert "modeling_gqa.py" in found["gpt2"]["reason"]
+    assert found["gpt_neox"]["reason"] == "written as phi or nemotron, no remote code"
     assert (found["mamba"]["kind"], found["mamba"]["status"]) == ("D", "refused")
 
 

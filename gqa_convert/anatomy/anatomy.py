@@ -50,7 +50,7 @@ def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> t
     Raises:
         UnsupportedModelError: if the family has no KV heads to merge or no setting for their number.
     """
-    config = transformers_api.load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    config = transformers_api.checkpoint_config(checkpoint, trust_remote_code=trust_remote_code)
     model_type = str(getattr(config, "model_type", ""))
     kind, reason = special.refused_families().get(model_type, ("", ""))
     if kind in ("C", "D"):

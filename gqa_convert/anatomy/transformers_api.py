@@ -20,6 +20,8 @@ from gqa_convert.modeling import shipping
 if TYPE_CHECKING:
     from torch import nn
 
+    from gqa_convert.checkpoint.reader import Checkpoint
+
 # The Auto mappings whose models decode with a KV cache, in the order in which a missing `architectures` is resolved.
 MODEL_MAPPINGS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -71,6 +73,19 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         raise _config_error(folder, error) from error
+
+
+def checkpoint_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint: as `load_config` reads it, or that of a view in another family's terms.
+
+    Raises:
+        GQAConvertError: as `load_config`.
+    """
+    if checkpoint.stored is None:
+        return load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    from transformers import AutoConfig
+
+    return config_from_dict(AutoConfig.for_model(checkpoint.config["model_type"]), checkpoint.config)
 
 
 def _config_error(folder: Path, error: Exception) -> CheckpointError | UnsupportedModelError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy import transformers_api
 from gqa_convert.calibrate.stream import LayerStream, Parts
-from gqa_convert.calibrate.weights import PartialModel, layer_paths, move_buffers
+from gqa_convert.calibrate.weights import PartialModel, layer_paths, move_buffers, whole_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError
 
@@ -25,12 +25,8 @@ class WholeModel:
     """A model that is in memory as a whole, with the interface of `PartialModel`."""
 
     def __init__(self, checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype) -> None:
-        with transformers_api.quiet():
-            model, info = cls.from_pretrained(  # type: ignore[attr-defined]
-                checkpoint.folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
-            )
-        if info.get("mismatched_keys"):
-            raise CheckpointError(f"{checkpoint.folder}: loading reports {sorted(info['mismatched_keys'])[:3]}.")
+        read = _loaded if checkpoint.stored is None else whole_model
+        model = read(checkpoint, cls, config, dtype=dtype)
         self.model: Any = model.eval().requires_grad_(False)
         self.layers = layer_paths(model)
 
@@ -43,6 +39,16 @@ class WholeModel:
         """Bring a layer back to the CPU."""
         module: nn.Module = self.model.get_submodule(path).to("cpu")
         move_buffers(module, "cpu")
+
+
+def _loaded(checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype) -> Any:
+    with transformers_api.quiet():
+        model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+            checkpoint.folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    if info.get("mismatched_keys"):
+        raise CheckpointError(f"{checkpoint.folder}: loading reports {sorted(info['mismatched_keys'])[:3]}.")
+    return model
 
 
 def open_parts(

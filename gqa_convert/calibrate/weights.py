@@ -165,6 +165,18 @@ class PartialModel:
         return any(re.search(pattern, name) for pattern in patterns)
 
 
+def whole_model(checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype) -> Any:
+    """Return a model with all its parts filled; unlike `from_pretrained`, this also reads views of checkpoints.
+
+    Raises:
+        CheckpointError: if the checkpoint lacks a tensor that the model needs.
+    """
+    parts = PartialModel(checkpoint, cls, config, dtype=dtype)
+    for path in parts.layers:
+        parts.load(path)
+    return parts.model
+
+
 def set_parameter(model: Any, name: str, value: Tensor) -> None:
     """Put a tensor in the place of the parameter or buffer `name`, sharing its memory."""
     from torch import nn

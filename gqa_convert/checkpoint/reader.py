@@ -61,6 +61,7 @@ class Checkpoint:
         side_files: files to carry into a copy (tokenizer, chat template, remote code, ...), relative to `folder`.
         left_files: files a copy leaves behind (other weights, training state), relative to `folder`.
         provenance: the folder's gqa_convert.json if it was itself converted.
+        stored: None for a checkpoint as it lies in its folder; for a view of it in another family's terms, that one.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class Checkpoint:
     side_files: tuple[Path, ...]
     left_files: tuple[Path, ...]
     provenance: dict[str, Any] | None
+    stored: Checkpoint | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:

@@ -16,6 +16,7 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
 from gqa_convert.evaluate.text import DEMO
+from gqa_convert.routes import routed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,7 +56,9 @@ def subject(model: str, *, trust_remote_code: bool = False) -> Subject:
         folder = CHECKPOINT
     else:
         folder = resolve_model(model)
-    config, fields = read_fields(Checkpoint.open(folder), trust_remote_code=trust_remote_code)
+    way = routed(Checkpoint.open(folder), trust_remote_code=trust_remote_code)
+    _, fields = read_fields(way.checkpoint, trust_remote_code=trust_remote_code)
+    config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
     name = DEMO if model == DEMO else folder.resolve().name
     return Subject(
         name=name, folder=folder, config=config, query_heads=fields[0].query_heads, kv_heads=fields[0].kv_heads

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 
+from gqa_convert.anatomy.transformers_api import model_class
+from gqa_convert.calibrate.weights import whole_model
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, make_task
 from gqa_convert.evaluate.intervals import mean_per_token
 from gqa_convert.evaluate.scoring import score
-from gqa_convert.planning import plan
+from gqa_convert.planning import ConvertPlan, plan
+from gqa_convert.routes import recorded_route
+from gqa_convert.verify import read_provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +63,10 @@ def layer_costs(
     trust = settings.trust_remote_code
     first, second = (models.subject(str(m), trust_remote_code=trust) for m in (base, converted))
     task = make_task(first, models.load_tokenizer(first, trust_remote_code=trust), settings)
-    original = models.load(first, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
-    layers = _changed_by_layer(first, second, original, settings)
+    route = recorded_route(read_provenance(second.folder).get("conversion", {}))
+    made = plan(first.folder, groups=second.kv_heads, route=route, trust_remote_code=trust)
+    original = _original(made, first, settings)
+    layers = _changed_by_layer(made, second, original, settings)
     if on_total is not None:
         on_total(len(layers))
     sums, _, _ = score(original, None, task.examples, batch_size=settings.batch_size)
@@ -78,14 +84,24 @@ def layer_costs(
     return costs
 
 
+def _original(made: ConvertPlan, first: models.Subject, settings: EvalSettings) -> Any:
+    """The original, as a model of the family that it was converted as."""
+    if made.checkpoint.stored is None:
+        trust = settings.trust_remote_code
+        return models.load(first, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
+    config = made.anatomy.config
+    dtype = models.DTYPES.get(settings.dtype, torch.float32)
+    model = whole_model(made.checkpoint, model_class(config), config, dtype=dtype)
+    return model.to(models.pick_device(settings.device))
+
+
 def _changed_by_layer(
-    first: models.Subject, second: models.Subject, original: Any, settings: EvalSettings
+    made: ConvertPlan, second: models.Subject, original: Any, settings: EvalSettings
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The converted weights in the original's shapes, only those that differ, by layer."""
     trust = settings.trust_remote_code
-    made = plan(first.folder, groups=second.kv_heads, trust_remote_code=trust)
     if made.anatomy.difference is None:
-        raise UnsupportedModelError(f"{second.name}: has as many KV heads as {first.name}; no layer was converted.")
+        raise UnsupportedModelError(f"{second.name}: has as many KV heads as the original; no layer was converted.")
     converted = models.load(second, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
     expanded = made.anatomy.difference.expand(converted.state_dict())
     state = original.state_dict()

@@ -23,6 +23,7 @@ from gqa_convert.merge.moments import block_moments
 from gqa_convert.merge.options import MergeOptions
 from gqa_convert.merge.registry import get_method
 from gqa_convert.recipe import Recipe
+from gqa_convert.routes import routed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +56,7 @@ def head_similarity(folder: Path, groups: int, *, trust_remote_code: bool = Fals
         UnsupportedModelError: if the architecture's heads cannot be aligned.
         UsageError: if `groups` does not divide the KV heads.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = routed(Checkpoint.open(folder), groups=groups, trust_remote_code=trust_remote_code).checkpoint
     anatomy = dissect(checkpoint, groups, trust_remote_code=trust_remote_code)
     made = plan_blocks(checkpoint, anatomy, Recipe(method="aligned"))
     if made is None or anatomy.difference is None:

@@ -11,52 +11,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.special import refused_families
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.modeling import shipping
+from gqa_convert.modeling.transpile.rule import rules_for
 from gqa_convert.proof.files import read_tensors, same_bits
-from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
+from gqa_convert.proof.forward import cache_head_counts, cached_logits, logits
 from gqa_convert.proof.kv_axes import KVAxes
 from gqa_convert.proof.model import text_inputs, tiny_model
 from gqa_convert.proof.overrides import KV_HEADS, SIDE_FILES, TOWERS
+from gqa_convert.proof.records import SAME_DECODE, SAME_FUNCTION, Broken, Record
 from gqa_convert.proof.shipped import eager_logits, leave_inputs
 from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.proof.transpiled import prove_transpiling
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SAME_FUNCTION = 1e-5  # largest difference of logits, as a share of their scale, that is float32 rounding
-SAME_DECODE = 1e-4  # state-space layers round more between their parallel and their step-by-step form
-
-
-@dataclass
-class Record:
-    """What the contract found for one family.
-
-    `proven` if every check held, `refused` if the converter declines the family on purpose; `reason` says why not.
-    `note` says what of the family was replaced to build it.
-    """
-
-    model_type: str
-    proven: bool = False
-    refused: bool = False
-    checks: dict[str, bool] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
-    reason: str = ""
-    note: str = ""
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as JSON values."""
-        return asdict(self)
-
-
-class Broken(Exception):
-    """A check did not hold."""
 
 
 def prove(model_type: str, folder: Path, *, changes: dict[str, Any] | None = None) -> Record:
@@ -68,22 +41,32 @@ def prove(model_type: str, folder: Path, *, changes: dict[str, Any] | None = Non
     record = Record(model_type)
     started = time.perf_counter()
     try:
-        contract = _Contract(model_type, folder, changes or {}, record)
-        if model_type in refused_families():
-            contract.refusal()
-            record.refused = True
-        else:
-            contract.run()
-            if shipping.ships(model_type):
-                contract.eager_same_logits()
-                leave_inputs(folder / "converted", contract.inputs, contract.saved)
-            record.proven = all(record.checks.values())
+        _prove(record, folder, changes or {})
     except Broken as error:
         record.reason = str(error)
     except Exception as error:  # whatever a family's own code raises is a finding, not a fault of the run
         record.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    record.seconds = round(time.perf_counter() - started, 2)
+    finally:
+        record.seconds = round(time.perf_counter() - started, 2)
     return record
+
+
+def _prove(record: Record, folder: Path, changes: dict[str, Any]) -> None:
+    ships = shipping.ships(record.model_type)
+    if rules_for(record.model_type):
+        prove_transpiling(record, folder / "transpiled", changes)
+        if not ships:
+            return
+    contract = _Contract(record.model_type, folder, changes, record)
+    if record.model_type in refused_families():
+        contract.refusal()
+        record.refused = True
+        return
+    contract.run()
+    if ships:
+        contract.eager_same_logits()
+        leave_inputs(folder / "converted", contract.inputs, contract.saved)
+    record.proven = all(record.checks.values())
 
 
 class _Contract:
@@ -93,6 +76,9 @@ class _Contract:
         self.folder = folder
         self.record = record
         self.heads, self.groups = KV_HEADS.get(model_type, (8, 2))
+
+        # A family that can also be written as another one is shown here the way of its own code.
+        self.route: dict[str, Any] = {"route": "remote-code"} if shipping.ships(model_type) else {}
 
         if model_type in TOWERS:
             record.note = "with another vision tower, as its own needs a package that is not a dependency"
@@ -151,20 +137,12 @@ class _Contract:
         self.check("refused_writes_nothing", not (self.folder / "converted").exists(), "a folder was left behind")
 
     def check(self, name: str, held: bool, otherwise: str) -> None:
-        """Note a check.
-
-        Raises:
-            Broken: with `otherwise`, if it did not hold.
-        """
-        self.record.checks[name] = held and self.record.checks.get(name, True)
-        if not held:
-            raise Broken(f"{name}: {otherwise}")
+        """Note a check; see `Record.check`."""
+        self.record.check(name, held, otherwise)
 
     def close(self, name: str, a: Tensor, b: Tensor, bound: float) -> None:
-        """Check that two results agree within `bound` of their scale."""
-        found = difference(a, b)
-        self.record.numbers[name] = max(float(f"{found:.1e}"), self.record.numbers.get(name, 0.0))
-        self.check(name, found <= bound, f"differs by {found:.1e} of scale")
+        """Check that two results agree; see `Record.close`."""
+        self.record.close(name, a, b, bound)
 
     def same_function(self) -> None:
         """The model with repeated heads is the GQA model, and the GQA model's cache is the smaller."""
@@ -188,7 +166,7 @@ class _Contract:
         from gqa_convert import convert
 
         out = self.folder / "converted"
-        convert(self.folder / "mha", groups=self.groups, out=out)
+        convert(self.folder / "mha", groups=self.groups, out=out, **self.route)
         expected, found = read_tensors(self.folder / "gqa"), read_tensors(out)
         self.check("same_keys", expected.keys() == found.keys(), _first(expected.keys() ^ found.keys()))
         unlike = [key for key, tensor in expected.items() if not same_bits(tensor, found[key])]
@@ -221,7 +199,7 @@ class _Contract:
         from gqa_convert import convert
 
         out = self.folder / "identity"
-        convert(self.folder / "mha", groups=self.heads, out=out)
+        convert(self.folder / "mha", groups=self.heads, out=out, **self.route)
         for source in sorted((self.folder / "mha").glob("*.safetensors")):
             same = source.read_bytes() == (out / source.name).read_bytes()
             self.check("groups_equal_heads_identical", same, source.name)
@@ -231,7 +209,7 @@ class _Contract:
         from gqa_convert import convert
 
         out = self.folder / "averaged"
-        result = convert(self.folder / "untied", groups=self.groups, out=out)
+        result = convert(self.folder / "untied", groups=self.groups, out=out, **self.route)
         merged = {merge.key for merge in result.plan.anatomy.merges}
         before, after = read_tensors(self.folder / "untied"), read_tensors(out)
         unlike = [key for key in after if key not in merged and not same_bits(before[key], after[key])]

@@ -90,6 +90,9 @@ SHRUNK: dict[str, dict[str, Any]] = {
         "time_step_min": 1e-6,
         "mamba_headdim": lambda sizes: sizes.hidden // 4,
     },
+    # part of a head, not of the default's
+    "codegen": {"rotary_dim": lambda sizes: sizes.head_dim // 2},
+    "gptj": {"rotary_dim": lambda sizes: sizes.head_dim // 2},
     # products that must come out right
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
     "mamba2": {"num_heads": 16, "head_dim": 8},

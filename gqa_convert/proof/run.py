@@ -21,8 +21,10 @@ from typing import Annotated, Any
 
 import typer
 
+from gqa_convert.errors import UsageError
 from gqa_convert.modeling import shipping
-from gqa_convert.proof.contract import Record, prove
+from gqa_convert.proof.contract import prove
+from gqa_convert.proof.records import Record
 from gqa_convert.proof.shipped import meet_strangers
 from gqa_convert.proof.survey import survey_model_types
 
@@ -32,7 +34,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     out: Annotated[
-        Path | None, typer.Option(help="JSON file to write; without it the results are only printed.")
+        Path | None, typer.Option(help="JSON file to write, or to bring up to date for the named families.")
     ] = None,
     families: Annotated[list[str] | None, typer.Argument(help="Model types; all of them if none is named.")] = None,
     jobs: Annotated[int, typer.Option(help="Families to run at a time.")] = 2,
@@ -49,13 +51,33 @@ def main(
         f"{len(records) - proven - refused} not proven, in {time.perf_counter() - started:.0f} s"
     )
     if out is not None:
-        out.write_text(json.dumps(document(records), indent=1) + "\n", encoding="utf-8")
+        kept = _kept(out, records) if families else []
+        out.write_text(json.dumps(document(records + kept), indent=1) + "\n", encoding="utf-8")
+
+
+def _kept(out: Path, records: list[Record]) -> list[Record]:
+    """The records of an earlier run of the same versions that this run of named families does not replace.
+
+    Raises:
+        UsageError: if that run was made with other versions, so that its records are no longer true.
+    """
+    if not out.exists():
+        return []
+    found = json.loads(out.read_text(encoding="utf-8"))
+    if found["versions"] != _versions():
+        raise UsageError(f"{out}: was recorded with {found['versions']}. Run all families again.")
+    new = {record.model_type for record in records}
+    return [Record(**entry) for entry in found["families"] if entry["model_type"] not in new]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers")}
 
 
 def document(records: list[Record]) -> dict[str, Any]:
     """Return the JSON of a run: the versions it holds for, counts, and a record for each family."""
     return {
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "versions": _versions(),
         "counts": {
             "model_types": len(records),
             "proven": sum(record.proven for record in records),

@@ -110,7 +110,7 @@ def similarity(axes: Any, run: Run) -> bool:
     axes.set_xlabel(f"layer (groups of adjacent heads, {run.similarity['groups']} KV heads)")
     axes.set_ylabel("cosine of heads in a group")
     axes.set_xticks(_ticks(len(found)))
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return True
 
 

@@ -10,7 +10,8 @@ import torch
 
 import gqa_convert
 from gqa_convert.anatomy.special import refused_families
-from gqa_convert.proof.contract import Record, prove
+from gqa_convert.proof.contract import prove
+from gqa_convert.proof.records import Record
 from gqa_convert.proof.survey import survey_model_types
 
 # One of each way in which families lay out keys and values, configs and checkpoint keys.
@@ -40,6 +41,11 @@ SPREAD = {
     "gemma4_text": {},  # head_dim differs by layer
     "inkling2_text": {},  # convolutions over keys and values
     "mixtral": {},  # experts that loading stacks
+    "gpt_neox": {},  # written as another family, as are the others below
+    "gptj": {},
+    "codegen": {},
+    "gpt2": {},
+    "opt": {},
 }
 
 
@@ -88,6 +94,22 @@ def test_a_converter_that_leaves_the_config_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr(gqa_convert, "convert", forgetful, raising=False)
     record = prove("llama", tmp_path)
     assert record.reason == "config_same: num_key_value_heads (1 in all)"
+
+
+@pytest.mark.parametrize("which", ["per_head", "fold_scale", "halves_first"])
+def test_a_rule_that_misplaces_rows_or_scales_is_caught(which, tmp_path, monkeypatch):
+    from gqa_convert.modeling.transpile.rules import gpt_neox_parallel, gptj
+
+    family, module = ("gptj", gptj) if which == "halves_first" else ("gpt_neox", gpt_neox_parallel)
+    wrong = {
+        "per_head": lambda x, heads, part: x.chunk(3)[part],
+        "fold_scale": lambda weight, scale: weight,
+        "halves_first": lambda x, heads, rotary: x,
+    }
+    monkeypatch.setattr(module, which, wrong[which])
+    record = prove(family, tmp_path)
+    assert not record.proven
+    assert record.reason.startswith("groups_equal_heads_same_logits: differs by")
 
 
 @pytest.mark.slow

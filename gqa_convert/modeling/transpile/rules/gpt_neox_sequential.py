@@ -1,0 +1,108 @@
+"""GPT-NeoX with a sequential residual (`use_parallel_residual: false`, RedPajama-INCITE) as Nemotron.
+
+Nemotron's LayerNorm multiplies by one plus its weight, so the stored weight is one less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.modeling.transpile.configs import common, rotary
+from gqa_convert.modeling.transpile.rule import Part, Rule, Source, copy, register
+from gqa_convert.modeling.transpile.tensors import per_head, rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def _config(source: Source) -> dict[str, Any]:
+    config = source.config
+    return {
+        **common(source, model_type="nemotron", architecture="NemotronForCausalLM"),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "norm_eps": config.layer_norm_eps,
+        "attention_bias": config.attention_bias,
+        "attention_dropout": config.attention_dropout,
+        "mlp_bias": True,
+        **rotary(config.rope_parameters, config.rope_parameters.get("partial_rotary_factor", 1.0)),
+    }
+
+
+def _parts(source: Source) -> Iterable[Part]:
+    yield copy("model.embed_tokens.weight", "gpt_neox.embed_in.weight")
+    for layer in range(source.config.num_hidden_layers):
+        yield from _layer(source, f"model.layers.{layer}", f"gpt_neox.layers.{layer}")
+    yield from _norm(source, "model.norm", "gpt_neox.final_layer_norm")
+    if "lm_head.weight" in source.infos:
+        yield copy("lm_head.weight", "lm_head.weight")
+
+
+def _layer(source: Source, to: str, of: str) -> Iterable[Part]:
+    width, heads = source.config.hidden_size, source.config.num_attention_heads
+    for name in _NORMS:
+        yield from _norm(source, f"{to}.{name}", f"{of}.{name}")
+    attention = f"{of}.attention"
+    kinds = ("weight", "bias") if source.config.attention_bias else ("weight",)
+    for kind in kinds:
+        shape = (width, width) if kind == "weight" else (width,)
+        for which, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            yield Part(
+                key=f"{to}.self_attn.{name}.{kind}",
+                sources=(f"{attention}.query_key_value.{kind}",),
+                shape=shape,
+                make=rows(per_head, heads, which),
+            )
+        yield copy(f"{to}.self_attn.o_proj.{kind}", f"{attention}.dense.{kind}")
+    for kind in ("weight", "bias"):
+        yield copy(f"{to}.mlp.up_proj.{kind}", f"{of}.mlp.dense_h_to_4h.{kind}")
+        yield copy(f"{to}.mlp.down_proj.{kind}", f"{of}.mlp.dense_4h_to_h.{kind}")
+
+
+def _norm(source: Source, to: str, of: str) -> Iterable[Part]:
+    yield Part(
+        key=f"{to}.weight", sources=(f"{of}.weight",), shape=(source.config.hidden_size,), make=partial(_less_one)
+    )
+    yield copy(f"{to}.bias", f"{of}.bias")
+
+
+def _less_one(weight: Tensor) -> Tensor:
+    return weight.double() - 1.0
+
+
+def _sequential(config: Any) -> bool:
+    return not config.use_parallel_residual
+
+
+def _notes(config: Any) -> tuple[str, ...]:
+    if not config.hidden_dropout:
+        return ()
+    return (f"hidden_dropout={config.hidden_dropout} is lost: Nemotron has none; only training would use it",)
+
+
+register(
+    Rule(
+        name="gpt_neox_sequential",
+        sources=("gpt_neox",),
+        source_class="GPTNeoXForCausalLM",
+        target="nemotron",
+        target_class="NemotronForCausalLM",
+        why="both have a sequential residual of LayerNorm, attention and an ungated MLP; Nemotron stores norm weights "
+        "less one",
+        rounding="LayerNorm weights below 0.5, which are stored less one",
+        applies=_sequential,
+        config=_config,
+        parts=_parts,
+        notes=_notes,
+    )
+)
