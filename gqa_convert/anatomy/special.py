@@ -41,6 +41,7 @@ FUSED_LAYOUTS: dict[str, tuple[str, str]] = {
     "dbrx": ("concat", "concat"),
     "gpt_bigcode": ("per_head", "concat"),
     "gpt2": ("concat", "concat"),
+    "persimmon": ("per_head", "concat"),
     "gpt-sw3": ("concat", "concat"),
     "falcon": ("per_head", "concat"),
 }

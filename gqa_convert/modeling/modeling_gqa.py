@@ -8,6 +8,9 @@ theirs. Only key and value projections are narrower. The forward passes are tran
 KV heads off the tensors, and the attention functions (sdpa, flash, flex) share them out by `num_key_value_groups`. The
 eager functions of these families do not, so they are given repeated heads.
 
+Some forward passes insist on as many KV heads as query heads (`SPREAD`). There the projections repeat the heads of new
+tokens, and the cache that the forward pass is handed drops the copies before it stores and returns them.
+
 Written by gqa-convert. Licence: Apache-2.0.
 """
 
@@ -19,6 +22,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, conversion_mapping
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +45,11 @@ DECODERS = {
     "seamless_m4t": "text_decoder.",
     "seamless_m4t_v2": "text_decoder.",
 }
+
+# Families whose forward pass splits keys by the number of query heads, with the order of rows of a fused projection.
+SPREAD = {"opt": "", "persimmon": "per_head", "umt5": ""}
+FUSED = ("query_key_value",)
+CACHES = ("past_key_values", "layer_past")
 
 # Attention modules whose forward pass splits keys by this attribute, and queries not by it.
 KEY_HEADS = {"whisper": "num_heads"}
@@ -85,14 +94,17 @@ def share_kv_heads(model: PreTrainedModel) -> None:
 
 
 def _share(module: Any, heads: int, groups: int, native_type: str) -> None:
+    spread = native_type in SPREAD
     if _is_fused(module):
         _narrow_fused(module, heads, groups)
     for name in _projections(module):
-        _narrow(getattr(module, name), heads, groups)
+        _narrow(getattr(module, name), heads, groups, fused=name in FUSED)
+        if spread:
+            _spread(getattr(module, name), heads, groups, SPREAD[native_type] if name in FUSED else "")
     module.num_key_value_groups = heads // groups
     if native_type in KEY_HEADS:
         setattr(module, KEY_HEADS[native_type], groups)
-    module.__class__ = _grouped_class(type(module))
+    module.__class__ = _grouped_class(type(module), folded=spread)
 
 
 def _in_decoder(config: PreTrainedConfig, path: str, module: nn.Module) -> bool:
@@ -108,16 +120,19 @@ def _projections(module: nn.Module) -> tuple[str, ...]:
     for names in PROJECTIONS:
         if all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
             return names
-    return ()
+    return tuple(name for name in FUSED if isinstance(getattr(module, name, None), nn.Linear))
 
 
 def _is_fused(module: nn.Module) -> bool:
     return isinstance(getattr(module, "c_attn", None), Conv1D)
 
 
-def _narrow(linear: Any, heads: int, groups: int) -> None:
-    """Keep the rows of `groups` heads; which does not matter, as weights are loaded afterwards."""
-    rows = linear.out_features // heads * groups
+def _narrow(linear: Any, heads: int, groups: int, fused: bool = False) -> None:
+    """Keep the rows of `groups` heads; which does not matter, as weights are loaded afterwards.
+
+    A fused projection becomes [q | k | v].
+    """
+    rows = linear.out_features // (3 * heads) * (heads + 2 * groups) if fused else linear.out_features // heads * groups
     linear.out_features = rows
     linear.weight = nn.Parameter(linear.weight[:rows].detach().clone())
     if linear.bias is not None:
@@ -136,28 +151,107 @@ def _narrow_fused(module: Any, heads: int, groups: int) -> None:
     module.c_attn.bias = nn.Parameter(module.c_attn.bias.detach()[keep])
 
 
+class SpreadLinear(nn.Linear):
+    """A narrow projection whose output has every KV head once for each of its query heads."""
+
+    heads: int
+    groups: int
+    layout: str
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Project (..., in) to (..., out of the native projection)."""
+        narrow = super().forward(input)
+        if not self.layout:
+            return self._repeat(narrow.unflatten(-1, (self.groups, -1))).flatten(-2)
+        q, k, v = narrow.unflatten(-1, (self.heads + 2 * self.groups, -1)).split(
+            [self.heads, self.groups, self.groups], dim=-2
+        )
+        return torch.stack([q, self._repeat(k), self._repeat(v)], dim=-2).flatten(-3)
+
+    def _repeat(self, states: torch.Tensor) -> torch.Tensor:
+        return states.repeat_interleave(self.heads // self.groups, dim=-2)
+
+
+def _spread(linear: Any, heads: int, groups: int, layout: str) -> None:
+    linear.__class__ = SpreadLinear
+    linear.heads, linear.groups, linear.layout = heads, groups, layout
+
+
+class FoldedCache:
+    """A cache, or none, that keeps one of every `size` heads of what it is given, and returns `copies` if asked to."""
+
+    def __init__(self, cache: Any, size: int, copies: bool) -> None:
+        self._cache, self._size, self._copies = cache, size, copies
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Store keys and values (batch, heads, length, width) without their copies; return all that is stored."""
+        key, value = key[:, :: self._size], value[:, :: self._size]
+        if self._cache is not None:
+            key, value = self._cache.update(key, value, *args, **kwargs)
+        return (repeat_kv(key, self._size), repeat_kv(value, self._size)) if self._copies else (key, value)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the number of positions stored."""
+        return 0 if self._cache is None else self._cache.get_seq_length(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_cache"], name)
+
+
+class FoldedPair(EncoderDecoderCache):
+    """The same for the two caches of a decoder that listens."""
+
+    self_attention_cache: Any
+    cross_attention_cache: Any
+
+    def __init__(self, pair: Any, size: int, copies: bool) -> None:
+        self.self_attention_cache = FoldedCache(pair.self_attention_cache, size, copies)
+        self.cross_attention_cache = FoldedCache(pair.cross_attention_cache, size, copies)
+        self.is_updated = pair.is_updated
+
+
+def _folding(forward: Any, copies: bool) -> Any:
+    """Hand a forward pass its cache, or its lack of one, folded."""
+    name = next(name for name in CACHES if name in inspect.signature(forward).parameters)
+
+    def folded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(name)
+        fold: Any = FoldedPair if isinstance(cache, EncoderDecoderCache) else FoldedCache
+        if cache is not None or not copies:
+            kwargs[name] = fold(cache, self.num_key_value_groups, copies)
+        return forward(self, *args, **kwargs)
+
+    return folded
+
+
+def _with_repeating_eager(forward: Any, eager: Any) -> Any:
+    """Copy a forward pass's function, with an eager attention function that is given repeated heads."""
+
+    def repeated(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+        return eager(module, query, key, value, *args, **kwargs)
+
+    names = {**forward.__globals__, "eager_attention_forward": repeated}
+    own = types.FunctionType(forward.__code__, names, "forward", forward.__defaults__, forward.__closure__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return own
+
+
 _grouped: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _grouped_class(native: type[nn.Module]) -> type[nn.Module]:
+def _grouped_class(native: type[nn.Module], folded: bool) -> type[nn.Module]:
     """Subclass an attention module: its forward is the native one with an eager function that repeats KV heads."""
     if native not in _grouped:
-        forward: Any = inspect.unwrap(native.forward)
-        eager = forward.__globals__.get("eager_attention_forward")
-        if forward is not native.forward or eager is None:
+        eager = native.forward.__globals__.get("eager_attention_forward")
+        if eager is None and not folded:
             raise ValueError(
                 f"{native.__name__}: transformers {transformers.__version__} has another form of it than the one this "
                 "model was converted for. Use transformers 5.23."
             )
-
-        def repeated(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-            key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
-            return eager(module, query, key, value, *args, **kwargs)
-
-        names = {**forward.__globals__, "eager_attention_forward": repeated}
-        own = types.FunctionType(forward.__code__, names, "forward", forward.__defaults__, forward.__closure__)
-        own.__kwdefaults__ = forward.__kwdefaults__
-        _grouped[native] = type(PREFIX + native.__name__, (native,), {"forward": own, "__module__": __name__})
+        forward = native.forward if eager is None else _with_repeating_eager(native.forward, eager)
+        space = {"forward": _folding(forward, eager is None) if folded else forward, "__module__": __name__}
+        _grouped[native] = type(PREFIX + native.__name__, (native,), space)
     return _grouped[native]
 
 

@@ -39,9 +39,19 @@ _SEQUENCE_TO_SEQUENCE = [
     "speech_to_text",
     "t5",
     "udop",
+    "umt5",
     "whisper",
 ]
-_DECODERS = ["biogpt", "ctrl", "gpt-sw3", "gpt2", "kosmos-2.5", "modernbert-decoder"]
+_DECODERS = [
+    "biogpt",
+    "ctrl",
+    "gpt-sw3",
+    "gpt2",
+    "kosmos-2.5",
+    "modernbert-decoder",
+    "opt",
+    "persimmon",
+]
 _ENCODERS = [
     "bert",
     "bert-generation",

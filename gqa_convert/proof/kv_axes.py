@@ -17,7 +17,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PER_HEAD = ("falcon", "gpt_bigcode")  # with all heads, fused rows are [q k v] head by head; with one, [q | k | v]
+# With all heads, fused rows are [q k v] head by head; with fewer, [q | k | v].
+PER_HEAD = ("falcon", "gpt_bigcode", "persimmon")
 STACKED = re.compile(r"(.*)\.(\d+)\.([^.]+)")
 
 

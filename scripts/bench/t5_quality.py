@@ -56,7 +56,7 @@ greedy = text()
 one = tokenizer(prompts[:1], return_tensors="pt")
 with torch.no_grad():
     seen = model(**one, decoder_input_ids=torch.zeros(1, 16, dtype=torch.long), use_cache=True).past_key_values
-print(json.dumps({
+sys.stdout.write("\\n" + json.dumps({
     "class": type(model).__name__,
     "clean": not any(info.values()),
     "same_without_cache": text(use_cache=False) == greedy,
@@ -65,7 +65,7 @@ print(json.dumps({
     "self_cache_bytes_of_16_tokens": size(seen.self_attention_cache),
     "cross_cache_bytes_of_prompt": size(seen.cross_attention_cache),
     "prompt_tokens": one["input_ids"].shape[1],
-}))
+}) + "\\n")
 """
 
 
@@ -170,7 +170,7 @@ def strangers(folder: Path, groups: list[int], texts: list[str], work: Path) -> 
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{count} groups: {done.stderr[-1000:]}")
-        found[str(count)] = json.loads(done.stdout.splitlines()[-1])
+        found[str(count)] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
         print(f"{count} groups without gqa_convert:", found[str(count)], flush=True)
     return found
 

@@ -53,6 +53,18 @@ def test_span_corruption_agrees_with_transformers_own_loss(t5gemma: Path, lines:
     assert found.converted[0].kl > 0
 
 
+def test_a_converted_t5_is_measured_against_its_source(lines: Path, tmp_path: Path) -> None:
+    config = tiny_config("t5")
+    config.vocab_size, config.decoder_start_token_id = 280, 0
+    torch.manual_seed(0)
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
+    write_tokenizer(tmp_path / "t5", sentinels=4)
+    convert(tmp_path / "t5", groups=2, cross_groups=4, out=tmp_path / "gqa")
+    found = evaluate(tmp_path / "t5", [tmp_path / "gqa"], EvalSettings(data=str(lines), context=32, max_windows=4))
+    assert found.converted[0].model.kv_heads == 2
+    assert found.converted[0].kl > 0
+
+
 def test_pairs_agree_with_transformers_own_loss(t5gemma: Path, tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     pairs = [(line[:20], line[20:60]) for line in LINES[:5]]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
+from gqa_convert import convert
 from gqa_convert.errors import UsageError
+from gqa_convert.inspection import verify_pair
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.loading import parse_config
 from gqa_convert.uptrain.metrics import read_metrics
@@ -52,6 +54,21 @@ def test_the_papers_recipe_runs_and_learns(t5_settings):
     _, info = AutoModelForSeq2SeqLM.from_pretrained(result.folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+def test_a_converted_t5_keeps_its_code(t5_settings, t5_folder, tmp_path):
+    converted = convert(t5_folder, groups=2, cross_groups=1, out=tmp_path / "gqa").out
+    values = {**t5_settings, "model": str(converted), "budget": {"steps": 20}}
+    values["objective"]["distillation"] = {"teacher": str(t5_folder), "dtype": "float32"}
+    result = loop.uptrain(parse_config(values), quiet=True)
+    assert result.loss_after < result.loss_before
+    assert (result.folder / "modeling_gqa.py").read_bytes() == (converted / "modeling_gqa.py").read_bytes()
+    model, info = AutoModelForSeq2SeqLM.from_pretrained(result.folder, output_loading_info=True)
+    assert not any(info.values())
+    assert model.decoder.block[1].layer[0].SelfAttention.k.weight.shape == (2 * 8, 32)
+    assert model.decoder.block[1].layer[1].EncDecAttention.v.weight.shape == (8, 32)
+    checks = verify_pair(t5_folder, result.folder)
+    assert checks["merged"] == 0  # training moved them all
 
 
 def test_a_t5_can_be_distilled(t5_settings, t5_folder):
