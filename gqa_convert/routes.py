@@ -17,6 +17,7 @@ from gqa_convert.modeling.transpile.rule import Rule, rule_for
 from gqa_convert.modeling.transpile.view import transpiled
 
 ROUTES = ("auto", "native", "remote-code")
+_NEED_TOKENIZER_JSON = ("gpt_bigcode", "nemotron")  # transformers' AutoTokenizer maps them to no class of their own
 SETTING = "setting"
 """The route of a family that has a setting for its KV heads: nothing is to be chosen."""
 
@@ -119,7 +120,10 @@ def _transpiled(checkpoint: Checkpoint, rule: Rule, config: Any, model_type: str
         rule=rule,
         model_type=model_type,
         class_name=cls.__name__,
-        notes=rule.notes(config) + _rounding(checkpoint, rule) + _unread(unread, model_type),
+        notes=rule.notes(config)
+        + _rounding(checkpoint, rule)
+        + _unread(unread, model_type)
+        + _tokenizer(checkpoint, rule),
     )
 
 
@@ -159,6 +163,17 @@ def _rounding(checkpoint: Checkpoint, rule: Rule) -> tuple[str, ...]:
     if not rule.rounding or not half:
         return ()
     return (f"rounded once to {half[0]} while rewriting: {rule.rounding}",)
+
+
+def _tokenizer(checkpoint: Checkpoint, rule: Rule) -> tuple[str, ...]:
+    """What to do for a tokenizer that AutoTokenizer finds by the source's model type, but not by the target's."""
+    names = {path.name for path in checkpoint.side_files}
+    if "tokenizer.json" in names or "vocab.json" not in names or rule.target not in _NEED_TOKENIZER_JSON:
+        return ()
+    return (
+        f"AutoTokenizer reads no vocab.json beside a {rule.target} model: save the tokenizer of the source into the "
+        "output (AutoTokenizer.from_pretrained(SOURCE).save_pretrained(OUTPUT) writes a tokenizer.json)",
+    )
 
 
 def _unread(keys: list[str], model_type: str) -> tuple[str, ...]:

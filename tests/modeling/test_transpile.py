@@ -285,6 +285,14 @@ def test_provenance_names_the_source_and_the_route(tmp_path: Path) -> None:
     assert "auto_map" not in config_of(tmp_path / "out")
 
 
+def test_a_tokenizer_that_would_not_be_found_is_noted(tmp_path: Path) -> None:
+    saved(tmp_path / "source", "opt")
+    (tmp_path / "source" / "vocab.json").write_text("{}")
+    assert any("tokenizer.json" in note for note in plan(tmp_path / "source", groups=1).notes)
+    (tmp_path / "source" / "tokenizer.json").write_text("{}")
+    assert not any("tokenizer.json" in note for note in plan(tmp_path / "source", groups=1).notes)
+
+
 def test_sharded_sources_keep_their_shards(tmp_path: Path) -> None:
     model = tiny_model(tiny_config("gpt_neox"))
     model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
