@@ -129,7 +129,8 @@ def show_result(result: ConvertResult) -> None:
         logits = ""
         if "logit_difference" in checked:
             logits = f"; logits within {checked['logit_difference']:.2g} of the source with merged heads"
-        out.print(f"verified: {checked['tensors']} tensors fill the {result.plan.class_name} of config.json{logits}")
+        filled = type(result.plan.anatomy.target_model).__name__
+        out.print(f"verified: {checked['tensors']} tensors fill the {filled} of config.json{logits}")
     out.print(f"[bold green]wrote[/] {result.out}", highlight=False)
 
 

@@ -66,6 +66,8 @@ def test_the_plan_says_what_it_becomes_and_why(tmp_path: Path, command: Command)
     assert "becomes" in printed
     assert "PhiForCausalLM (phi), because" in printed
     assert json.loads(command("gqa", "plan", tmp_path / "pythia", "--groups", 2, "--json").out)["route"] == "native"
+    done = command("gqa-convert", tmp_path / "pythia", "--groups", 2)
+    assert "tensors fill the PhiForCausalLM of config.json" in done.out
 
 
 def test_a_family_with_a_setting_takes_no_other_route(tmp_path: Path) -> None:
