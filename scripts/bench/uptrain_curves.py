@@ -5,6 +5,8 @@ For every alpha a run of its own (its own cosine), from each start, with cross-e
 original, and with both; and the original itself, continued on the same tokens, as the control.
 
     python scripts/bench/uptrain_curves.py MODEL TRAIN.jsonl VAL.jsonl --groups 2 --out results.json
+    python scripts/bench/uptrain_curves.py MODEL TRAIN.jsonl VAL.jsonl --groups 2 --out results.json \
+        --no-control --starts fast best --objectives cross-entropy       # adds curves to the same file
 
 The size of the pretraining is taken to be one pass over TRAIN (--epochs to assume more).
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ALPHAS = (0.01, 0.02, 0.05, 0.1)
+OBJECTIVES = ("cross-entropy", "distillation", "both")
 
 
 def run(
@@ -72,7 +75,9 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("val", type=Path)
     parser.add_argument("--groups", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=["mean"])
+    parser.add_argument("--starts", nargs="+", default=["mean"], help="merge methods or presets; calibrated on TRAIN")
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--no-control", action="store_true", help="leave the original's own curve out")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
@@ -81,8 +86,6 @@ def main() -> None:
     parser.add_argument("--alphas", type=float, nargs="+", default=list(ALPHAS))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-
-    from gqa_convert.conversion import convert
 
     total = pretraining_tokens(options)
     teacher = {"teacher": str(options.model), "dtype": "float32"}
@@ -103,6 +106,9 @@ def main() -> None:
         "curves": {},
     }
 
+    if options.out.is_file():
+        found["curves"] = json.loads(options.out.read_text(encoding="utf-8"))["curves"]
+
     def curve(name: str, model: Path, work: Path, distillation: dict[str, Any] | None) -> None:
         points: dict[str, float] = {}
         seconds = 0.0
@@ -117,12 +123,23 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        curve("control: the original, continued", options.model, work, None)
-        for method in options.methods:
-            converted = convert(options.model, groups=options.groups, out=work / f"start-{method}", method=method).out
-            chosen = objectives if method == options.methods[0] else {"cross-entropy": None}
-            for objective, distillation in chosen.items():
-                curve(f"{method}, {objective}", converted, work, distillation)
+        if not options.no_control:
+            curve("control: the original, continued", options.model, work, None)
+        for start in options.starts:
+            converted = converted_by(start, options, work / f"start-{start}")
+            for objective in options.objectives:
+                curve(f"{start}, {objective}", converted, work, objectives[objective])
+
+
+def converted_by(start: str, options: argparse.Namespace, out: Path) -> Path:
+    """Convert the model by a merge method or a preset."""
+    from gqa_convert.conversion import convert
+    from gqa_convert.merge.registry import all_methods
+    from gqa_convert.recipe import PRESETS, make_recipe
+
+    named = {"preset": start} if start in PRESETS else {"method": start}
+    calibrate = str(options.train) if start in PRESETS or all_methods()[start].needs_statistics else None
+    return convert(options.model, groups=options.groups, out=out, recipe=make_recipe(calibrate=calibrate, **named)).out
 
 
 if __name__ == "__main__":
