@@ -9,7 +9,7 @@ Shape suffixes: H query heads, K KV heads, D head_dim of q and k, V head_dim of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from gqa_convert.anatomy.rows import Rows
@@ -53,7 +53,12 @@ class BlockNames:
     def cross(self) -> bool:
         """True for cross-attention, whose keys and values read the encoder's output."""
         leaf = self.module.rsplit(".", 1)[-1]
-        return "cross" in leaf or leaf.startswith("encoder")
+        return "cross" in leaf or leaf.startswith("encoder") or leaf == "EncDecAttention"
+
+    @property
+    def transposed(self) -> bool:
+        """True if the weights are (in, out), as GPT-2's are."""
+        return self.fused is not None and self.fused.dim == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +172,8 @@ def _output(difference: ShapeDifference, attention: str, width: int, others: set
             continue
         if len(shape) == 2 and shape[1] == width:
             candidates.append(path)
+    if not candidates and attention.endswith(".self"):  # BERT's lies beside the module that computes attention
+        return _output(difference, attention.removesuffix(".self"), width, others)
     for wanted in _OUTPUT_NAMES:
         for path in candidates:
             if wanted in path.removeprefix(attention + ".").split("."):
@@ -243,7 +250,7 @@ def read_block(get: Get, names: BlockNames, freedom: Freedom, rotary: RotaryLayo
     from gqa_convert.merge.block import AttentionBlock
 
     parts = {part: _read_projection(get, names, part) for part in ("weight", "bias")}
-    out = _float(get(f"{names.o}.weight"))
+    out = _oriented(names, _float(get(f"{names.o}.weight")))
     if out is None or parts["weight"] is None:
         raise UnsupportedModelError(f"{names.module}: its projections could not be read.")
     q, k, v = parts["weight"]
@@ -268,14 +275,19 @@ def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().float()
 
 
+def _oriented(names: BlockNames, x: Tensor | None) -> Tensor | None:
+    """A weight as (out, in); a bias as it is."""
+    return None if x is None else _stored(names, x)
+
+
 def _read_projection(get: Get, names: BlockNames, part: str) -> tuple[Any, Any, Any] | None:
     """q, k and v of one kind of parameter, each with a head axis first; None where all are absent."""
     counts = (names.query_heads, names.kv_heads, names.kv_heads)
     if names.fused is not None:
-        fused = _float(get(f"{names.q}.{part}"))
+        fused = _oriented(names, _float(get(f"{names.q}.{part}")))
         if fused is None:
             return None
-        cut = names.fused.split(fused)
+        cut = replace(names.fused, dim=0).split(fused)
         return tuple(split_heads(x, n) for x, n in zip(cut, counts, strict=True))  # type: ignore[return-value]
     found = [_float(get(f"{path}.{part}")) for path in (names.q, names.k, names.v)]
     if all(x is None for x in found):
@@ -285,20 +297,26 @@ def _read_projection(get: Get, names: BlockNames, part: str) -> tuple[Any, Any, 
     )
 
 
+def _stored(names: BlockNames, x: Tensor) -> Tensor:
+    """An (out, in) weight as the module stores it; a bias as it is."""
+    return x.T.contiguous() if names.transposed and x.dim() == 2 else x
+
+
 def block_state(names: BlockNames, block: AttentionBlock) -> dict[str, Tensor]:
     """Turn a block back into parameters by module name; a merged block into those of the target model.
 
     Biases that a merge needs but the module has no place for are refused where the block is made, not here.
     """
-    state = {f"{names.o}.weight": merge_heads(block.w_o, 1)}
+    state = {f"{names.o}.weight": _stored(names, merge_heads(block.w_o, 1))}
     if block.b_o is not None:
         state[f"{names.o}.bias"] = block.b_o
     kinds = {"weight": (block.w_q, block.w_k, block.w_v), "bias": (block.b_q, block.b_k, block.b_v)}
     for part, (q, k, v) in kinds.items():
         if names.fused is not None:
             if q is not None and k is not None and v is not None:
-                rows = names.fused.with_heads(block.num_kv_heads)
-                state[f"{names.q}.{part}"] = rows.join(merge_heads(q), merge_heads(k), merge_heads(v))
+                rows = replace(names.fused.with_heads(block.num_kv_heads), dim=0)
+                joined = rows.join(merge_heads(q), merge_heads(k), merge_heads(v))
+                state[f"{names.q}.{part}"] = _stored(names, joined)
             continue
         for path, tensor in ((names.q, q), (names.k, k), (names.v, v)):
             if tensor is not None:

@@ -146,14 +146,16 @@ def _solve(o: Any, fit: NormalEquations, check: NormalEquations, options: RefitO
     """Solve for an o projection in place; keep the old one if the new one is no better. Returns the two errors."""
     import torch
 
-    before = check.error(o.weight, o.bias)
+    across = hasattr(o, "nf")  # GPT-2's Conv1D holds (in, out)
+    present = o.weight.T if across else o.weight
+    before = check.error(present, o.bias)
     if not options.least_squares:
         return before, None
-    weight, bias = fit.solve(o.weight, o.bias, damping=options.damping)
+    weight, bias = fit.solve(present, o.bias, damping=options.damping)
     after = check.error(weight, bias)
     if after < before:
         with torch.no_grad():
-            o.weight.copy_(weight)
+            present.copy_(weight)
             if bias is not None:
                 o.bias.copy_(bias)
     return before, min(before, after)

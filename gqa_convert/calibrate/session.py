@@ -68,7 +68,7 @@ class Session:
             difference=anatomy.difference,
             freedom=freedom,
             layouts=rotary_layouts(anatomy.difference.source, freedom),
-            max_context=fold_context(recipe, anatomy.config),
+            max_context=None if freedom.rotary_kind == "none" else fold_context(recipe, anatomy.config),
         )
         known = {
             "source": identity(checkpoint),
@@ -119,7 +119,8 @@ class Session:
         teacher = LayerStream(parts, self.batches, device=self.device, spill=self._spill(), last=last)
         student = shadows = None
         if self.refit:
-            student = StudentParts(parts, type(self.merger.difference.source), self.anatomy.target_config, self.dtype)
+            target_class = type(self.anatomy.target_model)
+            student = StudentParts(parts, target_class, self.anatomy.target_config, self.dtype)
             shadows = LayerStream(student, self.batches, device=self.device, spill=self._spill(), last=last)
         with ExitStack() as stack:
             windows = stack.enter_context(closing(iter(teacher)))

@@ -7,7 +7,8 @@ Prompts are docstrings of Python's standard library: some to measure on, others 
 each greedily; every conversion then reads the same prompts and answers, and is compared token by token: KL divergence
 of its next-token distribution from the original's, and how often both would choose the same token. For each number of
 groups a process that has no gqa_convert loads the folder with `trust_remote_code=True`, generates with and without
-cache, with a static cache and with beams, and measures the caches.
+cache, with a static cache and with beams, and measures the caches. The figures are written as they come, and an
+interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -78,13 +79,16 @@ def main() -> None:
         work = Path(folder)
         (work / "calibration.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in calibration))
         answers = original_answers(args.model, measured, args.tokens)
-        result: dict[str, Any] = {"identity": identity(args.model, answers, work)}
-        print("as many groups as heads:", result["identity"], flush=True)
-        result["strangers"] = strangers(args.model, [answers["heads"], *args.groups], measured[:4], work)
-        result["rows"] = rows(args, answers, work)
+        result: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
+        if "strangers" not in result:
+            result["identity"] = identity(args.model, answers, work)
+            print("as many groups as heads:", result["identity"], flush=True)
+            result["strangers"] = strangers(args.model, [answers["heads"], *args.groups], measured[:4], work)
+        for row in rows(args, answers, work, result.get("rows", {})):
+            result["rows"] = row
+            if args.out:
+                args.out.write_text(json.dumps(described(args, answers, result), indent=1) + "\n")
     show(result["rows"], args.groups)
-    if args.out:
-        args.out.write_text(json.dumps(described(args, answers, result), indent=1) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -175,18 +179,21 @@ def strangers(folder: Path, groups: list[int], texts: list[str], work: Path) -> 
     return found
 
 
-def rows(args: argparse.Namespace, answers: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Divergence from the original, by row and groups."""
-    table: dict[str, Any] = {}
+def rows(args: argparse.Namespace, answers: dict[str, Any], work: Path, done: dict[str, Any]) -> Iterator[Any]:
+    """Divergence from the original, by row and groups: the table as it grows, from what is done already."""
+    table: dict[str, Any] = dict(done)
+    yield table
     for name in args.rows or ROWS:
         for groups in args.groups:
+            if str(groups) in table.get(name, {}):
+                continue
             out = work / f"{name}-{groups}".replace(" ", "_").replace(":", "")
             started = time.perf_counter()
             convert_one(args, name, groups, out, work / "calibration.jsonl")
             point = {"seconds": round(time.perf_counter() - started, 1), **divergence(load(out), answers)}
             table.setdefault(name, {})[str(groups)] = point
             print(f"{name:14s} {groups} groups  KL {point['kl']:.3f} nats  {point['agreement']:.1%} same", flush=True)
-    return table
+            yield table
 
 
 def convert_one(args: argparse.Namespace, name: str, groups: int, out: Path, text: Path) -> None:
@@ -226,7 +233,7 @@ def described(args: argparse.Namespace, answers: dict[str, Any], result: dict[st
         "calibration": {"sequences": args.sequences, "length": args.length},
         "machine": {"processor": platform.machine(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
-        **result,
+        **{name: result[name] for name in ("identity", "strangers", "rows")},
     }
 
 

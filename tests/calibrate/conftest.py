@@ -42,7 +42,7 @@ class Case:
 
     def converted(self, state: dict[str, torch.Tensor]) -> Any:
         """The target model with the source's weights, and `state` in the place of those it names."""
-        model = self.saved.cls(self.anatomy.target_config).float().eval()
+        model = type(self.anatomy.target_model)(self.anatomy.target_config).float().eval()
         held = dict(self.saved.model.state_dict())
         model.load_state_dict({name: state.get(name, held.get(name)) for name in model.state_dict()})
         return model

@@ -114,7 +114,7 @@ def observed(found, tokens, size=4):
     raise AssertionError
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "gemma3_text", "gpt2"])
 def test_both_steps_improve_a_spoilt_block_of_any_family(model_type, case, tokens):
     names, spoilt, record, _ = observed(case(model_type), tokens)
     untouched = {name: p.clone() for name, p in spoilt.named_parameters()}

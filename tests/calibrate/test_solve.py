@@ -42,7 +42,7 @@ def test_mean_is_the_conversion_that_pools(case, work):
         torch.testing.assert_close(result.tensor(merge.name), pooled)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "mixtral", "gpt2", "opt"])
 def test_a_refit_is_far_better_than_the_mean_for_any_family(model_type, case, tokens, work):
     found = case(model_type)
     recipe = REFIT if found.freedom.permutable else Recipe(**{**vars(REFIT), "grouping": "contiguous"})
