@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,25 @@ def test_training_reaches_the_narrow_projections(make: Make) -> None:
     narrow = model.decoder.block[0].layer[1].EncDecAttention.k.weight
     assert narrow.grad is not None
     assert float(narrow.grad.abs().max()) > 0
+
+
+def test_a_tokenizer_that_went_by_the_model_type_is_named(make: Make, tmp_path: Path) -> None:
+    source = tmp_path / "gpt2"
+    shutil.copytree(make("gpt2"), source)
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 64}')
+    assert plan(source, groups=2).config_edits["tokenizer_class"] == "GPT2Tokenizer"
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert "tokenizer_class" not in plan(source, groups=2).config_edits
+
+
+def test_what_keeps_no_cache_or_groups_is_refused(make: Make, tmp_path: Path) -> None:
+    for name, change, why in (
+        ("bert", {"is_decoder": False}, "it is an encoder"),
+        ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
+    ):
+        source = tmp_path / name
+        shutil.copytree(make(name), source)
+        values = json.loads((source / "config.json").read_text()) | change
+        (source / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UnsupportedModelError, match=why):
+            plan(source, groups=2)
