@@ -35,6 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "pca + fold": {"method": "pca", "fold": True, "calibrated": True},
     "fast": {"preset": "fast", "calibrated": True},
     "fast: self": {"preset": "fast"},
+    "fast + o_proj refit": {"preset": "fast", "refit": True, "refit_steps": 0, "calibrated": True},
     "best": {"preset": "best", "calibrated": True},
     "best: self": {"preset": "best"},
 }

@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""Measure how the time and memory of `fast` and `best` grow with layers, width and calibration tokens; project to 7B.
+
+    python scripts/bench/solve_cost.py --out scripts/bench/results/solve_cost.json
+
+Random Llamas are written, and solved in child processes on one processor, on random tokens: what a solve costs does not
+depend on what the numbers are. Time is processor time (wall time beside it: the machine may be shared), memory the
+largest resident set less that of the process before it solves. The arithmetic below counts the same work; what it
+leaves unexplained is the price of small matrices. `--project` prints the projection alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import measure
+
+STEPS, STEP_TOKENS = 300, 2048
+H100_FLOPS, H100_SHARE = 67e12, 0.4
+"""Peak of an NVIDIA H100 SXM in float32, without tensor cores (its data sheet), and the share that is assumed."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """One solve of a Llama whose MLP is 11/4 as wide as the model, to a quarter of its heads."""
+
+    preset: str = "best"
+    layers: int = 2
+    width: int = 256
+    tokens: int = 16_384
+    head_dim: int = 64
+    window: int = 512
+    steps: int = 50
+
+    @property
+    def heads(self) -> int:
+        """Query heads, and KV heads before."""
+        return self.width // self.head_dim
+
+
+POINTS = [
+    *(Size(preset=preset) for preset in ("fast", "best")),
+    *(Size(preset=preset, layers=8) for preset in ("fast", "best")),
+    *(Size(preset=preset, width=1024) for preset in ("fast", "best")),
+    *(Size(preset=preset, tokens=65_536) for preset in ("fast", "best")),
+]
+SEVEN_BILLION = Size(layers=32, width=4096, tokens=262_144, head_dim=128, window=2048, steps=STEPS)
+
+
+def arithmetic(size: Size) -> dict[str, float]:
+    """Floating-point operations of a solve by part (two a multiply-add), and bytes of what it holds."""
+    d, tokens, share = size.width, size.tokens, 1 / 4
+    source, target = 4 * d * d, (2 + 2 * share) * d * d  # weights of q, k, v and o
+    scores = 4 * size.window * d  # a token: q k and p v, nothing saved for causality
+    mlp = 3 * d * (11 * d // 4)
+    fitted = size.steps * STEP_TOKENS
+    groups = max(1, size.heads // 4)
+    sets = min(1000, size.heads * (size.heads - 1) // 2 + 600) if groups > 1 else 0
+    flops = {
+        "stream of the source": tokens * (2 * (source + mlp) + scores),
+        "moments": tokens * 2 * d * d,
+        "closed form": 8 * d**3,
+        "search": sets * 10 * (4 * size.head_dim) ** 3,  # an eigenvalue problem of a group's values each
+    }
+    held = {"moments": 8 * d * d, "layer": 4 * (source + mlp)}
+    if size.preset == "best":
+        flops["stream of the converted model"] = tokens * (2 * (target + mlp) + scores)
+        flops["refit: steps"] = 3 * fitted * (2 * target + scores)
+        flops["refit: held-out checks"] = 7 * tokens / 16 * (2 * target + scores)
+        held["layer"] += 4 * (target + mlp)
+    held["activations"] = (6 if size.preset == "best" else 2) * 4 * tokens * d
+    return {
+        **{name: value * size.layers for name, value in flops.items()},
+        **{f"{n}, bytes": b for n, b in held.items()},
+    }
+
+
+def total_flops(size: Size) -> float:
+    """All of a solve's floating-point operations."""
+    return sum(value for name, value in arithmetic(size).items() if not name.endswith("bytes"))
+
+
+def total_bytes(size: Size) -> float:
+    """All that a solve holds."""
+    return sum(value for name, value in arithmetic(size).items() if name.endswith("bytes"))
+
+
+def solve_one(size: Size) -> dict[str, float]:
+    """Write a random Llama and solve it; runs in a child process."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gqa_convert.anatomy.anatomy import dissect
+    from gqa_convert.anatomy.blocks import find_blocks
+    from gqa_convert.calibrate.solve import solve
+    from gqa_convert.checkpoint.reader import Checkpoint
+    from gqa_convert.proof.freedom import prove_freedom
+    from gqa_convert.recipe import make_recipe
+
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        config = LlamaConfig(
+            hidden_size=size.width,
+            intermediate_size=11 * size.width // 4,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            vocab_size=1024,
+            max_position_embeddings=size.window,
+        )
+        LlamaForCausalLM(config).save_pretrained(Path(folder) / "source")
+        anatomy = dissect(Checkpoint.open(Path(folder) / "source"), max(1, size.heads // 4))
+        assert anatomy.difference is not None
+        chosen = {"refit_steps": size.steps} if size.preset == "best" else {}
+        recipe = make_recipe(size.preset, calibrate="random", **chosen)
+        inputs = {"input_ids": torch.randint(0, 1024, (size.tokens // size.window, size.window))}
+        blocks, freedom = find_blocks(anatomy.difference), prove_freedom(anatomy.config)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        wall, cpu = time.perf_counter(), time.process_time()
+        checkpoint = Checkpoint.open(Path(folder) / "source")
+        solve(checkpoint, anatomy, blocks, freedom, recipe, inputs, work=Path(folder) / "work")
+        return {
+            "wall_s": round(time.perf_counter() - wall, 2),
+            "processor_s": round(time.process_time() - cpu, 2),
+            "memory_mb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6, 1),
+        }
+
+
+def project(rate: float) -> dict[str, Any]:
+    """What `fast` and `best` of a 7B Llama take, at `rate` floating-point operations a second of one processor."""
+    projected = {}
+    for preset in ("fast", "best"):
+        size = replace(SEVEN_BILLION, preset=preset)
+        flops = total_flops(size)
+        projected[preset] = {
+            "parts": arithmetic(size),
+            "flops": flops,
+            "held_gb": total_bytes(size) / 1e9,
+            "processor_hours": flops / rate / 3600,
+            "h100_hours": flops / (H100_FLOPS * H100_SHARE) / 3600,
+        }
+    return projected
+
+
+def show(rows: list[dict[str, Any]], projected: dict[str, Any], rate: float) -> None:
+    """Print the tables as Markdown."""
+    print("| preset | layers | width | tokens | processor s | wall s | GFLOP | GFLOP/s | MB |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for row in rows:
+        size = Size(**row["size"])
+        speed = row["gflop"] / row["processor_s"]
+        print(
+            f"| {size.preset} | {size.layers} | {size.width} | {size.tokens:,} | {row['processor_s']:.1f} "
+            f"| {row['wall_s']:.1f} | {row['gflop']:.0f} | {speed:.1f} | {row['memory_mb']:.0f} |"
+        )
+    print(f"\n7B (32 layers, width 4096, 262,144 tokens), {rate / 1e9:.0f} GFLOP/s a processor:")
+    for preset, found in projected.items():
+        print(
+            f"{preset}: {found['flops']:.2e} operations, {found['held_gb']:.0f} GB, {found['processor_hours']:.0f} "
+            f"processor hours, {found['h100_hours']:.2f} H100 hours"
+        )
+        for name, value in found["parts"].items():
+            print(f"    {name:32s} {value:.2e}")
+
+
+def main() -> None:
+    """Measure, project, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--project", type=float, metavar="GFLOPS", help="only project, at so many GFLOP/s a processor")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(solve_one(Size(**json.loads(args.one)))))
+        return
+    if args.project:
+        show([], project(args.project * 1e9), args.project * 1e9)
+        return
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    rows = []
+    for size in POINTS:
+        run = measure.run([sys.executable, __file__, "--one", json.dumps(asdict(size))])
+        row = {"size": asdict(size), "gflop": total_flops(size) / 1e9, **json.loads(run.output.splitlines()[-1])}
+        rows.append(row)
+        print(f"{size}: {row['processor_s']} s, {row['memory_mb']} MB", flush=True)
+    widest = next(row for row in rows if row["size"]["width"] == 1024 and row["size"]["preset"] == "best")
+    rate = widest["gflop"] * 1e9 / widest["processor_s"]
+    projected = project(rate)
+    show(rows, projected, rate)
+    if args.out:
+        known = {
+            "machine": {"processor": platform.machine(), "python": platform.python_version()},
+            "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
+            "rows": rows,
+            "rate_flops": rate,
+            "h100": {"peak_flops": H100_FLOPS, "share": H100_SHARE},
+            "seven_billion": projected,
+        }
+        args.out.write_text(json.dumps(known, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
