@@ -1,0 +1,149 @@
+"""One seed of one family from random weights to the end of every arm, each step a piece that is done once."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arms import ARMS, CALIBRATED, CONTROL, PAPER, PRESETS, Arm
+from models import write_untrained
+from pieces import Piece, Pieces, Unfinished
+from sources import training_file
+from training import UPTRAINING_ORDER, settings, train
+
+if TYPE_CHECKING:
+    from scales import Scale, Shape
+
+_CHARACTERS_A_TOKEN = 8
+"""More than any text here has: enough is written for the calibration wanted."""
+
+
+class Chain:
+    """The pieces of one family and seed.
+
+    Args:
+        pieces: where they are kept.
+        scale: sizes.
+        family: `decoder` or `t5`.
+        seed: of weights, order and merges.
+        arms: what is compared.
+    """
+
+    def __init__(self, pieces: Pieces, scale: Scale, family: str, seed: int, arms: tuple[Arm, ...] = ARMS) -> None:
+        self.pieces, self.scale, self.family, self.seed, self.arms = pieces, scale, family, seed, arms
+
+    def run(self) -> dict[str, Any]:
+        """Do what is not done; return everything that was found, as JSON values."""
+        large = self.pretrained("large")
+        found: dict[str, Any] = {"pretraining": {"large": large.result}, "arms": {}}
+        for arm in self.arms:
+            found["arms"][arm.name] = self._found(arm, large)
+        found["pretraining"]["small"] = self.pretrained("small").result
+        return found
+
+    def finished(self) -> dict[str, Any] | None:
+        """What `run` would return, of the pieces that are done; None until the paper's own arms are."""
+        found: dict[str, Any] = {"pretraining": {}, "arms": {}}
+        for size in ("large", "small"):
+            with suppress(Unfinished):
+                found["pretraining"][size] = self.pretrained(size).result
+        for arm in self.arms:
+            with suppress(Unfinished):
+                found["arms"][arm.name] = self._found(arm, self.pretrained("large"))
+        return found if all(arm.name in found["arms"] for arm in PAPER) else None
+
+    def pretrained(self, size: str) -> Piece:
+        """A model trained from random weights; its curve is taken ten times."""
+        scale = self.scale
+        shape: Shape = getattr(scale, size)
+
+        def make(folder: Path) -> dict[str, Any]:
+            parameters = write_untrained(folder / "untrained", self.family, shape, scale, self.seed)
+            config = self._settings(folder / "untrained", folder / "run", seed=self.seed, start=0, steps=scale.steps)
+            marks = [round(scale.steps * tenth / 10) for tenth in range(1, 11)]
+            return {"parameters": parameters} | train(config, marks=marks, keep_model=True)
+
+        described = self._described(Path("untrained"), seed=self.seed, start=0, steps=scale.steps)
+        return self.pieces.get(self._name(f"pretrain-{size}"), {"shape": asdict(shape), "run": described}, make)
+
+    def start(self, arm: Arm, large: Piece) -> Piece:
+        """The converted model that an arm starts from (for the control, the original)."""
+        if arm.start == CONTROL:
+            return large
+        groups, scale = self.groups(arm), self.scale
+        chosen: dict[str, Any] = {"seed": self.seed}
+        if arm.start in CALIBRATED:
+            chosen |= {"sequences": scale.calibration_sequences, "length": scale.context}
+        if arm.start in PRESETS:
+            chosen |= {"refit_steps": scale.refit_steps}
+        else:
+            chosen |= {"method": arm.start}
+
+        def make(folder: Path) -> dict[str, Any]:
+            from gqa_convert import convert
+            from gqa_convert.recipe import make_recipe
+
+            data: dict[str, Any] = {}
+            if arm.start in CALIBRATED:
+                limit = scale.calibration_sequences * scale.context * _CHARACTERS_A_TOKEN
+                data = {"calibrate": str(training_file(folder / "calibration.jsonl", scale.text, limit))}
+            recipe = make_recipe(arm.start if arm.start in PRESETS else None, **chosen, **data)
+            started = time.perf_counter()
+            convert(_final(large), groups=groups, out=folder / "model", recipe=recipe, force=True)
+            calibrated = scale.calibration_sequences * scale.context if data else 0
+            return {
+                "conversion_seconds": round(time.perf_counter() - started, 2),
+                "calibration_tokens": calibrated,
+                "kv_heads": groups,
+            }
+
+        described = {"of": large.key, "groups": groups, "recipe": chosen, "preset": arm.start, "text": scale.text}
+        return self.pieces.get(self._name(f"start-{arm.start}-{arm.groups}"), described, make)
+
+    def arm(self, arm: Arm, start: Piece, large: Piece) -> Piece:
+        """An uptraining."""
+        scale = self.scale
+        steps = scale.steps_of(arm.alpha)
+        seed = UPTRAINING_ORDER + self.seed
+        marks = sorted({scale.steps_of(alpha) for alpha in scale.alphas if alpha <= arm.alpha} | {steps})
+        teacher = {"teacher": str(_final(large)), "dtype": "float32"} if arm.objective == "kd" else None
+
+        def make(folder: Path) -> dict[str, Any]:
+            model = _final(large) if arm.start == CONTROL else start.folder / "model"
+            config = self._settings(model, folder / "run", seed=seed, start=scale.steps, steps=steps)
+            config["objective"]["distillation"] = teacher
+            return train(config, marks=marks, keep_model=False)
+
+        described = self._described(Path("start"), seed=seed, start=scale.steps, steps=steps)
+        described |= {"from": start.key, "objective": arm.objective, "marks": marks}
+        return self.pieces.get(self._name(f"arm-{arm.name}"), described, make)
+
+    def _found(self, arm: Arm, large: Piece) -> dict[str, Any]:
+        start = self.start(arm, large)
+        converted = {} if arm.start == CONTROL else start.result
+        return arm.to_json() | self.arm(arm, start, large).result | converted
+
+    def groups(self, arm: Arm) -> int:
+        """KV heads of an arm."""
+        return {"gqa": self.scale.gqa_groups, "mqa": 1}.get(arm.groups, self.scale.large.heads)
+
+    def _name(self, what: str) -> str:
+        return f"{self.family}-{self.seed}-{what}"
+
+    def _settings(self, model: Path, output: Path, *, seed: int, start: int, steps: int) -> dict[str, Any]:
+        found = settings(self.scale, self.family, model=model, output=output, seed=seed, start_step=start, steps=steps)
+        found["data"]["cache"] = str(self.pieces.root / f"tokens-{self.family}-{self.seed}")
+        return found
+
+    def _described(self, model: Path, *, seed: int, start: int, steps: int) -> dict[str, Any]:
+        """The settings without the places where things lie."""
+        return settings(
+            self.scale, self.family, model=model, output=Path("run"), seed=seed, start_step=start, steps=steps
+        )
+
+
+def _final(large: Piece) -> Path:
+    return large.folder / "run" / "final"

@@ -1,0 +1,141 @@
+"""results.json, the figures and RESULTS.md, from pieces that are done."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import speed
+import tables
+import words
+from chain import Chain
+from figures import draw
+from findings import Findings
+from pieces import Pieces, versions
+from scales import Scale
+
+
+def write_report(args: Namespace, scale: Scale) -> None:
+    """Measure decode times, if that is not done, and write everything."""
+    pieces = Pieces(args.out)
+    described = {"decode": asdict(scale.decode), "large": asdict(scale.large), "small": asdict(scale.small)}
+    timed = pieces.get(
+        "decode-times",
+        described,
+        lambda _: {"figure_6": speed.figure_6(scale), "table_1": speed.table_1(scale)},
+    ).result
+    finished = Pieces(args.out, finished_only=True)
+    found = {
+        family: {
+            str(seed): made
+            for seed in scale.seeds
+            if (made := Chain(finished, scale, family, seed).finished()) is not None
+        }
+        for family in args.families
+    }
+    if not all(found.values()):
+        raise SystemExit("nothing to report yet: no seed has all of the paper's arms")
+    results = {
+        "format": 1,
+        "command": shlex.join(["python", "scripts/reproduce/run.py", *shown(sys.argv[1:])]),
+        "machine": machine(),
+        "versions": versions(),
+        "scale": asdict(scale),
+        "decode": timed,
+        "families": found,
+    }
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    render(results, args.out)
+
+
+def render(results: dict[str, Any], out: Path) -> None:
+    """Write RESULTS.md and the figures of results."""
+    scale = results["scale"]
+    total = scale["steps"] * scale["batch"] * scale["context"]
+    families = {
+        name: Findings({int(seed): value for seed, value in found.items()}, total)
+        for name, found in results["families"].items()
+    }
+    draw(out / "figures", families, results["decode"]["figure_6"])
+    (out / "RESULTS.md").write_text(page(results, families), encoding="utf-8")
+
+
+def page(results: dict[str, Any], families: dict[str, Findings]) -> str:
+    """RESULTS.md."""
+    scale, timed = results["scale"], results["decode"]
+    parts = [
+        "# The paper's ablations on models trained here",
+        INTRODUCTION,
+        "Machine: {processor}, {processors} processors, {system}; ".format(**results["machine"])
+        + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+        + f".\n\n    {results['command']}",
+        *(tables.family(name, found, scale, timed["table_1"]) for name, found in families.items()),
+        "## Figure 6: time by the number of groups\n\n![Figure 6](figures/figure-6.png)",
+        _figure_6(timed["figure_6"], scale["decode"]),
+        words.speed(timed["figure_6"]),
+        LIMITS,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _figure_6(found: dict[str, Any], decode: dict[str, Any]) -> str:
+    rows = [
+        [str(m["kv_heads"]), f"{m['seconds_per_sample']:.3f}", f"{m['quartiles'][0]:.3f} to {m['quartiles'][1]:.3f}",
+         f"{m['cache_bytes'] / 2**20:.0f}"]
+        for m in sorted(found["models"].values(), key=lambda m: m["kv_heads"])
+    ]  # fmt: skip
+    shape = decode["shape"]
+    return (
+        f"A decoder of random weights, {shape['layers']} layers of width {shape['width']} with {shape['heads']} heads: "
+        f"{found['output_tokens']} tokens behind a cache of {found['context']:,}, batch {found['batch']}, "
+        f"{found['dtype']}.\n\n" + tables.table(["groups", "time per sample, s", "quartiles", "cache, MiB"], rows)
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": gpu or platform.machine(),
+        "processors": os.cpu_count(),
+        "system": platform.system(),
+        "load_average_at_the_end": [round(load, 1) for load in os.getloadavg()],
+    }
+
+
+def shown(arguments: list[str]) -> list[str]:
+    """The command line with a plain name for the output folder."""
+    made = list(arguments)
+    if "--out" in made:
+        made[made.index("--out") + 1] = "runs/reproduce"
+    return made
+
+
+INTRODUCTION = """Written by `scripts/reproduce/run.py`; nothing here is typed by hand. The paper is Ainslie et al. 2023
+([2305.13245](https://arxiv.org/abs/2305.13245)).
+
+What is the same: models are pretrained, converted, and uptrained on the same text with the same objective and the
+schedule continued, for a share alpha of the pretraining's steps; the control is the original, continued on the same
+tokens in the same order. What differs: the models are smaller by four orders of magnitude, the text is Python source,
+the model is a decoder, the optimiser is AdamW with a fresh state, and quality is the **held-out loss of the pretraining
+itself**: nothing is fine-tuned on a task before it is measured, which the paper does at every alpha, 0 too. Losses
+therefore show much larger gaps than the paper's points do."""
+
+LIMITS = """## Limits
+
+- Intervals are over seeds alone, and Student's t of three is wide.
+- A model this small, on this little text, is far from trained out: the control goes on improving, so the gap is
+  taken to it and not to the model before.
+- Calibration tokens are no uptraining, but they are tokens: the conversion's fixed cost weighs more the shorter the
+  pretraining is. At the paper's size 5 % are fifty billion tokens, and a calibration of a quarter million vanishes.
+- Seconds were taken while the machine did other things (its load is in results.json); tokens are not affected.
+- Between 0 tokens and the first evaluation a curve is taken to be a straight line."""

@@ -1,0 +1,66 @@
+import pytest
+from conftest import TOTAL
+
+
+@pytest.fixture
+def findings(found):
+    from findings import Findings
+
+    return Findings(found, TOTAL)
+
+
+def test_a_start_below_the_goal_gives_a_bound_and_no_ratio(findings, found):
+    made = findings.saving("best-mqa-kd", "mean-mqa-ce")
+    assert made.starts_there
+    assert made.ratio.mean == pytest.approx(50_000 / 1000)  # nothing below the first evaluation is resolved
+    assert made.ratio_with_calibration.mean == pytest.approx(50_000 / 4000)
+    # 1 s of converting and no uptraining, against 1 s and 10 s for 100,000 tokens, of which half.
+    assert made.time_ratio.mean == pytest.approx(6.0)
+
+
+def test_a_ratio_is_taken_seed_by_seed(findings, found):
+    made = findings.saving("pca-mqa-ce", "mean-mqa-ce")
+    assert made.reached
+    assert not made.starts_there
+    assert all(5000 < tokens < 50_000 for tokens in made.needed)
+    assert 1 < made.ratio.low <= made.ratio.mean <= made.ratio.high < 10
+    assert made.ratio_with_calibration.mean < made.ratio.mean
+
+
+def test_one_seed_that_never_arrives_leaves_no_ratio(findings, found):
+    found[1]["arms"]["pca-mqa-ce"]["curve"] = [[0, 9.0], [50_000, 8.0]]
+    made = findings.saving("pca-mqa-ce", "mean-mqa-ce")
+    assert made.needed[1] is None
+    assert (made.ratio, made.ratio_with_calibration, made.time_ratio) == (None, None, None)
+
+
+def test_the_gap_is_to_the_control_at_the_same_alpha(findings):
+    assert findings.gap("mean-mqa-ce", 0.0).mean == pytest.approx(3.0)
+    assert findings.closed("mean-mqa-ce", 0.0).mean == pytest.approx(0.0)
+    assert 0.9 < findings.closed("mean-mqa-ce", 0.05).mean < 1.0
+
+
+def test_the_order_is_claimed_only_where_it_is_seen(findings, found):
+    import words
+
+    assert "holds.**" in words.order_of_figure_4(findings)
+    for seed in found:
+        arms = found[seed]["arms"]
+        arms["mean-mqa-ce"]["curve"], arms["first-mqa-ce"]["curve"] = (
+            arms["first-mqa-ce"]["curve"], arms["mean-mqa-ce"]["curve"],
+        )  # fmt: skip
+    assert "does not hold" in words.order_of_figure_4(findings)
+
+
+def test_the_page_and_the_figures_are_written_from_results(results, tmp_path):
+    from report import render
+
+    render(results, tmp_path)
+    page = (tmp_path / "RESULTS.md").read_text()
+    for expected in ("Figure 4", "Figure 5", "Figure 6", "Table 1", "at least 50", "1,000 steps of 10 x 100"):
+        assert expected in page
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    for name in names:
+        assert f"figures/{name}" in page
+        assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    assert len(names) == 4

@@ -1,0 +1,53 @@
+import pytest
+
+
+def test_a_piece_is_made_once_and_found_again(tmp_path):
+    from pieces import Pieces
+
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        return {"n": len(made)}
+
+    told = []
+    pieces = Pieces(tmp_path, told.append)
+    first = pieces.get("arm", {"a": 1}, make)
+    assert Pieces(tmp_path).get("arm", {"a": 1}, make) == first
+    other = pieces.get("arm", {"a": 2}, make)
+    assert (first.result, other.result) == ({"n": 1}, {"n": 2})
+    assert first.key != other.key
+    assert len(told) == len(made) == 2
+
+
+def test_an_interrupted_piece_gets_its_folder_again(tmp_path):
+    from pieces import Pieces
+
+    def interrupted(folder):
+        (folder / "half").write_text("done")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Pieces(tmp_path).get("arm", {"a": 1}, interrupted)
+    again = Pieces(tmp_path).get("arm", {"a": 1}, lambda folder: {"half": (folder / "half").read_text()})
+    assert again.result == {"half": "done"}
+
+
+def test_other_versions_are_other_pieces(monkeypatch):
+    import pieces
+
+    before = pieces.settings_hash({"a": 1})
+    assert pieces.settings_hash({"a": 1}) == before
+    monkeypatch.setattr(pieces, "versions", lambda: {"torch": "0"})
+    assert pieces.settings_hash({"a": 1}) != before
+
+
+def test_a_report_begins_no_piece(tmp_path):
+    from pieces import Pieces, Unfinished
+
+    Pieces(tmp_path).get("arm", {"a": 1}, lambda _: {"n": 1})
+    finished = Pieces(tmp_path, finished_only=True)
+    assert finished.get("arm", {"a": 1}, lambda _: {"n": 2}).result == {"n": 1}
+    with pytest.raises(Unfinished):
+        finished.get("arm", {"a": 2}, lambda _: {"n": 2})
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,75 @@
+"""The whole of it, shrunk until it says nothing and takes minutes: stopped, gone on with, and reported."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import SCRIPTS
+
+
+def run(out, *more):
+    return subprocess.run(
+        [sys.executable, SCRIPTS / "run.py", "--out", out, "--shrink", "60", "--seeds", "0", "1", *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_nothing_finished_is_nothing_reported(tmp_path):
+    from arms import ARMS
+    from chain import Chain
+    from pieces import Pieces
+    from scales import SCALES
+
+    assert len({arm.name for arm in ARMS}) == len(ARMS)
+    for scale in SCALES.values():
+        assert Chain(Pieces(tmp_path, finished_only=True), scale, "decoder", 0).finished() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_the_settings_of_every_scale_are_a_configuration(name, tmp_path):
+    from scales import SCALES
+    from training import settings
+
+    from gqa_convert.uptrain.loading import parse_config
+
+    scale = SCALES[name]
+    made = settings(scale, "decoder", model=tmp_path, output=tmp_path / "run", seed=0, start_step=scale.steps, steps=5)
+    config = parse_config(made)
+    # Uptraining continues the pretraining's learning rate, and alpha is a share of its steps.
+    assert config.schedule.start_step == scale.steps
+    assert config.schedule.warmup_tokens == 0
+    assert scale.steps_of(0.05) * scale.batch_tokens == pytest.approx(0.05 * scale.pretraining_tokens)
+    assert scale.pretraining_tokens * max(scale.alphas) == scale.steps_of(max(scale.alphas)) * scale.batch_tokens
+
+
+@pytest.mark.slow
+def test_stopped_gone_on_with_and_reported(tmp_path):
+    stopped = run(tmp_path, "--minutes", "0.3")
+    assert stopped.returncode == 75, stopped.stderr
+    assert not (tmp_path / "results.json").exists()
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    seeds = results["families"]["decoder"]
+    assert list(seeds) == ["0", "1"]
+    for seed in seeds.values():
+        assert len(seed["arms"]) == 12
+        for arm in seed["arms"].values():
+            tokens = [tokens for tokens, _ in arm["curve"]]
+            assert tokens == sorted(set(tokens))
+            assert tokens[0] == 0
+    assert "Figure 5" in (tmp_path / "RESULTS.md").read_text()
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 4
+    # Everything is there: nothing is trained again.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    started = time.monotonic()
+    assert run(tmp_path).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == before
+    assert time.monotonic() - started < 120
