@@ -27,7 +27,7 @@ class Chain:
     Args:
         pieces: where they are kept.
         scale: sizes.
-        family: `decoder` or `t5`.
+        family: of `models.FAMILIES`.
         seed: of weights, order and merges.
         arms: what is compared.
     """

@@ -1,4 +1,4 @@
-"""Untrained models of the two families, with the embedded model's tokenizer, as folders that uptraining reads."""
+"""Untrained models with the embedded model's tokenizer, as folders that uptraining reads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gqa_convert.demo.run import CHECKPOINT
 if TYPE_CHECKING:
     from scales import Scale, Shape
 
-FAMILIES = ("decoder", "t5")
-_SENTINELS = 100
+FAMILIES = ("decoder",)
+"""What is trained; results and pieces are kept by family."""
 
 
 def write_untrained(folder: Path, family: str, shape: Shape, scale: Scale, seed: int) -> int:
@@ -21,23 +21,14 @@ def write_untrained(folder: Path, family: str, shape: Shape, scale: Scale, seed:
         its number of parameters, embeddings included.
     """
     import torch
+    from transformers import AutoTokenizer
 
     torch.manual_seed(seed)
-    tokenizer = _tokenizer(family)
-    model = {"decoder": _decoder, "t5": _t5}[family](shape, scale, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    model = {"decoder": _decoder}[family](shape, scale, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(p.numel() for p in model.parameters())
-
-
-def _tokenizer(family: str) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    if family == "t5":
-        names = [f"<extra_id_{number}>" for number in reversed(range(_SENTINELS))]
-        tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": names})
-    return tokenizer
 
 
 def decoder_config(shape: Shape, *, vocabulary: int, context: int, kv_heads: int | None = None, **more: Any) -> Any:
@@ -70,32 +61,3 @@ def _decoder(shape: Shape, scale: Scale, tokenizer: Any) -> Any:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-
-
-def _t5(shape: Shape, scale: Scale, tokenizer: Any) -> Any:
-    """T5.1.1's form: gated GELU, no dropout, an output matrix of its own.
-
-    transformers draws that matrix with a variance of one, which makes the first losses several times the logarithm of
-    the vocabulary; it is scaled to logits of variance one.
-    """
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=shape.width,
-            d_kv=shape.width // shape.heads,
-            d_ff=shape.mlp,
-            num_layers=shape.layers,
-            num_decoder_layers=shape.layers,
-            num_heads=shape.heads,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            dropout_rate=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.lm_head.weight.data *= shape.width**-0.5
-    return model

@@ -18,6 +18,7 @@ import words
 from chain import Chain
 from figures import draw
 from findings import Findings
+from models import FAMILIES
 from pieces import Pieces, versions
 from scales import Scale
 
@@ -38,7 +39,7 @@ def write_report(args: Namespace, scale: Scale) -> None:
             for seed in scale.seeds
             if (made := Chain(finished, scale, family, seed).finished()) is not None
         }
-        for family in args.families
+        for family in FAMILIES
     }
     if not all(found.values()):
         raise SystemExit("nothing to report yet: no seed has all of the paper's arms")

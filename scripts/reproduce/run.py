@@ -36,7 +36,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="tiny")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pieces and of the results")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["decoder"])
     parser.add_argument("--seeds", nargs="+", type=int, help="other seeds than the scale's")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (1 for one GPU)")
     parser.add_argument("--minutes", type=float, help="save, and stop with exit code 75, after this long")
@@ -100,7 +99,7 @@ def stop_after(minutes: float | None) -> None:
 def run_all(args: argparse.Namespace, scale: Scale) -> bool:
     """Run every family and seed, some side by side; False if time was over before all were done."""
     started = time.monotonic()
-    waiting = [f"{family}:{seed}" for seed in scale.seeds for family in args.families]
+    waiting = [f"{family}:{seed}" for seed in scale.seeds for family in FAMILIES]
     running: list[subprocess.Popen[bytes]] = []
     codes: list[int] = []
     while waiting or running:

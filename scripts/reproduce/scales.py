@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's size; `heads` divide `width`, and a T5 has `layers` in the encoder and in the decoder."""
+    """A model's size; `heads` divide `width`."""
 
     layers: int
     width: int
@@ -113,7 +113,6 @@ TINY = Scale(
     refit_steps=100,
     optimisers={
         "decoder": Optimiser(kind="adamw", rate=3e-3, warmup_steps=50, offset=200),
-        "t5": Optimiser(kind="adamw", rate=3e-3, warmup_steps=50, offset=200),
     },
     decode=DecodeShape(
         shape=Shape(layers=4, width=512, heads=16, mlp=1360),
@@ -142,7 +141,6 @@ SMALL = replace(
     refit_steps=300,
     optimisers={
         "decoder": Optimiser(kind="adamw", rate=1.5e-3, warmup_steps=200, offset=800),
-        "t5": Optimiser(kind="adamw", rate=1.5e-3, warmup_steps=200, offset=800),
     },
     decode=DecodeShape(
         shape=Shape(layers=16, width=2048, heads=16, mlp=5504),

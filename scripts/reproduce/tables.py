@@ -7,7 +7,7 @@ from typing import Any
 import words
 from findings import CONTROL, FIGURE_4, FIGURE_5, Findings, Saving
 
-TITLES = {"decoder": "Decoder (Llama-shaped)", "t5": "Encoder-decoder (T5.1.1-shaped)"}
+TITLES = {"decoder": "Decoder (Llama-shaped)"}
 _SHOWN = (0.0, 0.01, 0.02, 0.05, 0.1)
 
 
@@ -21,7 +21,7 @@ def family(name: str, found: Findings, scale: dict[str, Any], speed: dict[str, A
     """Everything about one family."""
     parts = [
         f"## {TITLES[name]}",
-        setup(name, found, scale),
+        setup(found, scale),
         f"### Figure 4: how heads are merged\n\n![Figure 4](figures/{name}-figure-4.png)",
         figure_4(found),
         words.order_of_figure_4(found),
@@ -37,17 +37,16 @@ def family(name: str, found: Findings, scale: dict[str, Any], speed: dict[str, A
     return "\n\n".join(parts)
 
 
-def setup(name: str, found: Findings, scale: dict[str, Any]) -> str:
+def setup(found: Findings, scale: dict[str, Any]) -> str:
     """What was trained, on how much, and how well."""
     first = next(iter(found.found.values()))["pretraining"]
     rows = []
     for size in first:
         shape = scale[size]
-        layers = f"{shape['layers']}" if name == "decoder" else f"{shape['layers']} + {shape['layers']}"
         rows.append(
             [
                 size,
-                layers,
+                str(shape["layers"]),
                 str(shape["width"]),
                 str(shape["heads"]),
                 f"{first[size]['parameters']:,}",

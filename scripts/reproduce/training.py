@@ -23,12 +23,11 @@ def settings(
 ) -> dict[str, Any]:
     """The configuration of a run, as `gqa uptrain` takes it."""
     optimiser = scale.optimisers[family]
-    causal = family == "decoder"
     warmup = optimiser.warmup_steps * scale.batch_tokens if start_step == 0 else 0
     return {
         "model": str(model),
         "output": str(output),
-        "trust_remote_code": not causal,
+        "trust_remote_code": False,
         "budget": {"steps": steps},
         "data": {
             "source": {"kind": "python", "paths": [f"sources:{scale.text}_training"]},
@@ -39,7 +38,7 @@ def settings(
             "append_eos": True,
             "separate_documents": False,
         },
-        "objective": {"kind": "causal_lm" if causal else "span_corruption"},
+        "objective": {"kind": "causal_lm"},
         "optimizer": {"kind": optimiser.kind},
         "schedule": {
             "kind": "inverse_sqrt",
