@@ -78,9 +78,14 @@ class Findings:
         return self.over_seeds(share)
 
     def pretrained(self, size: str) -> Interval:
-        """Held-out loss at the end of pretraining, of the seeds that have this size."""
-        sizes = [found["pretraining"] for found in self.found.values()]
-        return interval([found[size]["curve"][-1][1] for found in sizes if size in found])
+        """Held-out loss at the end of pretraining."""
+        return self.over_seeds(lambda seed: self.found[seed]["pretraining"][size]["curve"][-1][1])
+
+    def sizes(self) -> list[str]:
+        """The sizes that every seed has: seeds differ too much for means over others to compare."""
+        return [
+            size for size in ("small", "large") if all(size in found["pretraining"] for found in self.found.values())
+        ]
 
     def saving(self, arm: str, reference: str, alpha: float = 0.05) -> Saving:
         """How many fewer uptraining tokens an arm needs for the loss that `reference` has at `alpha`."""

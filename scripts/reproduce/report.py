@@ -93,11 +93,12 @@ def _figure_6(found: dict[str, Any], decode: dict[str, Any]) -> str:
         for m in sorted(found["models"].values(), key=lambda m: m["kv_heads"])
     ]  # fmt: skip
     shape = decode["shape"]
-    return (
+    measured = (
         f"A decoder of random weights, {shape['layers']} layers of width {shape['width']} with {shape['heads']} heads: "
         f"{found['output_tokens']} tokens behind a cache of {found['context']:,}, batch {found['batch']}, "
-        f"{found['dtype']}.\n\n" + tables.table(["groups", "time per sample, s", "quartiles", "cache, MiB"], rows)
+        f"{found['dtype']}, threads: {found['threads']}."
     )
+    return f"{measured}\n\n" + tables.table(["groups", "time per sample, s", "quartiles", "cache, MiB"], rows)
 
 
 def machine() -> dict[str, Any]:
@@ -134,9 +135,13 @@ therefore show much larger gaps than the paper's points do."""
 LIMITS = """## Limits
 
 - Intervals are over seeds alone, and Student's t of three is wide.
-- A model this small, on this little text, is far from trained out: the control goes on improving, so the gap is
-  taken to it and not to the model before.
+- The models are small and the text is little. Gaps are taken to the control, which saw the same tokens, and not to
+  the model before: at these learning rates the control itself moves.
+- Uptraining starts with a fresh AdamW at the pretraining's full learning rate; a start that is already good loses a
+  little in the first steps by it (its curve rises before it falls).
 - Calibration tokens are no uptraining, but they are tokens: the conversion's fixed cost weighs more the shorter the
   pretraining is. At the paper's size 5 % are fifty billion tokens, and a calibration of a quarter million vanishes.
+- The refit of `best` reads its calibration tokens again and again (a step is 2,048 tokens a layer), so tokens are
+  not what it costs: the column in seconds is. On models this small it is about what uptraining by 5 % costs.
 - Seconds were taken while the machine did other things (its load is in results.json); tokens are not affected.
 - Between 0 tokens and the first evaluation a curve is taken to be a straight line."""

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from models import FAMILIES
 from pieces import Pieces
 from scales import SCALES, Scale
 
-from gqa_convert.errors import Preempted
+from gqa_convert.errors import GQAConvertError, Preempted, UsageError
 
 AGAIN = Preempted.exit_code
 
@@ -70,6 +71,14 @@ def shrunk(scale: Scale, by: int) -> Scale:
 
 def tell(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def check_matplotlib() -> None:
+    """Make sure, before hours are spent, that the figures can be drawn."""
+    if find_spec("matplotlib") is None:
+        error = UsageError("the figures are drawn with matplotlib: pip install 'gqa-convert[report]'.")
+        tell(str(error))
+        raise SystemExit(error.exit_code)
 
 
 def run_one(args: argparse.Namespace, scale: Scale) -> None:
@@ -126,6 +135,7 @@ def run_all(args: argparse.Namespace, scale: Scale) -> bool:
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
     scale = chosen_scale(args)
+    check_matplotlib()
     args.out.mkdir(parents=True, exist_ok=True)
     stop_after(args.minutes if args.only else None)
     try:
@@ -138,9 +148,9 @@ def main() -> None:
             from report import write_report
 
             write_report(args, scale)
-    except Preempted as error:
+    except GQAConvertError as error:
         tell(str(error))
-        raise SystemExit(AGAIN) from None
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ def table_1(scale: Scale) -> dict[str, Any]:
 
 def measure(scale: Scale, models: list[tuple[str, Shape, int]]) -> dict[str, Any]:
     """Benchmark models beside each other, the base first."""
+    import torch
+
     from gqa_convert.evaluate.decode.bench import BenchSettings, Contender, bench
 
     decode = scale.decode
@@ -56,6 +58,7 @@ def measure(scale: Scale, models: list[tuple[str, Shape, int]]) -> dict[str, Any
     return {
         "device": found.device,
         "dtype": found.dtype,
+        "threads": torch.get_num_threads(),
         "batch": decode.batch,
         "context": decode.context,
         "output_tokens": decode.output_tokens,

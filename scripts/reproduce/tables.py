@@ -33,15 +33,16 @@ def family(name: str, found: Findings, scale: dict[str, Any], speed: dict[str, A
         f"### A better start\n\n![A better start](figures/{name}-starts.png)",
         ours(found),
         savings(found),
+        words.left_out(found),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def setup(found: Findings, scale: dict[str, Any]) -> str:
     """What was trained, on how much, and how well."""
     first = next(iter(found.found.values()))["pretraining"]
     rows = []
-    for size in first:
+    for size in reversed(found.sizes()):
         shape = scale[size]
         rows.append(
             [
@@ -93,8 +94,7 @@ def table_1(found: Findings, speed: dict[str, Any]) -> str:
         "MQA large, `best` + distillation": "best-mqa-kd",
         "GQA large, `best` + distillation": "best-gqa-kd",
     }
-    sizes = next(iter(found.found.values()))["pretraining"]
-    losses = {f"MHA {size}": found.pretrained(size) for size in sorted(sizes, reverse=True)}
+    losses = {f"MHA {size}": found.pretrained(size) for size in found.sizes()}
     losses |= {name: found.loss(arm, 0.05) for name, arm in converted.items() if found.has(arm)}
     rows = []
     for name, loss in losses.items():

@@ -59,7 +59,7 @@ def results(found):
 
     def timed(names):
         return {
-            "device": "cpu", "dtype": "float32", "batch": 8, "context": 2048, "output_tokens": 512,
+            "device": "cpu", "dtype": "float32", "threads": 2, "batch": 8, "context": 2048, "output_tokens": 512,
             "models": {
                 name: {"kv_heads": heads, "seconds_per_sample": 0.1 + 0.01 * heads, "quartiles": [0.1, 0.2],
                        "cache_bytes": heads << 20, "time_ratio": 1.0}

@@ -52,6 +52,14 @@ def test_the_order_is_claimed_only_where_it_is_seen(findings, found):
     assert "does not hold" in words.order_of_figure_4(findings)
 
 
+def test_what_one_seed_lacks_is_compared_for_none(findings, found):
+    del found[2]["pretraining"]["small"]
+    del found[2]["arms"]["pca-mqa-ce"]
+    assert findings.sizes() == ["large"]
+    assert not findings.has("pca-mqa-ce")
+    assert findings.arms("gqa") == ["mean-gqa-ce", "best-gqa-kd", "best-gqa-ce"]
+
+
 def test_the_page_and_the_figures_are_written_from_results(results, tmp_path):
     from report import render
 

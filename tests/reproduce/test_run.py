@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import SCRIPTS
@@ -69,7 +68,5 @@ def test_stopped_gone_on_with_and_reported(tmp_path):
     assert len(list((tmp_path / "figures").glob("*.png"))) == 4
     # Everything is there: nothing is trained again.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    started = time.monotonic()
     assert run(tmp_path).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == before
-    assert time.monotonic() - started < 120
