@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arms import ARMS, CALIBRATED, CONTROL, PAPER, PRESETS, Arm
-from models import write_untrained
 from pieces import Piece, Pieces, Unfinished
 from sources import training_file
 from training import UPTRAINING_ORDER, settings, train
+from untrained import write_untrained
 
 if TYPE_CHECKING:
     from scales import Scale, Shape
@@ -27,7 +27,7 @@ class Chain:
     Args:
         pieces: where they are kept.
         scale: sizes.
-        family: of `models.FAMILIES`.
+        family: of `untrained.FAMILIES`.
         seed: of weights, order and merges.
         arms: what is compared.
     """

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from chain import Chain
-from models import FAMILIES
 from pieces import Pieces
 from scales import SCALES, Scale
+from untrained import FAMILIES
 
 from gqa_convert.errors import GQAConvertError, Preempted, UsageError
 
@@ -145,7 +145,7 @@ def main() -> None:
             tell("time is over: run the same command again to go on")
             raise SystemExit(AGAIN)
         else:
-            from report import write_report
+            from results_page import write_report
 
             write_report(args, scale)
     except GQAConvertError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from models import decoder_config
+from untrained import decoder_config
 
 if TYPE_CHECKING:
     from scales import DecodeShape, Scale, Shape

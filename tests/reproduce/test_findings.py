@@ -1,5 +1,5 @@
 import pytest
-from conftest import TOTAL
+from made_results import TOTAL
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_what_one_seed_lacks_is_compared_for_none(findings, found):
 
 
 def test_the_page_and_the_figures_are_written_from_results(results, tmp_path):
-    from report import render
+    from results_page import render
 
     render(results, tmp_path)
     page = (tmp_path / "RESULTS.md").read_text()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SCRIPTS
+from made_results import SCRIPTS
 
 
 def run(out, *more):

@@ -18,9 +18,9 @@ import words
 from chain import Chain
 from figures import draw
 from findings import Findings
-from models import FAMILIES
 from pieces import Pieces, versions
 from scales import Scale
+from untrained import FAMILIES
 
 
 def write_report(args: Namespace, scale: Scale) -> None:
