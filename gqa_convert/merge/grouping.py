@@ -68,11 +68,14 @@ def residual_cost(
 ) -> GroupCost:
     """Return the cost of a group: its key residual plus its value residual, each as a share of its layer's whole.
 
+    The key residual is that of `BlockMoments.by_output`: a head of small output may have its scores disturbed.
+
     Give the moments of several layers where they must share one grouping (T5's position bias belongs to the heads of
     all its layers). The moments must have been computed with `method_options(method, options)`. Many or wide heads are
     priced in float32, which is exact enough to rank groups and twice as fast.
     """
     options = method_options(method, options)
+    moments = [m.by_output() for m in moments]
     moments = [m.to(torch.float32) if m.values.mean.numel() > _WIDE else m for m in moments]
     totals = [[part or 1.0 for part in m.total] for m in moments]
 

@@ -49,6 +49,12 @@ class RealMoments:
         gram, mean, root, inverse = (part.to(dtype) for part in parts)
         return RealMoments(gram=gram, mean=mean, root=root, inverse=inverse)
 
+    def scaled(self, factor_K: Tensor) -> RealMoments:
+        """The same vectors, the error of head h counting `factor_K[h]` times as much."""
+        root = factor_K.sqrt()[:, None, None]
+        inverse = torch.where(root > 0, root, torch.ones_like(root)).reciprocal() * (root > 0)
+        return replace(self, root=self.root * root, inverse=self.inverse * inverse)
+
     def stacked(self, members: tuple[int, ...], *, weighted: bool = True) -> Tensor:
         """(R S, R S): the Gram matrix of the members' vectors laid end to end."""
         heads = torch.tensor(members, device=self.gram.device)
@@ -72,6 +78,16 @@ class KeyMoments:
     """How many of the static dims belong to slowly turning pairs."""
     static: RealMoments
     """Moments of the static dims, weighed by the queries."""
+
+    @property
+    def power(self) -> Tensor:
+        """(K,): cost of dropping each head's keys."""
+        pairs = torch.einsum("pkk->k", self.weighted.real)
+        return pairs + torch.einsum("kkaa->k", self.static.weighted)
+
+    def scaled(self, factor_K: Tensor) -> KeyMoments:
+        """The same keys, the error of head h counting `factor_K[h]` times as much."""
+        return replace(self, weight=self.weight * factor_K, static=self.static.scaled(factor_K))
 
     @cached_property
     def root(self) -> Tensor:
@@ -107,9 +123,16 @@ class BlockMoments:
     @property
     def total(self) -> tuple[float, float]:
         """(key, value) cost of dropping every head's keys or values: what residuals are measured against."""
-        pairs = torch.einsum("pkk->", self.keys.weighted.real)
-        static = torch.einsum("kkaa->", self.keys.static.weighted)
-        return float(pairs + static), float(torch.einsum("kkaa->", self.values.weighted))
+        return float(self.keys.power.sum()), float(torch.einsum("kkaa->", self.values.weighted))
+
+    def by_output(self) -> BlockMoments:
+        """The moments by which groups are priced: a head's key error counts by what the head adds to the output.
+
+        The scores of a head are worth what they choose among: an error of so much of their variance costs so much of
+        the mean square of the head's contribution. (Own derivation; `docs/merging.md` has what it brings.)
+        """
+        power, output = self.keys.power, torch.einsum("kkaa->k", self.values.weighted)
+        return replace(self, keys=self.keys.scaled(output / torch.where(power > 0, power, torch.ones_like(power))))
 
 
 def psd_root(form_KSS: Tensor) -> tuple[Tensor, Tensor]:
