@@ -177,7 +177,8 @@ def _renewal(begin: int | None, ends: list[int]) -> Any:
 
     class Renewal(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            if begin is None or not ends:
+            # Where one token does both (GPT-2, Pythia), what ended a document has begun the next.
+            if begin is None or not ends or begin in ends:
                 return scores
             over = torch.isin(input_ids[:, -1], torch.tensor(ends, device=input_ids.device))
             forced = torch.full_like(scores, -torch.inf)

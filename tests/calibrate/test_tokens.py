@@ -188,6 +188,14 @@ def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch):
     assert (after == 7).all()
 
 
+def test_one_token_may_end_a_document_and_begin_the_next(saved, monkeypatch):
+    """As `<|endoftext|>` does for GPT-2: it must not call for itself for ever."""
+    monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, [7]))
+    ids = self_text.self_tokens(saved("llama").checkpoint.folder, sequences=4, length=20)
+    assert (ids[:, 0] == 7).all()
+    assert len(set(ids[:, 1:].flatten().tolist())) > 20
+
+
 def test_without_a_beginning_the_first_tokens_are_drawn(saved, monkeypatch):
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (None, [2]))
     ids = self_text.self_tokens(saved("llama").checkpoint.folder, sequences=8, length=3)
