@@ -175,7 +175,7 @@ class LogSection(Section):
 class ExpectSection(Section):
     """What the launcher was asked for. A run that finds itself with anything else stops instead of going on slower."""
 
-    engine: Literal["single", "ddp", "fsdp2"] | None = None
+    engine: Literal["single", "ddp", "fsdp2", "deepspeed"] | None = None
     """How processes work together."""
     processes: Annotated[int, Field(ge=1)] | None = None
     """How many there are."""

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gqa_convert.errors import UsageError
+from gqa_convert.uptrain import zero
 from gqa_convert.uptrain.config import ExpectSection, UptrainConfig
 from gqa_convert.uptrain.metrics import chosen_trackers
+from gqa_convert.uptrain.state import clip_gradients
 
 _TIMEOUT = timedelta(hours=2)
 """One process may save, evaluate or tokenise for long while the others wait."""
@@ -23,7 +25,7 @@ class Engine:
     """The processes of a run, and what they do together.
 
     Attributes:
-        name: `single`, `ddp` or `fsdp2`.
+        name: `single`, `ddp`, `fsdp2` or `deepspeed`.
         processes: how many.
         rank: which one this is.
         device: where it computes.
@@ -33,15 +35,25 @@ class Engine:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
-        precision = {"bf16": "bf16", "float32": "no", "pure_bf16": "no"}[config.train.precision]
+        plugin = zero.zero_plugin(config)
+        self._bf16 = config.train.precision == "bf16"
+        # Of DeepSpeed accelerate would make bf16 weights; its autocast is asked for in the plugin.
+        precision = "bf16" if self._bf16 and plugin is None else "no"
+        # accelerate knows no backend for DeepSpeed without a GPU.
+        backend = {"backend": "gloo"} if plugin is not None and not torch.cuda.is_available() else {}
         self.accelerator = Accelerator(
             mixed_precision=precision,
             cpu=config.train.device == "cpu",
             log_with=list(chosen_trackers(config.log)) or None,
             project_dir=str(Path(config.output) / "trackers"),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT, **backend)],
+            deepspeed_plugins=plugin,
         )
         self.name = _engine_name(self.accelerator)
+        if plugin is not None:
+            if self.name != "deepspeed":
+                raise UsageError(f"DeepSpeed was asked for, {self.name} is running. Is ACCELERATE_USE_CPU set?")
+            zero.leave_loading_alone()
         self.processes: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
@@ -57,15 +69,50 @@ class Engine:
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Hand model and optimiser to the engine."""
         prepared = self.accelerator.prepare(model, optimizer)
+        if self.name == "deepspeed":
+            zero.announce_head(model)
         return prepared[0], prepared[1]
 
     def autocast(self) -> Any:
         """Arithmetic in the run's precision."""
+        if self.name == "deepspeed":
+            return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16)
         return self.accelerator.autocast()
 
     def accumulating(self, model: nn.Module, *, last: bool) -> Any:
         """Around a forward and backward pass; gradients are exchanged in the last one of a step only."""
-        return nullcontext() if last or self.processes == 1 else self.accelerator.no_sync(model)
+        alone = last or self.processes == 1 or self.name == "deepspeed"
+        return nullcontext() if alone else self.accelerator.no_sync(model)
+
+    def backward(self, model: nn.Module, loss: Tensor, *, last: bool) -> None:
+        """Add to the gradients; `last` says that the step's are then complete."""
+        if self.name != "deepspeed":
+            self.accelerator.backward(loss)
+            return
+        # accelerate's own would take the step at once, before it was judged.
+        deepspeed: Any = model
+        deepspeed.set_gradient_accumulation_boundary(is_boundary=last)
+        deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def clip(self, parameters: list[nn.Parameter], limit: float | None) -> Tensor:
+        """Scale gradients to a norm of `limit` at most; returns the norm before, the same on every process.
+
+        DeepSpeed scales them by itself, to the same limit, when it takes the step.
+        """
+        if self.name == "deepspeed":
+            return zero.gradient_norm(parameters, self.device)
+        return clip_gradients(parameters, limit)
+
+    def move(self, model: nn.Module, optimizer: Any, *, taken: bool) -> None:
+        """Take the step, or drop it; gradients are gone afterwards."""
+        if self.name == "deepspeed":
+            deepspeed: Any = model
+            # Also makes the next backward pass start anew instead of adding.
+            deepspeed.step() if taken else deepspeed.optimizer.zero_grad()
+            return
+        if taken:
+            optimizer.step()
+        optimizer.zero_grad()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over processes."""
@@ -117,9 +164,11 @@ def _engine_name(accelerator: Any) -> str:
         if not getattr(accelerator, "is_fsdp2", False):
             raise UsageError("FSDP version 1 is not supported. Set fsdp_version: 2 in the accelerate config.")
         return "fsdp2"
+    if kind == "DEEPSPEED":
+        return "deepspeed"
     if kind.startswith("MULTI_"):
         return "ddp"
-    raise UsageError(f"accelerate chose {kind}, which is not supported. Use one device, DDP or FSDP2.")
+    raise UsageError(f"accelerate chose {kind}, which is not supported. Use one device, DDP, FSDP2 or DeepSpeed.")
 
 
 def check_expected(expect: ExpectSection, *, engine: str, processes: int) -> None:

@@ -1,6 +1,6 @@
 """The model that is trained: loaded, proven to keep documents apart, and wrapped so that its forward pass is the loss.
 
-The loss is inside the wrapped forward because that is where every engine (DDP, FSDP2) has the weights whole.
+The loss is inside the wrapped forward because that is where every engine (DDP, FSDP2, DeepSpeed) has the weights whole.
 """
 
 from __future__ import annotations

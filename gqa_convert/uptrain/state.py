@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gqa_convert.errors import CheckpointError
+from gqa_convert.uptrain.zero import FOLDER, gather_zero, is_zero, load_zero, save_zero
 
 _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.pt"
@@ -32,6 +33,9 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, *, is_ma
     Raises:
         OSError: if writing fails.
     """
+    if is_zero(model):
+        save_zero(folder, model)
+        return
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
         from torch.distributed.checkpoint.state_dict_saver import save
@@ -57,11 +61,13 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
     Raises:
         CheckpointError: if the checkpoint is of another model or another way of sharding.
     """
-    sharded = is_sharded(model)
-    if (folder / _SHARDS).is_dir() != sharded:
-        made = "sharded" if (folder / _SHARDS).is_dir() else "whole"
+    made, wanted = _kind_of(folder), "DeepSpeed's" if is_zero(model) else "sharded" if is_sharded(model) else "whole"
+    if made != wanted:
         raise CheckpointError(f"{folder}: holds {made} weights; resume with the engine it was saved by.")
-    if sharded:
+    if is_zero(model):
+        load_zero(folder, model)
+        return
+    if made == "sharded":
         _load_shards(folder / _SHARDS, model, _plain(optimizer))
         return
     from safetensors.torch import load_file
@@ -76,6 +82,12 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
             parameter.copy_(saved[name])
     state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
     _plain(optimizer).load_state_dict(state)
+
+
+def _kind_of(folder: Path) -> str:
+    if (folder / FOLDER).is_dir():
+        return "DeepSpeed's"
+    return "sharded" if (folder / _SHARDS).is_dir() else "whole"
 
 
 def _load_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
@@ -106,6 +118,8 @@ def _plain(optimizer: Any) -> Any:
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict on the CPU; empty on other processes than the main one if it was sharded."""
+    if is_zero(model):
+        return gather_zero(model)
     if not is_sharded(model):
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -10,7 +10,7 @@ from gqa_convert.uptrain import optim
 from gqa_convert.uptrain.build import Parts
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.objective import STATISTICS
-from gqa_convert.uptrain.state import clip_gradients, seed_step
+from gqa_convert.uptrain.state import seed_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +60,24 @@ def train_step(parts: Parts, guards: Guards, step: int, *, stop: bool, save: boo
     sums = torch.zeros(len(STATISTICS) + 3, dtype=torch.float32, device=engine.device)
     for number, batch in enumerate(batches):
         moved = batch.to(engine.device)
-        with engine.accumulating(parts.model, last=number == len(batches) - 1):
+        last = number == len(batches) - 1
+        with engine.accumulating(parts.model, last=last):
             with engine.autocast():
                 taught = parts.teacher(moved.inputs) if parts.teacher is not None else None
                 loss, found = parts.model(moved.inputs, moved.labels, taught)
-            engine.accelerator.backward(loss * scale)
+            engine.backward(parts.model, loss * scale, last=last)
         sums[: len(STATISTICS)] += found
         sums[-3] += loss.detach()
     sums[-2], sums[-1] = float(stop), float(save)
     engine.sum(sums)
-    norm = clip_gradients(parts.trained, plan.config.optimizer.clip)
+    norm = engine.clip(parts.trained, plan.config.optimizer.clip)
     # The one place where the processor waits for the device.
     *terms, total, stops, saves, length = torch.cat([sums, norm.detach().float().reshape(1).to(sums.device)]).tolist()
     share = 1.0 / max(valid, 1.0)
     taken = guards.accepts(step=step + 1, loss=total * share, norm=length)
     rate = plan.schedule((step + 1) * plan.horizon.batch_tokens)
-    if taken:
-        optim.set_learning_rate(parts.optimizer, rate)
-        parts.optimizer.step()
-    parts.optimizer.zero_grad()
+    optim.set_learning_rate(parts.optimizer, rate)
+    engine.move(parts.model, parts.optimizer, taken=taken)
     return StepResult(
         loss=total * share,
         parts={name: value * share for name, value in zip(STATISTICS, terms, strict=True)},

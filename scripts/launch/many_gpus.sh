@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Uptrain on every GPU of this machine: [ENGINE=ddp|fsdp2] [PROCESSES=8] scripts/launch/many_gpus.sh CONFIG [--set a.b=c ...]
+# Uptrain on every GPU of this machine: [ENGINE=ddp|fsdp2|deepspeed] [PROCESSES=8] scripts/launch/many_gpus.sh CONFIG [--set a.b=c ...]
 # Run it again to go on where it was stopped. SIGTERM and SIGUSR1 are passed on: every process saves, the exit code is 75.
 # (`accelerate launch --config_file configs/accelerate/...` trains alike, but its launcher answers a signal by itself.)
 set -uo pipefail

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "scripts" / "launch"
 
 FAKE_PYTHON = """#!/usr/bin/env bash
-echo "rank=$RANK local=$LOCAL_RANK world=$WORLD_SIZE fsdp=${FSDP_VERSION:-none} port=${MASTER_PORT:+set} args=$*"
+FSDP=${FSDP_VERSION:-none}
+ZERO=${ACCELERATE_DEEPSPEED_ZERO_STAGE:-none}
+echo "rank=$RANK local=$LOCAL_RANK world=$WORLD_SIZE fsdp=$FSDP zero=$ZERO port=${MASTER_PORT:+set} args=$*"
 exit "${FAKE_CODE:-0}"
 """
 FAKE_SRUN = """#!/usr/bin/env bash
@@ -65,6 +67,8 @@ def test_many_gpus_says_what_it_expects_and_passes_codes_on(cluster):
     assert done.returncode == 0
     assert sorted(line.split()[0] for line in done.stdout.splitlines()) == ["rank=0", "rank=1", "rank=2"]
     assert "--set expect.engine=ddp --set expect.processes=3" in done.stdout
+    done = run("many_gpus.sh", "c.yaml", env={**cluster, "PROCESSES": "2", "ENGINE": "deepspeed"})
+    assert done.stdout.count("zero=3") == done.stdout.count("--set expect.engine=deepspeed") == 2
     assert run("many_gpus.sh", "c.yaml", env={**cluster, "PROCESSES": "2", "FAKE_CODE": "75"}).returncode == 75
     assert run("many_gpus.sh", "c.yaml", env={**cluster, "PROCESSES": "2", "ENGINE": "magic"}).returncode == 2
     assert run("many_gpus.sh", env=cluster).returncode == 2
@@ -91,6 +95,9 @@ def test_accelerate_reads_its_configurations(path):
     assert found.num_processes >= 1
     if path.stem == "fsdp2":
         assert found.fsdp_config["fsdp_version"] == 2
+    if path.stem == "deepspeed":
+        assert found.deepspeed_config["zero_stage"] == 3
+        assert not found.deepspeed_config["zero3_init_flag"]
 
 
 def test_the_module_is_the_command():

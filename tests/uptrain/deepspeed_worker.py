@@ -1,0 +1,40 @@
+"""One process of a DeepSpeed run that skips a step and stops after another: `skip=6 stop=10 CONFIG`, counted from 1."""
+
+import sys
+from pathlib import Path
+
+from gqa_convert.errors import Preempted
+from gqa_convert.uptrain import loop
+from gqa_convert.uptrain.guards import Guards
+from gqa_convert.uptrain.loading import load_config
+
+
+def skip_step(number):
+    real = Guards.accepts
+
+    def accepts(self, *, step, loss, norm):
+        return real(self, step=step, loss=loss, norm=norm) and step != number
+
+    Guards.accepts = accepts
+
+
+def stop_after(number):
+    real = loop.train_step
+
+    def train_step(parts, guards, at, *, stop, save):
+        return real(parts, guards, at, stop=stop or at + 1 == number, save=save)
+
+    loop.train_step = train_step
+
+
+def main(skip, stop, config):
+    skip_step(int(skip.removeprefix("skip=")))
+    stop_after(int(stop.removeprefix("stop=")))
+    try:
+        loop.uptrain(load_config(Path(config)))
+    except Preempted as error:
+        sys.stdout.write(f"{error}\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
