@@ -32,12 +32,19 @@ def log_probabilities_of(folder: Path, ids: list[int]) -> Any:
             raise RuntimeError("convert_hf_to_gguf: " + done.stderr.strip().splitlines()[-1])
         server = xllamacpp.Server(_parameters(file))
         for length in PROMPTS:
-            answer = server.handle_completions(
-                {"prompt": ids[:length], "n_predict": 1, "n_probs": rows, "temperature": 1.0, "cache_prompt": False}
-            )
-            for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            for entry in _top_log_probabilities(server, ids[:length], rows):
                 found[length - 1, entry["id"]] = entry["logprob"]
     return found
+
+
+def _top_log_probabilities(server: Any, prompt: list[int], rows: int) -> Any:
+    """Of the next token. The server gives none where it happens to draw the end of the text: then it draws again."""
+    asked = {"prompt": prompt, "n_predict": 1, "n_probs": rows, "temperature": 1.0, "cache_prompt": False}
+    for seed in range(16):
+        chosen = server.handle_completions(asked | {"seed": seed})["choices"][0]
+        if chosen["logprobs"]:
+            return chosen["logprobs"]["content"][0]["top_logprobs"]
+    raise RuntimeError("drew the end of the text 16 times")
 
 
 def _parameters(file: str) -> Any:
