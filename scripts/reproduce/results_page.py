@@ -137,7 +137,7 @@ LIMITS = """## Limits
 - Intervals are over seeds alone, and Student's t of three is wide.
 - The models are small and the text is little. Gaps are taken to the control, which saw the same tokens, and not to
   the model before: at these learning rates the control itself moves.
-- Uptraining starts with a fresh AdamW at the pretraining's full learning rate; a start that is already good often loses a
+- Uptraining starts with a fresh AdamW at the pretraining's full learning rate; a start that is already good may lose a
   little in the first steps (its curve rises before it falls), probably by it; that was not tested.
 - Calibration tokens are no uptraining, but they are tokens: the conversion's fixed cost weighs more the shorter the
   pretraining is. At the paper's size 5 % are fifty billion tokens, and a calibration of a quarter million vanishes.
