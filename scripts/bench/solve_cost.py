@@ -2,6 +2,7 @@
 """Measure how the time and memory of `fast` and `best` grow with layers, width and calibration tokens; project to 7B.
 
     python scripts/bench/solve_cost.py --out scripts/bench/results/solve_cost.json
+    python scripts/bench/solve_cost.py --checkpoint MODEL --groups 2 --calibrate TEXT --out FILE     # adds a whole command
 
 Random Llamas are written, and solved in child processes on one processor, on random tokens: what a solve costs does not
 depend on what the numbers are. Time is processor time (wall time beside it: the machine may be shared), memory the
@@ -26,6 +27,7 @@ from typing import Any
 
 import measure
 
+_CONVERT = "from gqa_convert.cli import convert_main; convert_main()"
 STEPS, STEP_TOKENS = 300, 2048
 H100_FLOPS, H100_SHARE = 67e12, 0.4
 """Peak of an NVIDIA H100 SXM in float32, without tensor cores (its data sheet), and the share that is assumed."""
@@ -136,6 +138,30 @@ def solve_one(size: Size) -> dict[str, float]:
         }
 
 
+def whole_commands(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run `gqa-convert` on a real checkpoint by mean, `fast` and `best`, each a process of its own from start to end."""
+    rows = []
+    for preset in ("paper", "fast", "best"):
+        with tempfile.TemporaryDirectory() as folder:
+            chosen = ["--preset", preset, "--groups", str(args.groups), "--out", str(Path(folder) / "converted")]
+            if preset != "paper" and args.calibrate:
+                chosen += ["--calibrate", args.calibrate]
+            if preset != "paper" and args.sequences:
+                chosen += ["--calibration-sequences", str(args.sequences), "--calibration-length", str(args.length)]
+            run = measure.run([sys.executable, "-c", _CONVERT, args.checkpoint, *chosen])
+        row = {
+            "model": args.name or Path(args.checkpoint).name,
+            "groups": args.groups,
+            "preset": preset,
+            "wall_s": round(run.wall_s, 1),
+            "processor_s": round(run.cpu_s, 1),
+            "peak_mb": round(run.peak_mb),
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
 def project(rate: float) -> dict[str, Any]:
     """What `fast` and `best` of a 7B Llama take, at `rate` floating-point operations a second of one processor."""
     projected = {}
@@ -178,6 +204,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     parser.add_argument("--project", type=float, metavar="GFLOPS", help="only project, at so many GFLOP/s a processor")
+    real = parser.add_argument_group("a real checkpoint, in the place of random ones")
+    real.add_argument("--checkpoint", help="measure `gqa-convert` on it, from start to end")
+    real.add_argument("--name", help="what to call it")
+    real.add_argument("--groups", type=int, default=2)
+    real.add_argument("--calibrate", help="text to calibrate on")
+    real.add_argument("--sequences", type=int, help="calibration sequences")
+    real.add_argument("--length", type=int, default=128, help="tokens of each")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -187,6 +220,12 @@ def main() -> None:
         show([], project(args.project * 1e9), args.project * 1e9)
         return
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    known: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
+    if args.checkpoint:
+        added = whole_commands(args)
+        kept = [row for row in known.get("commands", []) if row["model"] != added[0]["model"]]
+        write(args.out, known | described() | {"commands": kept + added})
+        return
     rows = []
     for size in POINTS:
         run = measure.run([sys.executable, __file__, "--one", json.dumps(asdict(size))])
@@ -197,16 +236,27 @@ def main() -> None:
     rate = widest["gflop"] * 1e9 / widest["processor_s"]
     projected = project(rate)
     show(rows, projected, rate)
-    if args.out:
-        known = {
-            "machine": {"processor": platform.machine(), "python": platform.python_version()},
-            "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
-            "rows": rows,
-            "rate_flops": rate,
-            "h100": {"peak_flops": H100_FLOPS, "share": H100_SHARE},
-            "seven_billion": projected,
-        }
-        args.out.write_text(json.dumps(known, indent=1) + "\n")
+    found = {
+        "rows": rows,
+        "rate_flops": rate,
+        "h100": {"peak_flops": H100_FLOPS, "share": H100_SHARE},
+        "seven_billion": projected,
+    }
+    write(args.out, known | described() | found)
+
+
+def described() -> dict[str, Any]:
+    """What the figures were made with."""
+    return {
+        "machine": {"processor": platform.machine(), "python": platform.python_version(), "threads": 1},
+        "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
+    }
+
+
+def write(path: Path | None, found: dict[str, Any]) -> None:
+    """Write the figures, if a file was named."""
+    if path is not None:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
