@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Try other ways to refit merged layers, beside the one that the package has: the loss of `best` with one thing changed.
+"""Try other ways to refit merged layers than the package's: the loss of `best` with one thing changed.
 
     python scripts/bench/refit_variants.py MODEL --data HELD_OUT --calibrate TEXT --groups 2,1 --out FILE
 
@@ -48,7 +48,9 @@ def inputs_of_the_original() -> Iterator[None]:
 
     real = session.refit_layer
 
-    def refit_layer(blocks: Any, records: Any, source: Any, student: Any, shadow: Any, *args: Any, **kwargs: Any) -> Any:
+    def refit_layer(
+        blocks: Any, records: Any, source: Any, student: Any, shadow: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         return real(blocks, records, source, student, replace(shadow, calls=source.calls), *args, **kwargs)
 
     with patch.object(session, "refit_layer", refit_layer):
@@ -63,7 +65,9 @@ def what_the_stream_lacks() -> Iterator[None]:
 
     real = session.refit_layer
 
-    def refit_layer(blocks: Any, records: Any, source: Any, student: Any, shadow: Any, *args: Any, **kwargs: Any) -> Any:
+    def refit_layer(
+        blocks: Any, records: Any, source: Any, student: Any, shadow: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         for names in blocks:
             record = records[names.module]
             record.outputs[:] = corrected(record.outputs, source, shadow, names)

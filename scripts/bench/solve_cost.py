@@ -2,10 +2,10 @@
 """Measure how the time and memory of `fast` and `best` grow with layers, width and calibration tokens; project to 7B.
 
     python scripts/bench/solve_cost.py --out scripts/bench/results/solve_cost.json
-    python scripts/bench/solve_cost.py --checkpoint MODEL --groups 2 --calibrate TEXT --out FILE     # adds a whole command
+    python scripts/bench/solve_cost.py --checkpoint MODEL --groups 2 --calibrate TEXT --out FILE
 
 Random Llamas are written, and solved in child processes on one processor, on random tokens: what a solve costs does not
-depend on what the numbers are. Time is processor time (wall time beside it: the machine may be shared), memory the
+depend on what the numbers are; the second command adds real conversions, whole commands, to the same file. Time is processor time (wall time beside it: the machine may be shared), memory the
 largest resident set less that of the process before it solves. The arithmetic below counts the same work; what it
 leaves unexplained is the price of small matrices. `--project` prints the projection alone.
 """
@@ -139,7 +139,7 @@ def solve_one(size: Size) -> dict[str, float]:
 
 
 def whole_commands(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run `gqa-convert` on a real checkpoint by mean, `fast` and `best`, each a process of its own from start to end."""
+    """Run `gqa-convert` on a real checkpoint by mean, `fast` and `best`, each in a process of its own."""
     rows = []
     for preset in ("paper", "fast", "best"):
         with tempfile.TemporaryDirectory() as folder:
