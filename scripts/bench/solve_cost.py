@@ -5,9 +5,10 @@
     python scripts/bench/solve_cost.py --checkpoint MODEL --groups 2 --calibrate TEXT --out FILE
 
 Random Llamas are written, and solved in child processes on one processor, on random tokens: what a solve costs does not
-depend on what the numbers are; the second command adds real conversions, whole commands, to the same file. Time is processor time (wall time beside it: the machine may be shared), memory the
+depend on what the numbers are. Time is processor time (wall time beside it: the machine may be shared), memory the
 largest resident set less that of the process before it solves. The arithmetic below counts the same work; what it
-leaves unexplained is the price of small matrices. `--project` prints the projection alone.
+leaves unexplained is the price of small matrices. `--project` prints the projection alone. The second command adds
+conversions of a real checkpoint to the same file: whole commands, from start to end.
 """
 
 from __future__ import annotations
