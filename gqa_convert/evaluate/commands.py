@@ -90,6 +90,9 @@ def bench_command(
     converted: Converted = None,
     batch: Annotated[str, typer.Option(help="Sequences decoded together: a list.")] = "1,8",
     context: Annotated[str, typer.Option(help="Tokens in the cache: a list (8k is 8192).")] = "512,2k",
+    source_tokens: Annotated[
+        str, typer.Option(help="Tokens that the encoder has read, for models with one [default: as the context].")
+    ] = "",
     cache: Annotated[str, typer.Option(help="dynamic, static, or both: a list.")] = "dynamic,static",
     mode: Annotated[
         str,
@@ -110,8 +113,9 @@ def bench_command(
     """Measure how much faster and smaller a converted model decodes, and where it does not."""
     from gqa_convert.evaluate import show, show_bench
     from gqa_convert.evaluate.contenders import load_contenders
-    from gqa_convert.evaluate.decode.bench import BenchSettings, bench
-    from gqa_convert.evaluate.sizes import parse_bytes, parse_counts
+    from gqa_convert.evaluate.decode.bench import bench
+    from gqa_convert.evaluate.decode.settings import BenchSettings
+    from gqa_convert.evaluate.sizes import parse_bytes, parse_count, parse_counts
 
     settings = BenchSettings(
         batches=parse_counts(batch, "--batch"),
@@ -122,6 +126,7 @@ def bench_command(
         rounds=rounds,
         prefill_tokens=prefill_tokens,
         memory=parse_bytes(memory, "--memory") if memory else None,
+        source_tokens=parse_count(source_tokens, "--source-tokens") if source_tokens else None,
     )
     contenders = load_contenders(
         [base, *(converted or [])], dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -173,7 +178,7 @@ def sweep_command(
 ) -> None:
     """Convert by every method to every number of groups, measure each, and recommend one. Goes on where it stopped."""
     from gqa_convert.evaluate import show, show_sweep
-    from gqa_convert.evaluate.decode.bench import BenchSettings
+    from gqa_convert.evaluate.decode.settings import BenchSettings
     from gqa_convert.evaluate.evaluation import EvalSettings
     from gqa_convert.evaluate.sizes import parse_counts
     from gqa_convert.evaluate.sweep import sweep

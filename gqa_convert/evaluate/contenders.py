@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gqa_convert.evaluate import models
-from gqa_convert.evaluate.decode.bench import Contender
+from gqa_convert.evaluate.decode.contender import Contender
 
 
 def load_contenders(

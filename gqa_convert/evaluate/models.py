@@ -15,6 +15,7 @@ from gqa_convert.anatomy.anatomy import read_fields
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
+from gqa_convert.evaluate.encoders import decoder_inputs, encoder_output, has_encoder
 from gqa_convert.evaluate.text import DEMO
 from gqa_convert.routes import routed
 
@@ -143,16 +144,24 @@ def dtype_name(model: Any) -> str:
 
 def cache_tensors(cache: Any) -> Iterator[Tensor]:
     """Yield every tensor of keys or values that a transformers cache holds; of the decoder's own attention only."""
-    own = getattr(cache, "self_attention_cache", cache)
-    for layer in own.layers:
+    yield from _tensors(getattr(cache, "self_attention_cache", cache))
+
+
+def _tensors(cache: Any) -> Iterator[Tensor]:
+    for layer in getattr(cache, "layers", ()):
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if isinstance(tensor, Tensor):
                 yield tensor
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values in a cache, as allocated."""
+    """Bytes of keys and values in a cache, as allocated; of the decoder's own attention only."""
     return sum(tensor.nbytes for tensor in cache_tensors(cache))
+
+
+def cross_cache_bytes(cache: Any) -> int:
+    """Bytes of keys and values of the encoder's output in a cache, as allocated; 0 where it has none."""
+    return sum(tensor.nbytes for tensor in _tensors(getattr(cache, "cross_attention_cache", None)))
 
 
 @torch.inference_mode()
@@ -173,9 +182,7 @@ def cache_bytes_per_token(model: Any, *, short: int = 4, long: int = 12) -> int:
 def _cache_after(model: Any, length: int) -> Any:
     device = next(model.parameters()).device
     ids = torch.zeros(1, length, dtype=torch.long, device=device) + 3
-    inputs = {"input_ids": ids}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
+    inputs = decoder_inputs(ids, encoder_output(model, 1, length) if has_encoder(model) else None)
     cache = getattr(model(**inputs, use_cache=True), "past_key_values", None)
     if cache is None or not hasattr(getattr(cache, "self_attention_cache", cache), "layers"):
         raise UnsupportedModelError(f"{type(model).__name__}: returns no cache of keys and values.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from gqa_convert.console import size
-from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread, conclusions
+from gqa_convert.evaluate.decode.results import Bench, Capacity, DecodeResult, Point, Spread, conclusions
 from gqa_convert.evaluate.show import wide_console
 
 
@@ -21,7 +21,7 @@ def times(spread: Spread | None) -> str:
 
 def point_line(point: Point) -> str:
     """One line for progress."""
-    where = f"{point.cache} cache, batch {point.batch}, context {point.context}"
+    where = f"{point.cache} cache, {point.where}"
     if point.skipped:
         return f"{where}: left out, {point.skipped}"
     return f"{where}: " + ", ".join(f"{m.name} {m.seconds.median * 1e3:.3g} ms" for m in point.models)
@@ -35,7 +35,7 @@ def show_bench(found: Bench) -> None:
             out.print(point_line(point), highlight=False)
             continue
         mode = "" if point.mode == "eager" else f", {point.mode}"
-        title = f"batch {point.batch}, context {point.context}, {point.cache} cache{mode}"
+        title = f"{point.where}, {point.cache} cache{mode}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         table.add_column("", no_wrap=True)
         for model in point.models:
@@ -46,7 +46,7 @@ def show_bench(found: Bench) -> None:
         out.print()
     for capacity in found.capacities:
         out.print(
-            f"{capacity.name}: {capacity.sequences} sequences of {capacity.context} tokens fit beside the weights in "
+            f"{capacity.name}: {capacity.sequences} sequences of {_tokens(capacity)} fit beside the weights in "
             f"{size(capacity.memory_bytes)}",
             highlight=False,
         )
@@ -60,12 +60,18 @@ def show_bench(found: Bench) -> None:
     )
 
 
+def _tokens(capacity: Capacity) -> str:
+    read = "" if capacity.source_tokens is None else f" behind {capacity.source_tokens} of the encoder's"
+    return f"{capacity.context} tokens{read}"
+
+
 def _rows(models: tuple[DecodeResult, ...]) -> list[tuple[str, list[str]]]:
     rows = [
         ("time per token", [milliseconds(m.seconds) for m in models]),
         ("of the base", [times(m.time_ratio) for m in models]),
         ("tokens per second", [f"{m.tokens_per_second:,.1f}" for m in models]),
         ("cache, measured", [f"{size(m.cache_bytes)} (x {m.cache_ratio:.4g})" for m in models]),
+        *_parts(models),
         ("floor by bandwidth", [f"{m.floor_seconds * 1e3:.3g} ms ({m.floor_share:.0%} of the time)" for m in models]),
         ("floor, of the base", [f"x {m.floor_ratio:.2f}" for m in models]),
         ("peak memory", ["unknown" if m.peak_bytes is None else size(m.peak_bytes) for m in models]),
@@ -75,3 +81,13 @@ def _rows(models: tuple[DecodeResult, ...]) -> list[tuple[str, list[str]]]:
         rows.append(("of the base", [times(m.prefill_ratio) for m in models]))
     rows.append(("verdict", [m.verdict for m in models]))
     return rows
+
+
+def _parts(models: tuple[DecodeResult, ...]) -> list[tuple[str, list[str]]]:
+    """The two caches of a model with an encoder, apart."""
+    if not any(model.cross_cache_bytes for model in models):
+        return []
+    return [
+        ("  own attention", [size(m.self_cache_bytes) for m in models]),
+        ("  cross-attention", [size(m.cross_cache_bytes) for m in models]),
+    ]

@@ -34,3 +34,15 @@ def parse_counts(text: str, flag: str) -> tuple[int, ...]:
             raise UsageError(f"{flag} {text}: {part.strip() or 'an empty entry'!r} is no positive whole number.")
         found.append(int(match[1]) * (1024 if match[2] else 1))
     return tuple(dict.fromkeys(found))
+
+
+def parse_count(text: str, flag: str) -> int:
+    """Read one number: `512` or `8k`.
+
+    Raises:
+        UsageError: if it is no positive whole number, or several.
+    """
+    found = parse_counts(text, flag)
+    if len(found) > 1:
+        raise UsageError(f"{flag} {text}: takes one number.")
+    return found[0]

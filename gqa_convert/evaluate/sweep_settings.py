@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_convert.errors import UsageError
-from gqa_convert.evaluate.decode.bench import BenchSettings
+from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.evaluation import EvalSettings
 from gqa_convert.recipe import PRESETS, Recipe, make_recipe
 

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from gqa_convert.console import size
+from gqa_convert.evaluate.decode.results import lengths
 from gqa_convert.evaluate.frontier import SweepPoint
 from gqa_convert.report.collect import Run
 
@@ -134,7 +135,8 @@ def bench_table(bench: dict[str, Any]) -> str:
     """One decode benchmark: a row a point and model, then what follows from it."""
     rows = []
     for point in bench["points"]:
-        where = f"{point['cache']}, batch {point['batch']}, context {point['context']}"
+        source = point.get("source_tokens")
+        where = f"{point['cache']}, batch {point['batch']}, {lengths(point['context'], source)}"
         if point["skipped"]:
             rows.append([escape(where), "", f"left out: {escape(point['skipped'])}", *[""] * 6])
         rows += [_bench_row(where, model) for model in point["models"]]

@@ -18,7 +18,9 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gqa_convert.evaluate.decode.bench import BenchSettings, Contender, bench
+from gqa_convert.evaluate.decode.bench import bench
+from gqa_convert.evaluate.decode.contender import Contender
+from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.files import write_json
 from gqa_convert.evaluate.models import DTYPES, pick_device
 from gqa_convert.evaluate.show_bench import point_line, show_bench

@@ -34,7 +34,9 @@ def measure(scale: Scale, models: list[tuple[str, Shape, int]]) -> dict[str, Any
     """Benchmark models beside each other, the base first."""
     import torch
 
-    from gqa_convert.evaluate.decode.bench import BenchSettings, Contender, bench
+    from gqa_convert.evaluate.decode.bench import bench
+    from gqa_convert.evaluate.decode.contender import Contender
+    from gqa_convert.evaluate.decode.settings import BenchSettings
 
     decode = scale.decode
     contenders = [

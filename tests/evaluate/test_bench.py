@@ -9,12 +9,17 @@ from typer.testing import CliRunner
 from gqa_convert.cli import app
 from gqa_convert.errors import UnsupportedModelError, UsageError
 from gqa_convert.evaluate.contenders import load_contenders
-from gqa_convert.evaluate.decode.bench import BenchSettings, Contender, bench, weight_bytes
-from gqa_convert.evaluate.decode.decoder import Decoder, bytes_read_per_step, filled_cache
+from gqa_convert.evaluate.decode.bench import bench
+from gqa_convert.evaluate.decode.caches import filled_cache
+from gqa_convert.evaluate.decode.contender import Contender
+from gqa_convert.evaluate.decode.decoder import Decoder
 from gqa_convert.evaluate.decode.device import peak_memory, read_bandwidth
 from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread, conclusions, verdict
+from gqa_convert.evaluate.decode.settings import BenchSettings
+from gqa_convert.evaluate.decode.weights import bytes_read_per_step, weight_bytes
 from gqa_convert.evaluate.models import cache_bytes
 from gqa_convert.evaluate.sizes import parse_bytes, parse_counts
+from gqa_convert.proof.model import tiny_model
 from gqa_convert.proof.tiny import tiny_config
 
 BYTES_PER_TOKEN = 2 * 2 * 4 * 8 * 4  # keys and values, layers, heads, head_dim, float32
@@ -96,10 +101,9 @@ def test_weights_read_leave_out_an_untied_embedding(model: torch.nn.Module) -> N
 
 
 def test_models_without_such_a_cache_are_refused() -> None:
-    encoder_decoder = AutoModelForCausalLM.from_config(tiny_config("llama"))
-    encoder_decoder.config.is_encoder_decoder = True
-    with pytest.raises(UnsupportedModelError, match="decoder-only"):
-        filled_cache(encoder_decoder, kind="dynamic", batch=1, context=2, room=0)
+    latent = tiny_model(tiny_config("rwkv"))
+    with pytest.raises(UnsupportedModelError, match="not keys and values"):
+        filled_cache(latent, kind="dynamic", batch=1, context=2, room=0)
 
 
 def test_what_does_not_fit_is_left_out(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,4 @@
-"""One model decoding at one batch and context: its cache, its steps, its prefill.
-
-The cache is filled with random keys and values in the place of a prefill's. What attention does with them costs the
-same whatever they are, and so a context of 8k tokens costs no 8k-token prefill to reach.
-
-Shapes: B sequences, K KV heads, C context, D head_dim.
-"""
+"""One model decoding at one batch and context: its cache, its steps, its prefill."""
 
 from __future__ import annotations
 
@@ -14,33 +8,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.evaluate.decode.caches import filled_cache
 from gqa_convert.evaluate.decode.device import timed
-from gqa_convert.evaluate.models import cache_bytes
+from gqa_convert.evaluate.encoders import decoder_inputs, encoder_output
+from gqa_convert.evaluate.models import cache_bytes, cross_cache_bytes
 
-CACHES = ("dynamic", "static")
-MODES = ("eager", "compile", "graph")
+_WARM_UP = 3
+"""Steps taken before timing, for which a static cache needs room."""
 
 
 class Decoder:
     """A model with a cache of `context` tokens for each of `batch` sequences, ready to decode `steps` tokens.
 
     Args:
-        model: a decoder-only model.
+        model: with a decoder.
         cache_kind: `dynamic` (transformers' default; it grows by copying) or `static` (allocated whole).
         mode: `eager`; `compile`: torch.compile with CUDA graphs; `graph`: the eager kernels in one CUDA graph.
         batch: sequences decoded together.
         context: tokens in the cache when decoding starts.
         steps: tokens decoded at a time.
+        source: positions of the encoder's output that cross-attention reads; None for a model without an encoder.
     """
 
-    def __init__(self, model: Any, *, cache_kind: str, mode: str, batch: int, context: int, steps: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        cache_kind: str,
+        mode: str,
+        batch: int,
+        context: int,
+        steps: int,
+        source: int | None = None,
+    ) -> None:
         self.model = model
-        self.batch, self.context, self.steps = batch, context, steps
+        self.batch, self.context, self.steps, self.source = batch, context, steps, source
         self._kind, self._mode = cache_kind, mode
         self.device = next(model.parameters()).device
         self._ids = torch.full((batch, 1), 3, dtype=torch.long, device=self.device)
         self._cache: Any = None
+        self._encoded: Any = None
         self._forward: Callable[[], object] | None = None
 
     @torch.inference_mode()
@@ -50,19 +57,33 @@ class Decoder:
         Raises:
             UnsupportedModelError: if the model keeps anything but keys and values.
         """
-        self._cache = filled_cache(
-            self.model, kind=self._kind, batch=self.batch, context=self.context, room=self.steps + 1
-        )
+        self._cache = self._filled()
+        self._encoded = None if self.source is None else encoder_output(self.model, self.batch, self.source)
         self._forward = self._step_function()
+
+    def _filled(self) -> Any:
+        return filled_cache(
+            self.model,
+            kind=self._kind,
+            batch=self.batch,
+            context=self.context,
+            room=max(self.steps + 1, _WARM_UP),
+            source=self.source,
+        )
 
     def drop(self) -> None:
         """Free the cache."""
-        self._cache = self._forward = None
+        self._cache = self._encoded = self._forward = None
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the filled cache holds, as allocated."""
+        """Bytes that the filled cache of the decoder's own attention holds, as allocated."""
         return cache_bytes(self._cache)
+
+    @property
+    def cross_cache_bytes(self) -> int:
+        """Bytes that the filled cache of cross-attention holds, as allocated; 0 where there is none."""
+        return cross_cache_bytes(self._cache)
 
     @torch.inference_mode()
     def seconds_per_step(self) -> float:
@@ -77,12 +98,13 @@ class Decoder:
             self._forward()
 
     def _call(self, forward: Callable[..., Any]) -> Any:
-        return forward(input_ids=self._ids, past_key_values=self._cache, use_cache=True).logits
+        inputs = decoder_inputs(self._ids, self._encoded)
+        return forward(**inputs, past_key_values=self._cache, use_cache=True).logits
 
     def _step_function(self) -> Callable[[], object]:
         if self._mode == "compile":
             compiled = torch.compile(self.model.forward, mode="reduce-overhead" if self._on_gpu else "default")
-            for _ in range(3):  # compile, record, replay once
+            for _ in range(_WARM_UP):  # compile, record, replay once
                 self._call(compiled)
             self._set_length(self.context)
             return lambda: self._call(compiled)
@@ -112,73 +134,45 @@ class Decoder:
     def _rewind(self) -> None:
         if self._kind == "static":
             self._set_length(self.context)
-        elif all(type(layer).__name__ == "DynamicLayer" for layer in self._cache.layers):
-            for layer in self._cache.layers:
+        elif all(type(layer).__name__ == "DynamicLayer" for layer in self._own_layers):
+            for layer in self._own_layers:
                 layer.crop(-self.steps)
         else:  # a window that has moved on cannot be taken back
-            self._cache = filled_cache(self.model, kind=self._kind, batch=self.batch, context=self.context, room=0)
+            self._cache = self._filled()
+
+    @property
+    def _own_layers(self) -> Any:
+        return getattr(self._cache, "self_attention_cache", self._cache).layers
 
     def _set_length(self, length: int) -> None:
-        for layer in self._cache.layers:
+        for layer in self._own_layers:
             layer.cumulative_length.fill_(length)
             if hasattr(layer, "cumulative_length_int"):
                 layer.cumulative_length_int = length
 
 
 @torch.inference_mode()
-def filled_cache(model: Any, *, kind: str, batch: int, context: int, room: int) -> Any:
-    """Return a transformers cache that holds `context` random tokens a sequence, and room for more if static.
+def prefill_seconds(model: Any, *, batch: int, context: int, source: int | None = None) -> float | None:
+    """Seconds to read a prompt for `batch` sequences and predict the next token.
 
-    Raises:
-        UnsupportedModelError: if the model keeps anything but keys and values, or reads an encoder.
+    The prompt is `context` tokens, or, for a model with an encoder, the `source` tokens that this reads: the encoder's
+    pass, the keys and values of its output, and the decoder's first token. None where the encoder reads something
+    else, or tokens and something else.
     """
-    from transformers import DynamicCache, StaticCache
-
-    shapes = _layer_shapes(model)
-    if kind == "static":
-        cache: Any = StaticCache(config=model.config, max_cache_len=context + room)
-    else:
-        cache = DynamicCache(config=model.config)
-    generator = torch.Generator(shapes[0][0].device).manual_seed(0)
-    for index, pair in enumerate(shapes):
-        keys, values = (
-            torch.randn(batch, x.shape[1], 1, x.shape[3], dtype=x.dtype, device=x.device, generator=generator)
-            for x in pair
-        )
-        cache.update(keys.expand(-1, -1, context, -1), values.expand(-1, -1, context, -1), index)
-    return cache
-
-
-def _layer_shapes(model: Any) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each layer for one sequence of two tokens, from a real forward pass."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: the decode benchmark is for decoder-only models; an encoder-decoder model's time "
-            "also depends on its input. `gqa eval` measures both kinds."
-        )
-    ids = torch.full((1, 2), 3, dtype=torch.long, device=next(model.parameters()).device)
-    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = list(getattr(cache, "layers", ()))
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
-    if not pairs or not all(isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4 for k, v in pairs):
-        raise UnsupportedModelError(f"{type(model).__name__}: its cache is not keys and values in every layer.")
-    return [(k, v) for k, v in pairs if k is not None and v is not None]
-
-
-@torch.inference_mode()
-def prefill_seconds(model: Any, *, batch: int, context: int) -> float:
-    """Seconds to read a prompt of `context` tokens for `batch` sequences and predict the next token."""
     device = next(model.parameters()).device
+    if source is None:
+        ids = _random_ids(model.config.get_text_config(decoder=True).vocab_size, batch, context).to(device)
+        return timed(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), device)
+    if model.main_input_name != "input_ids":
+        return None
+    ids = _random_ids(model.get_input_embeddings().weight.shape[0], batch, source).to(device)
+    first = torch.full((batch, 1), 3, dtype=torch.long, device=device)
+    try:
+        return timed(lambda: model(input_ids=ids, decoder_input_ids=first, use_cache=True), device)
+    except (TypeError, ValueError):  # asks, for instance, where on the page each token stands
+        return None
+
+
+def _random_ids(vocabulary: int, batch: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
-    ids = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
-    return timed(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1), device)
-
-
-def bytes_read_per_step(model: Any) -> int:
-    """Bytes of weights that decoding one token must read: all but an input embedding of its own (one row is read)."""
-    output = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
-    total: int = sum(p.nbytes for p in model.parameters())
-    shared = output is not None and output.weight is embedding.weight
-    return total if shared else total - int(embedding.weight.nbytes)
+    return torch.randint(min(4, vocabulary - 1), vocabulary, (batch, length), generator=generator)

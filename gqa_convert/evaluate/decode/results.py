@@ -38,7 +38,7 @@ class DecodeResult:
         kv_heads: of the model.
         seconds: per decoded token of every sequence (one step), over the rounds.
         tokens_per_second: over all sequences, from the median.
-        cache_bytes: measured, of all sequences.
+        cache_bytes: measured, of all sequences; with an encoder, both caches in sum.
         cache_ratio: of the base's cache, measured.
         step_bytes: how far memory rises during a step; None where the system does not tell.
         peak_bytes: weights, cache and `step_bytes`; None with it.
@@ -46,9 +46,11 @@ class DecodeResult:
         floor_share: `floor_seconds` over the median.
         time_ratio: seconds over the base's, round by round; None for the base.
         floor_ratio: the same of the floors.
-        prefill_seconds: to read the whole context; None where it was left out.
+        prefill_seconds: to read the prompt (the context, or what the encoder reads); None where it was left out.
         prefill_ratio: over the base's, round by round; None likewise and for the base.
         verdict: `base`, `faster`, `slower`, `no difference`.
+        self_cache_bytes: of `cache_bytes`, those of the decoder's own attention.
+        cross_cache_bytes: of `cache_bytes`, those of the encoder's output; 0 without an encoder.
     """
 
     name: str
@@ -67,11 +69,16 @@ class DecodeResult:
     prefill_seconds: Spread | None
     prefill_ratio: Spread | None
     verdict: str
+    self_cache_bytes: int = 0
+    cross_cache_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """All models at one batch and context, or why they were not run there."""
+    """All models at one batch and context, or why they were not run there.
+
+    `source_tokens` are the positions of the encoder's output, None for models without an encoder.
+    """
 
     batch: int
     context: int
@@ -79,16 +86,23 @@ class Point:
     mode: str
     models: tuple[DecodeResult, ...] = ()
     skipped: str = ""
+    source_tokens: int | None = None
+
+    @property
+    def where(self) -> str:
+        """The point in words, the cache's kind aside."""
+        return f"batch {self.batch}, {lengths(self.context, self.source_tokens)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """Most sequences of `context` tokens that fit beside a model's weights in `memory_bytes`."""
+    """Most sequences of `context` tokens, and of `source_tokens` read, that fit beside a model's weights in memory."""
 
     name: str
     context: int
     memory_bytes: int
     sequences: int
+    source_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +123,11 @@ class Bench:
     def to_json(self) -> dict[str, Any]:
         """The benchmark as JSON values, with its conclusions in words."""
         return {"format": 1, "kind": "bench"} | asdict(self) | {"conclusions": conclusions(self)}
+
+
+def lengths(context: int, source_tokens: int | None) -> str:
+    """The tokens in the caches in words."""
+    return f"context {context}" + ("" if source_tokens is None else f", source {source_tokens}")
 
 
 def verdict(ratio: Spread) -> str:
@@ -145,7 +164,7 @@ def _of_one(bench: Bench, name: str, cache: str, mode: str) -> list[str]:
         point, model, _ = min(faster, key=lambda run: run[1].time_ratio.median if run[1].time_ratio else 1.0)
         assert model.time_ratio is not None
         lines.append(
-            f"{label}: decodes faster at {len(faster)} of {len(runs)} points, most at {_where(point)}: "
+            f"{label}: decodes faster at {len(faster)} of {len(runs)} points, most at {point.where}: "
             f"x {1 / model.time_ratio.median:.2f} (memory traffic alone would allow x {1 / model.floor_ratio:.2f})."
         )
     for kind, words in (("no difference", "gives nothing"), ("slower", "is slower")):
@@ -154,7 +173,7 @@ def _of_one(bench: Bench, name: str, cache: str, mode: str) -> list[str]:
             shares = [base.cache_bytes / (base.cache_bytes + bench.weights_read[base.name]) for _, _, base in there]
             traffic = [base.floor_share for _, _, base in there]
             lines.append(
-                f"{label}: {words} in decode time at {'; '.join(_where(point) for point, _, _ in there)}. There "
+                f"{label}: {words} in decode time at {'; '.join(point.where for point, _, _ in there)}. There "
                 f"the base's cache is {_percent(shares)} of the bytes a step reads, and reading them is "
                 f"{_percent(traffic)} of its time."
             )
@@ -171,7 +190,3 @@ def _of_one(bench: Bench, name: str, cache: str, mode: str) -> list[str]:
 def _percent(shares: Sequence[float]) -> str:
     low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
     return low if low == high else f"{low} to {high}"
-
-
-def _where(point: Point) -> str:
-    return f"batch {point.batch}, context {point.context}"
