@@ -90,6 +90,45 @@ def least_squares_afterwards() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def tokens_weighted_by_attention(power: int) -> Iterator[None]:
+    """Count each token's keys and values as much as they are attended to (power 2: squared, as errors add up)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gqa_convert.calibrate import session
+    from gqa_convert.calibrate.moments import InputMoments
+
+    weights: list[list[torch.Tensor]] = []
+    real = session.batches
+    model = AutoModelForCausalLM.from_pretrained(_BASE[0], attn_implementation="eager")
+
+    def batches(*args: Any) -> Any:
+        found = real(*args)
+        with torch.no_grad():
+            for batch in found:
+                seen = model(**batch, output_attentions=True, use_cache=False).attentions
+                weights.append([layer.pow(power).sum((1, 2)) for layer in seen])  # over heads and queries
+        return found
+
+    class Weighted(InputMoments):
+        made = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.batch = Weighted.made, 0
+            Weighted.made += 1
+
+        def add(self, query: Any, kv: Any) -> None:
+            weight = weights[self.batch][self.layer]
+            self.batch += 1
+            super().add(query, kv * (weight / weight.mean()).sqrt().unsqueeze(-1).to(kv.dtype))
+
+    with patch.object(session, "batches", batches), patch.object(session, "InputMoments", Weighted):
+        yield
+
+
+_BASE: list[str] = []
 Variant = tuple[Callable[[], Any], dict[str, Any]]
 VARIANTS: dict[str, Variant] = {
     "best": (as_it_is, {}),
@@ -101,6 +140,10 @@ VARIANTS: dict[str, Variant] = {
     "what the stream lacks": (what_the_stream_lacks, {}),
     "least squares afterwards": (least_squares_afterwards, {}),
     "contiguous groups": (as_it_is, {"grouping": "contiguous"}),
+    "fast": (as_it_is, {"preset": "fast"}),
+    "fast: by attention": (partial(tokens_weighted_by_attention, 1), {"preset": "fast"}),
+    "fast: by its square": (partial(tokens_weighted_by_attention, 2), {"preset": "fast"}),
+    "best: by its square": (partial(tokens_weighted_by_attention, 2), {}),
     "from the mean": (as_it_is, {"method": "mean", "fold": False, "grouping": "contiguous"}),
 }
 
@@ -124,6 +167,7 @@ def main() -> None:
         data=args.data, context=args.context, stride=args.context, max_windows=args.max_windows, batch_size=32
     )
     base = str(subject(args.model).folder)
+    _BASE[:] = [base]
     if args.calibrate == "demo":
         args.calibrate = str(merge_quality.demo_text(Path(tempfile.mkdtemp())))
     kept: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
@@ -146,7 +190,7 @@ def one(base: str, name: str, groups: int, calibrate: str, settings: Any) -> tup
     from gqa_convert.recipe import make_recipe
 
     change, chosen = VARIANTS[name]
-    recipe = make_recipe("best", calibrate=calibrate, **chosen)
+    recipe = make_recipe(**{"preset": "best", "calibrate": calibrate, **chosen})
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         with change():
