@@ -19,6 +19,7 @@ from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.model import ScoredModel, Teacher, check_isolation, load_model, set_dropout
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.plan import UptrainPlan
+from gqa_convert.uptrain.reach import freeze_unreached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def build(
     model = load_model(
         made.source, dtype=dtype, attention=config.train.attention, trust_remote_code=config.trust_remote_code
     )
-    flash = config.train.attention.startswith("flash")
+    flash = "flash" in config.train.attention
     if engine.name != "fsdp2" or flash:
         model.to(engine.device)
     if config.separate_documents:
@@ -107,6 +108,7 @@ def build(
     spec = loss_spec(made)
     teacher = _teacher(made, engine, model) if made.teacher else None
     scored = ScoredModel(model, spec).train()
+    freeze_unreached(scored, tell)
     if config.train.compile:
         model.compile()
     optimizer = optim.make_optimizer(scored, config.optimizer)

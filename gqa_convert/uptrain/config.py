@@ -240,6 +240,10 @@ def _conflicts(config: UptrainConfig) -> list[str]:
             f"train.batch_sequences={config.train.batch_sequences} is no multiple of "
             f"train.micro_batch={config.train.micro_batch}."
         )
+    if "flash" in config.train.attention and config.train.precision == "float32":
+        found.append(
+            f"train.attention={config.train.attention} computes in 16 bits; use train.precision bf16, or sdpa."
+        )
     if config.schedule.warmup_fraction + config.schedule.decay_fraction > 1 and config.schedule.kind == "wsd":
         found.append("schedule: warmup_fraction and decay_fraction together exceed the run.")
     if config.data.held_out_fraction == 0 and config.data.held_out_source is None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.uptrain import zero
 from gqa_convert.uptrain.config import ExpectSection, UptrainConfig
-from gqa_convert.uptrain.metrics import chosen_trackers
 from gqa_convert.uptrain.state import clip_gradients
 
+T = TypeVar("T")
 _TIMEOUT = timedelta(hours=2)
 """One process may save, evaluate or tokenise for long while the others wait."""
 
@@ -35,6 +35,7 @@ class Engine:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
+        load_whole_models_everywhere()
         plugin = zero.zero_plugin(config)
         self._bf16 = config.train.precision == "bf16"
         # Of DeepSpeed accelerate would make bf16 weights; its autocast is asked for in the plugin.
@@ -44,11 +45,11 @@ class Engine:
         self.accelerator = Accelerator(
             mixed_precision=precision,
             cpu=config.train.device == "cpu",
-            log_with=list(chosen_trackers(config.log)) or None,
-            project_dir=str(Path(config.output) / "trackers"),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_TIMEOUT, **backend)],
             deepspeed_plugins=plugin,
         )
+        # Set for its own loops, by its configuration or launcher; it would divide every loss once more.
+        self.accelerator.gradient_accumulation_steps = 1
         self.name = _engine_name(self.accelerator)
         if plugin is not None:
             if self.name != "deepspeed":
@@ -126,17 +127,6 @@ class Engine:
             return value
         return float(self.sum(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
-    def start_trackers(self, project: str, settings: dict[str, Any], tell: Callable[[str], None]) -> bool:
-        """Start TensorBoard, wandb or trackio; False if there are none or they fail, which is told and survived."""
-        if not self.accelerator.log_with or not self.is_main:
-            return False
-        try:
-            self.accelerator.init_trackers(project, config=settings)
-        except Exception as error:
-            tell(f"trackers switched off: {type(error).__name__}: {error}")
-            return False
-        return True
-
     def close(self) -> None:
         """Let go of the process group and of accelerate's global state, so that another run can start here."""
         from accelerate.state import AcceleratorState
@@ -144,6 +134,24 @@ class Engine:
         if self.processes > 1:
             self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+    def from_main(self, find: Callable[[], T]) -> T:
+        """Let the main process find something out and tell the others; what goes wrong there is raised on all.
+
+        Processes that each look for themselves may see different things, and would then go different ways.
+        """
+        found: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                found[0] = find()
+            except GQAConvertError as error:
+                found[1] = error
+        if self.processes > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        if found[1] is not None:
+            raise found[1]
+        result: T = found[0]
+        return result
 
     def wait(self) -> None:
         """Wait for every process."""
@@ -154,6 +162,16 @@ class Engine:
         """Run a block on the main process of every machine first, then on the others."""
         with self.accelerator.local_main_process_first():
             yield
+
+
+def load_whole_models_everywhere() -> None:
+    """Switch off what accelerate's launcher switches on for FSDP: weights on one process of a machine only.
+
+    The others would hold empty models, and what they are asked before training (does the model keep documents apart?
+    what does the teacher say?) would be answered from nothing.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def _engine_name(accelerator: Any) -> str:

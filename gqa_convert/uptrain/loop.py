@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.errors import OutputError, Preempted, UsageError
+from gqa_convert.errors import CheckpointError, OutputError, Preempted, UsageError
 from gqa_convert.uptrain.build import build, load_reference
 from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, disk_problem, open_checkpoint
 from gqa_convert.uptrain.config import UptrainConfig
@@ -91,7 +91,9 @@ class _Run:
             check_same_run(state, self.made)
         self.parts = build(self.made, self.engine, tell=self.display.tell, data_state=state["data"] if state else None)
         try:
-            self.recorder = Recorder(self.parts, self.output, self.display)
+            self.recorder = Recorder(
+                self.parts, self.output, self.display, resumed=int(state["step"]) if state else None
+            )
             if found and state:
                 self._resume(found, state)
             else:
@@ -104,6 +106,17 @@ class _Run:
                 self.recorder.close()
 
     def _checkpoint(self) -> SavedCheckpoint | None:
+        """The checkpoint to go on from, the same on every process: one reads and checks it for all."""
+        found = self.engine.from_main(self._find_checkpoint)
+        if found is not None and not found.folder.is_dir():
+            raise CheckpointError(
+                f"{found.folder}: process {self.engine.rank} does not see it. The output must be on storage that every "
+                "machine sees."
+            )
+        return found
+
+    def _find_checkpoint(self) -> SavedCheckpoint | None:
+        self.store.clean()
         wanted = self.config.checkpoints.resume
         if wanted == "never":
             if self.store.steps():

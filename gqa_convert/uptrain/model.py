@@ -62,7 +62,7 @@ class ScoredModel(nn.Module):
         # Engines that shard a model ask it which of its layers belong together.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
         self.config = model.config
-        self._flat = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+        self._flat = is_flash(model)
 
     def forward(
         self, inputs: dict[str, Tensor], labels: Tensor, teacher: TeacherOutput | None = None
@@ -143,8 +143,8 @@ def can_skip_head(model: Any) -> bool:
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if layer is None or not isinstance(layer, nn.Linear) or type(layer) is not nn.Linear:
         return False
-    inputs = _probe_inputs(model, 1, 8, restart=None)
-    with evaluating(model):
+    inputs = probe_inputs(model, 1, 8, restart=None)
+    with evaluating(model), computing(model):
         expected = model(**inputs, use_cache=False).logits.float()
         hidden, head, _ = run_model(model, inputs, skip_head=True)
         try:
@@ -164,11 +164,11 @@ def check_isolation(model: Any) -> float:
     Raises:
         UsageError: if they do.
     """
-    flat = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+    flat = is_flash(model)
     first, length = 7, 18
-    inputs = _probe_inputs(model, 2, length, restart=first)
+    inputs = probe_inputs(model, 2, length, restart=first)
     alone = {"input_ids": inputs["input_ids"][:, first:], "position_ids": inputs["position_ids"][:, first:]}
-    with evaluating(model):
+    with evaluating(model), computing(model):
         try:
             packed = run_model(model, inputs, skip_head=False, flat=flat)[0][:, first:].float()
         except TypeError as error:
@@ -188,7 +188,20 @@ def check_isolation(model: Any) -> float:
 
 
 def _tolerance(model: Any) -> float:
+    if is_flash(model):
+        return _TOLERANCE[torch.bfloat16]
     return _TOLERANCE.get(next(model.parameters()).dtype, 5e-2)
+
+
+def is_flash(model: Any) -> bool:
+    """Whether attention is one of the flash kernels, the hub's (`kernels-community/flash-attn2`) too: 16 bits only."""
+    return "flash" in str(getattr(model.config, "_attn_implementation", ""))
+
+
+def computing(model: Any) -> Any:
+    """Around a trial of the model outside of the training loop: float32 weights need autocast for flash attention."""
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=is_flash(model))
 
 
 @contextmanager
@@ -202,7 +215,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _probe_inputs(model: Any, rows: int, length: int, *, restart: int | None) -> dict[str, Tensor]:
+def probe_inputs(model: Any, rows: int, length: int, *, restart: int | None) -> dict[str, Tensor]:
+    """A few random tokens to try a model on, in two documents if `restart` says where the second begins."""
     device = next(model.parameters()).device
     text = model.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(0)
@@ -222,7 +236,7 @@ class Teacher:
         self._model = model.requires_grad_(False).eval()
         self._skip = can_skip_head(model)
         self._layers = layers
-        self._flat = str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
+        self._flat = is_flash(model)
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> TeacherOutput:

@@ -11,9 +11,10 @@ import torch
 
 from gqa_convert.budget_shape import peak_flops
 from gqa_convert.uptrain.build import Parts
-from gqa_convert.uptrain.metrics import MetricsFile, flat_config
+from gqa_convert.uptrain.metrics import MetricsFile, chosen_trackers, flat_config
 from gqa_convert.uptrain.progress import Display
 from gqa_convert.uptrain.step import StepResult
+from gqa_convert.uptrain.trackers import Trackers
 
 _PROFILED = (3, 5)
 """First and last step (from 1) of the profile: after compilation and the first allocations."""
@@ -22,7 +23,7 @@ _PROFILED = (3, 5)
 class Recorder:
     """Only the main process's recorder writes; the others' do nothing."""
 
-    def __init__(self, parts: Parts, output: Path, display: Display) -> None:
+    def __init__(self, parts: Parts, output: Path, display: Display, *, resumed: int | None) -> None:
         self._parts, self._output, self._display = parts, output, display
         self._active = parts.engine.is_main
         self._file = MetricsFile(output / "metrics.jsonl")
@@ -31,8 +32,14 @@ class Recorder:
         self._flops = parts.plan.shape.training_flops_per_token(parts.plan.config.data.context)
         peak = peak_flops(torch.cuda.get_device_name()) if parts.engine.device.type == "cuda" else None
         self._peak = peak * parts.engine.processes if peak else None
-        self._trackers_work = parts.engine.start_trackers(
-            parts.plan.config.log.project, flat_config(parts.plan.config.model_dump(mode="json")), display.tell
+        log = parts.plan.config.log
+        self._trackers = Trackers(
+            chosen_trackers(log) if self._active else [],
+            output=output,
+            project=log.project,
+            resumed=resumed,
+            settings=flat_config(parts.plan.config.model_dump(mode="json")),
+            tell=display.tell,
         )
 
     def rewind(self, step: int) -> None:
@@ -84,14 +91,9 @@ class Recorder:
         if not self._active:
             return
         self._file.write(kind, step, values)
-        if self._trackers_work:
-            prefix = "train" if kind == "train" else "held_out"
-            try:
-                named = {f"{prefix}/{name.removeprefix('held_out_')}": value for name, value in values.items()}
-                self._parts.engine.accelerator.log(named, step=step)
-            except Exception as error:  # a tracker's server that is away must not end a week's run
-                self._trackers_work = False
-                self._display.tell(f"trackers switched off: {type(error).__name__}: {error}")
+        prefix = "train" if kind == "train" else "held_out"
+        named = {f"{prefix}/{name.removeprefix('held_out_')}": value for name, value in values.items()}
+        self._trackers.log(named, step)
 
     @contextmanager
     def profiler(self) -> Iterator[Callable[[], None]]:
@@ -116,5 +118,4 @@ class Recorder:
 
     def close(self) -> None:
         """Flush the trackers."""
-        if self._trackers_work:
-            self._parts.engine.accelerator.end_training()
+        self._trackers.close()

@@ -1,15 +1,11 @@
-"""One process of a run sharded by torch's own fully_shard over gloo: what accelerate's FSDP2 does on GPUs.
+"""One process of a run under accelerate's own FSDP2, over gloo: `stop=N CONFIG [--set ...]`.
 
-On CPU accelerate ignores its FSDP2 plugin, so this stands in for it; everything else is the product's: loss inside the
-sharded forward, clipping, sharded checkpoints, gathering the final folder.
+On a CPU accelerate leaves its FSDP plugin out. Here it is put in after all, so that what runs is what runs on GPUs:
+accelerate's wrapping by layers, its swap of the optimiser's parameters, `no_sync`, and everything of the product.
 """
 
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-
-import torch
-from torch.distributed.fsdp import fully_shard
 
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
@@ -19,29 +15,25 @@ from gqa_convert.uptrain.loading import load_config
 
 class ShardedEngine(Engine):
     def __init__(self, config):
+        from accelerate import FullyShardedDataParallelPlugin
+        from accelerate.utils import DistributedType
+
         super().__init__(config)
+        plugin = FullyShardedDataParallelPlugin()  # of the environment that the launcher has set
+        state = self.accelerator.state
+        if state.mixed_precision != "no":
+            plugin.set_mixed_precision(state.mixed_precision)
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+        assert self.accelerator.is_fsdp2
         self.name = "fsdp2"
 
-    def prepare(self, model, optimizer):
-        for layer in model.model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        return model, torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
 
-    @contextmanager
-    def accumulating(self, model, *, last):
-        model.set_requires_gradient_sync(last)
-        yield
-
-
-def main(config, *overrides):
-    stop_at = None
-    if overrides and overrides[0].startswith("stop="):
-        stop_at, overrides = int(overrides[0][5:]), overrides[1:]
+def main(stop, config, *overrides):
+    number = int(stop.removeprefix("stop="))
     real = loop.train_step
 
     def train_step(parts, guards, at, *, stop, save):
-        return real(parts, guards, at, stop=stop or at + 1 == stop_at, save=save)
+        return real(parts, guards, at, stop=stop or at + 1 == number, save=save)
 
     loop.train_step = train_step
     loop.Engine = ShardedEngine

@@ -1,8 +1,18 @@
 import pytest
 import torch
+from torch.nn import functional
 
 from gqa_convert.errors import UsageError
-from gqa_convert.uptrain.model import attention_linears, can_skip_head, check_isolation, run_model, set_dropout
+from gqa_convert.uptrain.model import (
+    ScoredModel,
+    attention_linears,
+    can_skip_head,
+    check_isolation,
+    run_model,
+    set_dropout,
+)
+from gqa_convert.uptrain.objective import LossSpec
+from gqa_convert.uptrain.reach import freeze_unreached
 
 
 def build(name, attention="sdpa", **more):
@@ -35,6 +45,46 @@ def test_documents_are_kept_apart_on_every_backend(name, attention):
     if name == "Gemma2" and attention != "eager":
         pytest.skip("Gemma 2 runs on eager attention only")
     assert check_isolation(build(name, attention, **MODELS[name])) < 1e-4
+
+
+def flash_on_a_cpu(module, query, key, value, attention_mask, scaling=None, position_ids=None, **rest):
+    """What flash kernels do and demand: 16 bits, one row, documents told apart by restarting positions."""
+    from transformers.integrations.flash_attention import get_target_dtype
+
+    target = get_target_dtype(query, module)
+    if target is not None:
+        query, key, value = (x.to(target) for x in (query, key, value))
+    if query.dtype == torch.float32:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    assert attention_mask is None
+    length = query.shape[2]
+    document = (position_ids == 0).cumsum(-1) if position_ids is not None else torch.zeros(1, length)
+    assert query.shape[0] == 1 or position_ids is None or int(document.max()) == 1
+    seen = (document[:, :, None] == document[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
+    out = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen[:, None], scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register("flash_on_a_cpu", flash_on_a_cpu)
+    yield "flash_on_a_cpu"
+    ALL_ATTENTION_FUNCTIONS._global_mapping.pop("flash_on_a_cpu")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX"])
+def test_float32_weights_are_tried_out_under_flash_attention_in_16_bits(flash, name):
+    model = build(name, "eager", **MODELS[name])
+    model.config._attn_implementation = flash  # by its name alone transformers would look for the real thing
+    assert 0 <= check_isolation(model) < 5e-2
+    assert can_skip_head(model)
+    assert freeze_unreached(ScoredModel(model.train(), LossSpec()), print) == []
+    with pytest.raises(RuntimeError, match="fp16 and bf16"):
+        model(torch.randint(3, 59, (1, 9)))
 
 
 def test_a_mask_or_a_cache_would_let_them_see_each_other():

@@ -237,6 +237,21 @@ def test_every_switch_trains(settings, teacher_folder, changes):
         assert result.reference_loss > 0
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one_does_and_resumes(settings, straight, monkeypatch):
+    settings["train"]["compile"] = True
+    stop_after(monkeypatch, 10)
+    with pytest.raises(Preempted):
+        run(settings)
+    monkeypatch.undo()
+    result = run(settings)
+    found, expected = losses(settings["output"]), losses(straight[1])
+    assert len(found) == 20
+    assert all(abs(found[step][0] - expected[step][0]) < 1e-4 for step in expected)
+    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    assert not any(info.values())
+
+
 def test_evaluations_at_given_tokens_come_beside_the_regular_ones(settings):
     # A step is 128 tokens; 300 is passed in the third one, and the last step is always evaluated, once.
     run(settings, evaluation={"every_tokens": 1280, "at_tokens": [128, 300, 2560]})
@@ -280,6 +295,14 @@ def test_a_full_disk_is_survived_and_then_stops_clean(settings, monkeypatch):
         run({**settings, "output": settings["output"] + "2"}, checkpoints={"every_steps": 2, "failures_allowed": 1})
     store = CheckpointStore(Path(settings["output"] + "2") / "checkpoints", 2)
     assert store.newest().step == 0
+
+
+def test_what_a_killed_run_was_saving_does_not_stay(settings):
+    left = Path(settings["output"]) / "checkpoints" / ".saving-00000007"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    run(settings, budget={"steps": 1})
+    assert not left.exists()
 
 
 def test_two_runs_in_one_folder_are_refused(settings):

@@ -5,9 +5,10 @@ import signal
 
 import pytest
 
-from gqa_convert.errors import CheckpointError, TrainingAborted
+from gqa_convert.errors import CheckpointError, OutputError, TrainingAborted
 from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore, damage, disk_problem, open_checkpoint
 from gqa_convert.uptrain.config import GuardSection
+from gqa_convert.uptrain.folder import run_folder
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.metrics import MetricsFile, read_metrics
 from gqa_convert.uptrain.stopping import stop_on_signals
@@ -112,6 +113,30 @@ def test_signals_are_noted_and_handlers_put_back():
         assert stop
         assert stop.signal is signal.SIGUSR1
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Elsewhere:
+    """The engine of a process whose machine has a disk of its own."""
+
+    is_main, processes, rank = False, 2, 1
+
+    def from_main(self, find):
+        return "token of a process far away"
+
+    def sum_of(self, value):
+        return value
+
+    def wait(self):
+        pass
+
+
+def test_processes_that_do_not_share_the_output_stop_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("gqa_convert.uptrain.folder._PATIENCE", 0.0)
+    with pytest.raises(OutputError, match="storage that every machine sees"), run_folder(tmp_path, Elsewhere()):
+        raise AssertionError("must not get here")
+    (tmp_path / ".run-token of a process far away").touch()
+    with run_folder(tmp_path, Elsewhere()):
+        pass
 
 
 def test_metrics_forget_what_a_resumed_run_does_again(tmp_path):
