@@ -71,6 +71,10 @@ Route = Annotated[
         "remote-code: ship modelling code; auto: native where that is exact."
     ),
 ]
+AllowSlow = Annotated[
+    bool,
+    typer.Option("--allow-slow", help="Also convert families whose cache shrinks but that decode no faster (BLOOM)."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 
@@ -112,6 +116,7 @@ def convert_command(
     json: AsJson = False,
     force: Force = False,
     route: Route = "auto",
+    allow_slow: AllowSlow = False,
     verify: Verify = "structure",
     trust_remote_code: Trust = False,
     revision: Revision = None,
@@ -145,6 +150,7 @@ def convert_command(
         out=out,
         recipe=recipe,
         route=route,
+        allow_slow=allow_slow,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
@@ -178,6 +184,7 @@ def plan_command(
     preset: Preset = None,
     method: Method = None,
     route: Route = "auto",
+    allow_slow: AllowSlow = False,
     json: AsJson = False,
     trust_remote_code: Trust = False,
     revision: Revision = None,
@@ -193,6 +200,7 @@ def plan_command(
         out=out,
         recipe=recipe,
         route=route,
+        allow_slow=allow_slow,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )

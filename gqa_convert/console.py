@@ -148,6 +148,10 @@ def show_inspection(found: Inspection) -> None:
         (f"KV cache, {groups} groups", f"{size(cost)} per token" if cost is not None else f"refused: {reason}")
         for groups, cost, reason in found.cache
     ]
+    if found.slow:
+        rows.append(
+            ("note", "fewer groups make the KV cache smaller but decoding no faster: convert with --allow-slow")
+        )
     if found.converted_from:
         rows.append(("converted", f"by {found.converted_from}"))
     console().print(_table(rows))

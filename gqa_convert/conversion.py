@@ -61,6 +61,7 @@ def convert(
     seed: int = 0,
     recipe: Recipe | None = None,
     route: str = "auto",
+    allow_slow: bool = False,
     verify: str = "structure",
     force: bool = False,
     work: str | Path | None = None,
@@ -81,6 +82,7 @@ def convert(
         seed: for methods that draw random numbers.
         recipe: all choices about the merge at once, instead of `method` and `seed`.
         route: `native`, `remote-code` or `auto`; see `gqa_convert.planning.plan`.
+        allow_slow: also convert families whose KV cache shrinks while decoding gets no faster.
         verify: `none`, `structure` (keys and shapes against the target model) or `logits` (run both models).
         force: replace an earlier conversion at `out`.
         work: folder for the solved layers of a recipe that solves any, kept for reuse; by default one beside `out`,
@@ -104,6 +106,7 @@ def convert(
         seed=seed,
         recipe=recipe,
         route=route,
+        allow_slow=allow_slow,
         trust_remote_code=trust_remote_code,
         revision=revision,
     )

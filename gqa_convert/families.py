@@ -91,4 +91,8 @@ def _shipped_note(model_type: str) -> str:
     if not shipping.ships(model_type):
         return ""
     only = "only decoders (is_decoder: true); " if model_type in shipping.ENCODERS else ""
-    return f"{only}{shipping.FILE.name} goes along: load with trust_remote_code, or after importing gqa_convert"
+    slow = "only with --allow-slow, as the cache shrinks but decoding is no faster; "
+    return (
+        f"{slow if shipping.is_slow(model_type) else ''}{only}"
+        f"{shipping.FILE.name} goes along: load with trust_remote_code, or after importing gqa_convert"
+    )

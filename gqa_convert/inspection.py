@@ -11,6 +11,7 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import GQAConvertError, VerificationError
 from gqa_convert.heads import HeadLayout
+from gqa_convert.modeling import shipping
 from gqa_convert.planning import plan
 from gqa_convert.routes import recorded_route, routed
 from gqa_convert.verify import compare_weights, read_provenance, verify_logits, verify_structure
@@ -21,7 +22,8 @@ class Inspection:
     """A checkpoint's head layout and what each legal group count would cost.
 
     `becomes` says what converting writes, and why, where that is of another family. `cache` holds (groups, KV-cache
-    bytes per token or None where refused, the reason of a refusal).
+    bytes per token or None where refused, the reason of a refusal). `slow` says that fewer KV heads make the cache
+    smaller and decoding no faster, so that converting takes `--allow-slow`.
     """
 
     source: Path
@@ -33,6 +35,7 @@ class Inspection:
     cache: tuple[tuple[int, int | None, str], ...]
     converted_from: str
     becomes: str = ""
+    slow: bool = False
 
     @property
     def legal_groups(self) -> tuple[int, ...]:
@@ -46,6 +49,7 @@ class Inspection:
             "model_type": self.model_type,
             "class": self.class_name,
             "becomes": self.becomes,
+            "slow": self.slow,
             "kind": self.layout.kind,
             "query_heads": self.layout.num_query_heads,
             "kv_heads": self.layout.num_kv_heads,
@@ -72,8 +76,8 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, revision: str
     cache: list[tuple[int, int | None, str]] = []
     for groups in made.layout_before.legal_groups:
         try:
-            cost = plan(folder, groups=groups, trust_remote_code=trust_remote_code).kv_cache_bytes_per_token_after
-            cache.append((groups, cost, ""))
+            at = plan(folder, groups=groups, allow_slow=True, trust_remote_code=trust_remote_code)
+            cache.append((groups, at.kv_cache_bytes_per_token_after, ""))
         except GQAConvertError as error:
             cache.append((groups, None, str(error)))
     tool = read_provenance(folder).get("tool", {})
@@ -86,6 +90,7 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, revision: str
         bytes=made.bytes_in,
         cache=tuple(cache),
         becomes=way.becomes,
+        slow=shipping.is_slow(made.model_type),
         converted_from=" ".join(str(value) for value in tool.values()),
     )
 
@@ -116,6 +121,7 @@ def verify_pair(
         method=conversion.get("method", "mean"),
         seed=conversion.get("seed", 0),
         route=recorded_route(conversion),
+        allow_slow=True,
         trust_remote_code=trust_remote_code,
     )
     checks = verify_structure(made, converted, trust_remote_code=trust_remote_code)

@@ -14,6 +14,7 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.heads import HeadLayout
+from gqa_convert.modeling import shipping
 from gqa_convert.modeling.transpile.view import computed_keys, computing_bytes
 from gqa_convert.recipe import Recipe
 from gqa_convert.routes import SETTING, Routed, routed
@@ -144,6 +145,7 @@ def plan(
     seed: int = 0,
     recipe: Recipe | None = None,
     route: str = "auto",
+    allow_slow: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> ConvertPlan:
@@ -159,6 +161,7 @@ def plan(
         recipe: all choices about the merge at once, instead of `method` and `seed`.
         route: for families without a setting for KV heads: `native` (as another stock family), `remote-code`, or
             `auto`, which is native where that is exact for these groups.
+        allow_slow: also plan for families whose KV cache shrinks while decoding gets no faster.
         trust_remote_code: allow the model's own Python code to run.
         revision: a branch, tag or commit of a hub id.
 
@@ -171,6 +174,8 @@ def plan(
     folder = resolve_model(str(source), revision=revision)
     way = routed(Checkpoint.open(folder), groups=groups, route=route, trust_remote_code=trust_remote_code)
     anatomy = dissect(way.checkpoint, groups, cross_groups=cross_groups, trust_remote_code=trust_remote_code)
+    if anatomy.changed_fields and not allow_slow:
+        shipping.check_faster(anatomy.model_type)
     return _assemble(way, anatomy, _target(source, folder, groups, out), chosen, trust_remote_code)
 
 
@@ -290,6 +295,16 @@ def _code_notes(anatomy: Anatomy) -> tuple[str, ...]:
     return (
         f"becomes {becomes}: transformers gives {anatomy.model_type} no setting for KV heads, so "
         f"{anatomy.files[0].name} goes along; load with trust_remote_code=True, or after `import gqa_convert`",
+        *_speed_notes(anatomy),
+    )
+
+
+def _speed_notes(anatomy: Anatomy) -> tuple[str, ...]:
+    if not shipping.is_slow(str(anatomy.target_config.model_type)):
+        return ()
+    return (
+        "the KV cache shrinks, but decoding is no faster than with all heads: this family's attention in transformers "
+        "knows no groups, so every KV head is repeated for its query heads at every step",
     )
 
 

@@ -202,7 +202,11 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = 
         UNSUPPORTED,
         ("--trust-remote-code",),
     ),
-    "no KV-head setting": (config_of(model_type="bloom", architectures=["BloomForCausalLM"]), UNSUPPORTED, ("bloom",)),
+    "no KV-head setting": (
+        config_of(model_type="led", architectures=["LEDForConditionalGeneration"]),
+        UNSUPPORTED,
+        ("led",),
+    ),
     "latent attention": (
         config_of(model_type="deepseek_v3", architectures=["DeepseekV3ForCausalLM"]),
         UNSUPPORTED,

@@ -97,7 +97,7 @@ def test_families(command: Command) -> None:
     assert all(family["reason"] for family in found.values())
     assert found["llama"]["kind"] == "A"
     assert found["phi3"]["kind"] == "B"
-    assert (found["bloom"]["kind"], found["bloom"]["status"]) == ("C", "refused")
+    assert (found["led"]["kind"], found["led"]["status"]) == ("C", "refused")
     assert (found["t5"]["kind"], found["t5"]["status"]) == ("C", "proven")
     assert (found["gpt2"]["kind"], found["gpt2"]["status"]) == ("C", "proven")
     assert "only --groups 1" in found["gpt2"]["reason"]

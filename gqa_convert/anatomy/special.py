@@ -44,6 +44,9 @@ FUSED_LAYOUTS: dict[str, tuple[str, str]] = {
     "persimmon": ("per_head", "concat"),
     "gpt-sw3": ("concat", "concat"),
     "falcon": ("per_head", "concat"),
+    "bloom": ("per_head", "concat"),
+    "gpt_neox_japanese": ("per_head", "concat"),
+    "mpt": ("concat", "concat"),
 }
 
 # transformers stores one KV head for these or as many as there are query heads, nothing between.

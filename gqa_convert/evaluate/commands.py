@@ -150,6 +150,9 @@ def sweep_command(
         typer.Option(help="Text for methods that use statistics: a file, or `self`: the model's own."),
     ] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit each layer to the original's after merging.")] = False,
+    allow_slow: Annotated[
+        bool, typer.Option("--allow-slow", help="Also families whose cache shrinks but that decode no faster.")
+    ] = False,
     uptrain_tokens: Annotated[int, typer.Option(help="Uptrain every point on so many tokens first.", min=0)] = 0,
     uptrain_config: Annotated[
         Path | None, typer.Option(help="YAML of the uptraining (as for `gqa uptrain`): data, schedule, batch.")
@@ -209,6 +212,7 @@ def sweep_command(
         ),
         benchmark=timing if benchmark else None,
         tolerance=tolerance,
+        allow_slow=allow_slow,
         calibrate=calibrate,
         refit=refit,
         sensitivity=sensitivity,

@@ -64,7 +64,7 @@ def layer_costs(
     first, second = (models.subject(str(m), trust_remote_code=trust) for m in (base, converted))
     task = make_task(first, models.load_tokenizer(first, trust_remote_code=trust), settings)
     route = recorded_route(read_provenance(second.folder).get("conversion", {}))
-    made = plan(first.folder, groups=second.kv_heads, route=route, trust_remote_code=trust)
+    made = plan(first.folder, groups=second.kv_heads, route=route, allow_slow=True, trust_remote_code=trust)
     original = _original(made, first, settings)
     layers = _changed_by_layer(made, second, original, settings)
     if on_total is not None:

@@ -31,6 +31,7 @@ from gqa_convert.evaluate.sensitivity import layer_costs
 from gqa_convert.evaluate.similarity import head_similarity
 from gqa_convert.evaluate.sweep_settings import SweepSettings
 from gqa_convert.evaluate.uptrained import FOLDER, result_folder, uptrain_point
+from gqa_convert.modeling import shipping
 from gqa_convert.planning import plan
 from gqa_convert.recipe import Recipe
 
@@ -92,6 +93,8 @@ def sweep(
     wrong = [g for g in settings.groups if subject.kv_heads % g]
     if wrong:
         raise UsageError(f"--groups {wrong[0]}: does not divide the {subject.kv_heads} KV heads of {subject.name}.")
+    if not settings.allow_slow and min(settings.groups) < subject.kv_heads:
+        shipping.check_faster(str(subject.config.model_type))
     if on_total is not None:
         on_total(len(recipes) * len(settings.groups))
     identity = source_identity(Checkpoint.open(subject.folder))
@@ -175,7 +178,14 @@ def _measure(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "model"
     started = time.perf_counter()
-    made = plan(subject.folder, groups=groups, out=target, recipe=recipe, trust_remote_code=trust)
+    made = plan(
+        subject.folder,
+        groups=groups,
+        out=target,
+        recipe=recipe,
+        allow_slow=settings.allow_slow,
+        trust_remote_code=trust,
+    )
     execute(made, force=True, trust_remote_code=trust)
     seconds = time.perf_counter() - started
     if settings.uptrain_tokens and settings.uptrain_config is not None:

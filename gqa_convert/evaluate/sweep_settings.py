@@ -22,6 +22,7 @@ class SweepSettings:
         evaluation: held-out data.
         benchmark: decode benchmark of each point; None to leave it out.
         tolerance: loss rise that is acceptable, nats per token.
+        allow_slow: also try a model of a family that decodes no faster with fewer KV heads.
         calibrate: text for methods that use statistics; None for none (a preset's own choice stands).
         refit: fit each layer to the original afterwards.
         sensitivity: also measure the cost of each layer alone, for the point that is recommended.
@@ -35,6 +36,7 @@ class SweepSettings:
     evaluation: EvalSettings
     benchmark: BenchSettings | None = field(default_factory=BenchSettings)
     tolerance: float = 0.05
+    allow_slow: bool = False
     calibrate: str | None = None
     refit: bool = False
     sensitivity: bool = True

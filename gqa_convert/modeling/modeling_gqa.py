@@ -9,7 +9,8 @@ KV heads off the tensors, and the attention functions (sdpa, flash, flex) share 
 eager functions of these families do not, so they are given repeated heads.
 
 Some forward passes insist on as many KV heads as query heads (`SPREAD`). There the projections repeat the heads of new
-tokens, and the cache that the forward pass is handed drops the copies before it stores and returns them.
+tokens, and the cache that the forward pass is handed drops the copies before it stores and returns them. Where such a
+pass computes attention by itself, the cache returns copies: it is as small, but decoding is no faster.
 
 Written by gqa-convert. Licence: Apache-2.0.
 """
@@ -46,9 +47,22 @@ DECODERS = {
     "seamless_m4t_v2": "text_decoder.",
 }
 
-# Families whose forward pass splits keys by the number of query heads, with the order of rows of a fused projection.
-SPREAD = {"opt": "", "persimmon": "per_head", "umt5": ""}
-FUSED = ("query_key_value",)
+# Families whose forward pass needs as many keys as query heads, with the order of rows of a fused projection: [q k v]
+# head by head, or all q, all k, all v.
+SPREAD = {
+    "bloom": "per_head",
+    "gpt_neo": "",
+    "gpt_neox_japanese": "per_head",
+    "megatron-bert": "",
+    "mpt": "concat",
+    "opt": "",
+    "persimmon": "per_head",
+    "rembert": "",
+    "roformer": "",
+    "umt5": "",
+    "xglm": "",
+}
+FUSED = ("query_key_value", "Wqkv")
 CACHES = ("past_key_values", "layer_past")
 
 # Attention modules whose forward pass splits keys by this attribute, and queries not by it.
@@ -166,7 +180,10 @@ class SpreadLinear(nn.Linear):
         q, k, v = narrow.unflatten(-1, (self.heads + 2 * self.groups, -1)).split(
             [self.heads, self.groups, self.groups], dim=-2
         )
-        return torch.stack([q, self._repeat(k), self._repeat(v)], dim=-2).flatten(-3)
+        k, v = self._repeat(k), self._repeat(v)
+        if self.layout == "concat":
+            return torch.cat([q, k, v], dim=-2).flatten(-2)
+        return torch.stack([q, k, v], dim=-2).flatten(-3)
 
     def _repeat(self, states: torch.Tensor) -> torch.Tensor:
         return states.repeat_interleave(self.heads // self.groups, dim=-2)
@@ -175,6 +192,17 @@ class SpreadLinear(nn.Linear):
 def _spread(linear: Any, heads: int, groups: int, layout: str) -> None:
     linear.__class__ = SpreadLinear
     linear.heads, linear.groups, linear.layout = heads, groups, layout
+
+
+class CopiedLayer:
+    """A layer of a cache, whose keys and values are read with `size` copies of each head."""
+
+    def __init__(self, layer: Any, size: int) -> None:
+        self._layer, self._size = layer, size
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.__dict__["_layer"], name)
+        return repeat_kv(found, self._size) if name in ("keys", "values") else found
 
 
 class FoldedCache:
@@ -189,6 +217,11 @@ class FoldedCache:
         if self._cache is not None:
             key, value = self._cache.update(key, value, *args, **kwargs)
         return (repeat_kv(key, self._size), repeat_kv(value, self._size)) if self._copies else (key, value)
+
+    @property
+    def layers(self) -> Any:
+        """The layers: cross-attention reads what it stored there by itself."""
+        return [CopiedLayer(each, self._size) for each in self._cache.layers] if self._copies else self._cache.layers
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         """Return the number of positions stored."""

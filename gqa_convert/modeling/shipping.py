@@ -66,10 +66,26 @@ _ENCODERS = [
     "xlm-roberta-xl",
     "xmod",
 ]
+_SLOW_DECODERS = [
+    "bloom",
+    "gpt_neo",
+    "gpt_neox_japanese",
+    "mpt",
+    "xglm",
+]
+_SLOW_ENCODERS = [
+    "megatron-bert",
+    "rembert",
+    "roformer",
+]
 
 # Of these, encoders that decode with a cache only if their configuration says `is_decoder`.
-ENCODERS = frozenset(_ENCODERS)
-FAMILIES = frozenset(_SEQUENCE_TO_SEQUENCE) | frozenset(_DECODERS) | ENCODERS
+ENCODERS = frozenset(_ENCODERS) | frozenset(_SLOW_ENCODERS)
+
+# Those whose forward pass computes attention by itself and knows no groups: it is handed every KV head once for each
+# of its query heads. The cache shrinks, but decoding is no faster.
+SLOW = frozenset(_SLOW_DECODERS) | frozenset(_SLOW_ENCODERS)
+FAMILIES = frozenset(_SEQUENCE_TO_SEQUENCE) | frozenset(_DECODERS) | ENCODERS | SLOW
 
 
 def ships(model_type: str) -> bool:
@@ -80,6 +96,24 @@ def ships(model_type: str) -> bool:
 def is_shipped(model_type: str) -> bool:
     """Tell whether a model type is one of the shipped file's own."""
     return model_type.startswith(TYPE_PREFIX) and model_type.removeprefix(TYPE_PREFIX) in FAMILIES
+
+
+def is_slow(model_type: str) -> bool:
+    """Tell whether a model type, native or of the shipped file, decodes no faster with fewer KV heads."""
+    return model_type.removeprefix(TYPE_PREFIX) in SLOW
+
+
+def check_faster(model_type: str) -> None:
+    """Refuse a native model type that would decode no faster with fewer KV heads.
+
+    Raises:
+        UnsupportedModelError: naming the flag that allows it.
+    """
+    if ships(model_type) and is_slow(model_type):
+        raise UnsupportedModelError(
+            f"{model_type}: fewer KV heads would make its KV cache smaller but decoding no faster, as its attention in "
+            "transformers knows no groups. --allow-slow converts it for the memory alone."
+        )
 
 
 def check_native(config: Any) -> None:

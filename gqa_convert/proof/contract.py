@@ -78,7 +78,9 @@ class _Contract:
         self.heads, self.groups = KV_HEADS.get(model_type, (8, 2))
 
         # A family that can also be written as another one is shown here the way of its own code.
-        self.route: dict[str, Any] = {"route": "remote-code"} if shipping.ships(model_type) else {}
+        self.route: dict[str, Any] = {}
+        if shipping.ships(model_type):
+            self.route = {"route": "remote-code", "allow_slow": True}
 
         if model_type in TOWERS:
             record.note = "with another vision tower, as its own needs a package that is not a dependency"

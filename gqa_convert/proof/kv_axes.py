@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # With all heads, fused rows are [q k v] head by head; with fewer, [q | k | v].
-PER_HEAD = ("falcon", "gpt_bigcode", "persimmon")
+PER_HEAD = ("bloom", "falcon", "gpt_bigcode", "gpt_neox_japanese", "persimmon")
 STACKED = re.compile(r"(.*)\.(\d+)\.([^.]+)")
 
 

@@ -36,7 +36,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             return source(name)
         folder = root / f"{name}-{groups}-{cross_groups}"
         if not folder.exists():
-            convert(source(name), groups=groups, cross_groups=cross_groups, out=folder)
+            convert(source(name), groups=groups, cross_groups=cross_groups, allow_slow=True, out=folder)
         return folder
 
     return made

@@ -63,7 +63,7 @@ def test_the_contract_holds(name, tmp_path):
     assert record.proven, record.reason
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3", "mamba", "zaya"])
+@pytest.mark.parametrize("model_type", ["led", "deepseek_v3", "mamba", "zaya"])
 def test_other_families_are_refused_with_the_reason(model_type, tmp_path):
     record = prove(model_type, tmp_path)
     assert record.refused
