@@ -183,7 +183,7 @@ def test_conclusions_say_where_nothing_is_gained() -> None:
 def test_device_meters() -> None:
     device = torch.device("cpu")
     with peak_memory(device) as peak:
-        torch.ones(128 << 20, dtype=torch.uint8)  # too large for malloc to serve from memory it already holds
+        torch.ones(512 << 20, dtype=torch.uint8)  # too large for malloc to serve from memory it already holds
     assert peak.bytes is None or peak.bytes > 64 << 20
     assert read_bandwidth(device, repeats=1) > 1e8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         synchronize(device)
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
+    gc.collect()  # or what is freed in the meantime would hide what is taken
     level = _reset_high_water()
     yield found
     if level is not None:
