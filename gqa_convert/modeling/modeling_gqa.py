@@ -24,7 +24,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -257,6 +258,28 @@ def _folding(forward: Any, copies: bool) -> Any:
     return folded
 
 
+class _Functions:
+    """Transformers' attention functions, of which sdpa is `_packing_sdpa`."""
+
+    @staticmethod
+    def get_interface(name: str, default: Any) -> Any:
+        found = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+        return _packing_sdpa if found is sdpa_attention_forward else found
+
+
+def _packing_sdpa(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+    """Let transformers pack a decoding step's query heads onto their KV heads, as it does where there is a mask.
+
+    Without one it asks torch to share KV heads, which on a CPU, and anywhere beside a position bias, runs as slowly as
+    if every query head had its own.
+    """
+    if attention_mask is None and query.shape[2] == 1 and not torch.compiler.is_compiling():
+        attention_mask = kwargs.pop("position_bias", None)
+        if attention_mask is None and query.device.type == "cpu":
+            attention_mask = query.new_zeros(1, 1, 1, key.shape[2])
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 def _with_repeating_eager(forward: Any, eager: Any) -> Any:
     """Copy a forward pass's function, with an eager attention function that is given repeated heads."""
 
@@ -264,7 +287,7 @@ def _with_repeating_eager(forward: Any, eager: Any) -> Any:
         key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
         return eager(module, query, key, value, *args, **kwargs)
 
-    names = {**forward.__globals__, "eager_attention_forward": repeated}
+    names = {**forward.__globals__, "eager_attention_forward": repeated, "ALL_ATTENTION_FUNCTIONS": _Functions}
     own = types.FunctionType(forward.__code__, names, "forward", forward.__defaults__, forward.__closure__)
     own.__kwdefaults__ = forward.__kwdefaults__
     return own

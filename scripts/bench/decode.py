@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Decode benchmark of a Llama-shaped model of random weights, with fewer and fewer KV heads.
+"""Decode benchmark of a Llama- or T5-shaped model of random weights, with fewer and fewer KV heads.
 
 One command redoes every figure and writes them as JSON:
 
@@ -7,16 +7,21 @@ One command redoes every figure and writes them as JSON:
     python scripts/bench/decode.py --device cuda --dtype bfloat16 --layers 32 --width 4096 --heads 32 \
         --groups 32,8,4,1 --batch 1,16,64 --context 2k,8k,32k --cache static --mode compile \
         --out scripts/bench/results/decode-cuda.json
+    python scripts/bench/decode.py --shape t5 --groups 16,4,1 --batch 1,4 --context 512,2k --steps 2 --rounds 5 \
+        --out scripts/bench/results/decode-t5-cpu.json
+
+The T5 has the proportions of T5.1.1; with fewer KV heads it is the class that goes along with a converted T5.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.contender import Contender
@@ -24,13 +29,15 @@ from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.files import write_json
 from gqa_convert.evaluate.models import DTYPES, pick_device
 from gqa_convert.evaluate.show_bench import point_line, show_bench
-from gqa_convert.evaluate.sizes import parse_bytes, parse_counts
+from gqa_convert.evaluate.sizes import parse_bytes, parse_count, parse_counts
+from gqa_convert.modeling import shipping
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; the defaults are those of the committed CPU figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the JSON here")
+    parser.add_argument("--shape", default="llama", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--heads", type=int, default=16)
@@ -38,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", default="16,8,4,2,1", help="KV heads, the base first")
     parser.add_argument("--batch", default="1,4,16")
     parser.add_argument("--context", default="512,2k,8k")
+    parser.add_argument("--source-tokens", help="tokens that the T5's encoder has read [default: as the context]")
     parser.add_argument("--cache", default="dynamic,static")
     parser.add_argument("--mode", default="eager")
     parser.add_argument("--steps", type=int, default=4)
@@ -50,8 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def contender(args: argparse.Namespace, kv_heads: int) -> Contender:
-    """Build a random model with the proportions of Llama 2."""
+def llama(args: argparse.Namespace, kv_heads: int) -> tuple[Any, Any]:
+    """The class and configuration of a model with the proportions of Llama 2."""
     config = LlamaConfig(
         vocab_size=args.vocab,
         hidden_size=args.width,
@@ -61,9 +69,35 @@ def contender(args: argparse.Namespace, kv_heads: int) -> Contender:
         num_key_value_heads=kv_heads,
         max_position_embeddings=max(parse_counts(args.context, "--context")) + args.steps + 1,
     )
+    return LlamaForCausalLM, config
+
+
+def t5(args: argparse.Namespace, kv_heads: int) -> tuple[Any, Any]:
+    """The class and configuration of a model with the proportions of T5.1.1: stock, or as converted."""
+    config = T5Config(
+        vocab_size=args.vocab,
+        d_model=args.width,
+        d_kv=args.width // args.heads,
+        d_ff=args.width * 11 // 4,
+        num_layers=args.layers,
+        num_heads=args.heads,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    if kv_heads == args.heads:
+        return T5ForConditionalGeneration, config
+    return shipping.grouped_class(T5ForConditionalGeneration), shipping.grouped_config(config, kv_heads)
+
+
+SHAPES = {"llama": llama, "t5": t5}
+
+
+def contender(args: argparse.Namespace, kv_heads: int) -> Contender:
+    """Build a random model."""
+    cls, config = SHAPES[args.shape](args, kv_heads)
     torch.manual_seed(0)
     with torch.device(pick_device(args.device)):
-        model = LlamaForCausalLM._from_config(config, dtype=DTYPES[args.dtype]).eval()
+        model = cls._from_config(config, dtype=DTYPES[args.dtype]).eval()
     return Contender(name=f"{kv_heads} KV heads", query_heads=args.heads, kv_heads=kv_heads, model=model)
 
 
@@ -80,13 +114,20 @@ def main() -> None:
         rounds=args.rounds,
         prefill_tokens=args.prefill_tokens,
         memory=parse_bytes(args.memory, "--memory"),
+        source_tokens=parse_count(args.source_tokens, "--source-tokens") if args.source_tokens else None,
     )
     err = Console(stderr=True)
     contenders = [contender(args, groups) for groups in parse_counts(args.groups, "--groups")]
     found = bench(contenders, settings, on_point=lambda point: err.print(point_line(point), highlight=False))
     show_bench(found)
     if args.out is not None:
-        shape = {"layers": args.layers, "width": args.width, "heads": args.heads, "vocab": args.vocab}
+        shape = {
+            "shape": args.shape,
+            "layers": args.layers,
+            "width": args.width,
+            "heads": args.heads,
+            "vocab": args.vocab,
+        }
         write_json(args.out, found.to_json() | {"model": shape})
 
 
