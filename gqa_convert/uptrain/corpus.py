@@ -23,6 +23,8 @@ from gqa_convert.uptrain.config_data import SourceSection
 
 Tell = Callable[[str], None]
 
+_HELD_OUT_SEED = 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
@@ -31,7 +33,9 @@ class TrainingData:
     Attributes:
         blocks: training blocks without end.
         held_out: blocks to evaluate on, each with its number of real tokens.
-        collate: makes tensors of blocks.
+        collate: makes tensors of training blocks.
+        collate_held_out: of held-out ones; for span corruption the spans are the same whatever the run's seed, so that
+            losses of runs with different seeds are of one task.
         train_tokens: tokens of the training text; None when streaming.
         held_out_tokens: tokens of the held-out text that are scored.
     """
@@ -39,6 +43,7 @@ class TrainingData:
     blocks: StoredBlocks | StreamedBlocks
     held_out: list[tuple[Block, int]]
     collate: Collate
+    collate_held_out: Collate
     train_tokens: int | None
     held_out_tokens: int
 
@@ -52,8 +57,8 @@ def source_spec(section: SourceSection) -> SourceSpec:
     return SourceSpec(**section.model_dump())
 
 
-def objective_parts(config: UptrainConfig, tokenizer: Any, model_config: Any) -> tuple[Collate, int]:
-    """Choose how blocks become tensors, and how many tokens of text a block has.
+def objective_parts(config: UptrainConfig, tokenizer: Any, model_config: Any) -> tuple[Collate, Collate, int]:
+    """Choose how training and held-out blocks become tensors, and how many tokens of text a block has.
 
     Raises:
         UsageError: if model and objective do not fit, or the tokenizer lacks sentinels.
@@ -63,7 +68,8 @@ def objective_parts(config: UptrainConfig, tokenizer: Any, model_config: Any) ->
         needed = "span_corruption" if is_seq2seq else "causal_lm"
         raise UsageError(f"objective.kind={config.objective.kind}: a {model_config.model_type} model needs {needed}.")
     if not is_seq2seq:
-        return collate_causal(config.separate_documents), config.data.context
+        causal = collate_causal(config.separate_documents)
+        return causal, causal, config.data.context
     corruption = SpanCorruption.fitting(
         config.data.context,
         sentinels=sentinel_ids(tokenizer),
@@ -72,10 +78,11 @@ def objective_parts(config: UptrainConfig, tokenizer: Any, model_config: Any) ->
         mean_span=config.objective.mean_span,
     )
     start = getattr(model_config, "decoder_start_token_id", None)
-    collate = collate_spans(
-        corruption, seed=config.train.seed, decoder_start=int(start if start is not None else model_config.pad_token_id)
+    start = int(start if start is not None else model_config.pad_token_id)
+    collate, held_out = (
+        collate_spans(corruption, seed=seed, decoder_start=start) for seed in (config.train.seed, _HELD_OUT_SEED)
     )
-    return collate, corruption.raw_length
+    return collate, held_out, corruption.raw_length
 
 
 def prepare_data(
@@ -100,7 +107,7 @@ def prepare_data(
         HubError: if a hub dataset cannot be reached.
     """
     encoder = Encoder(tokenizer, special_tokens=config.special_tokens, append_eos=config.append_eos)
-    collate, length = objective_parts(config, tokenizer, model_config)
+    collate, collate_held_out, length = objective_parts(config, tokenizer, model_config)
     corpus = open_corpus(source_spec(config.data.source))
     apart = config.data.held_out_source
     fraction = 0.0 if apart is not None else config.data.held_out_fraction
@@ -129,6 +136,7 @@ def prepare_data(
         blocks=blocks,
         held_out=evaluated,
         collate=collate,
+        collate_held_out=collate_held_out,
         train_tokens=None if train is None else train.total,
         held_out_tokens=sum(real - 1 for _, real in evaluated),
     )

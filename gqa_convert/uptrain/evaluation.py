@@ -24,7 +24,9 @@ def evaluate(
         `loss` (cross-entropy), with a teacher `kl`: nats a token; `tokens` scored.
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    batches = evaluation_batches(data.held_out, data.collate, micro=micro, processes=engine.processes, rank=engine.rank)
+    batches = evaluation_batches(
+        data.held_out, data.collate_held_out, micro=micro, processes=engine.processes, rank=engine.rank
+    )
     with evaluating(model):
         for batch in batches:
             moved = batch.to(engine.device)

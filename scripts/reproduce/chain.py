@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arms import ARMS, CALIBRATED, CONTROL, PAPER, PRESETS, Arm
+from corrupted import corrupted_file
 from pieces import Piece, Pieces, Unfinished
 from sources import training_file
+from stopwatch import Stopwatch
 from training import UPTRAINING_ORDER, settings, train
 from untrained import write_untrained
 
@@ -53,6 +54,7 @@ class Chain:
         for arm in self.arms:
             with suppress(Unfinished):
                 found["arms"][arm.name] = self._found(arm, self.pretrained("large"))
+        found["processor_seconds"] = self.pieces.processor_seconds(f"{self.family}-{self.seed}-")
         return found if all(arm.name in found["arms"] for arm in PAPER) else None
 
     def pretrained(self, size: str) -> Piece:
@@ -88,14 +90,13 @@ class Chain:
 
             data: dict[str, Any] = {}
             if arm.start in CALIBRATED:
-                limit = scale.calibration_sequences * scale.context * _CHARACTERS_A_TOKEN
-                data = {"calibrate": str(training_file(folder / "calibration.jsonl", scale.text, limit))}
+                data = {"calibrate": str(self._calibration(folder / "calibration.jsonl", _final(large)))}
             recipe = make_recipe(arm.start if arm.start in PRESETS else None, **chosen, **data)
-            started = time.perf_counter()
+            watch = Stopwatch(scale.device)
             convert(_final(large), groups=groups, out=folder / "model", recipe=recipe, force=True)
             calibrated = scale.calibration_sequences * scale.context if data else 0
             return {
-                "conversion_seconds": round(time.perf_counter() - started, 2),
+                "conversion_seconds": round(watch.seconds, 2),
                 "calibration_tokens": calibrated,
                 "kv_heads": groups,
             }
@@ -125,6 +126,13 @@ class Chain:
         start = self.start(arm, large)
         converted = {} if arm.start == CONTROL else start.result
         return arm.to_json() | self.arm(arm, start, large).result | converted
+
+    def _calibration(self, file: Path, model: Path) -> Path:
+        """Write what a conversion is calibrated on: training text, for a T5 with spans cut out of it."""
+        scale = self.scale
+        if self.family == "t5":
+            return corrupted_file(file, model, scale.text, context=scale.context, count=scale.calibration_sequences)
+        return training_file(file, scale.text, scale.calibration_sequences * scale.context * _CHARACTERS_A_TOKEN)
 
     def groups(self, arm: Arm) -> int:
         """KV heads of an arm."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -46,6 +47,7 @@ class Pieces:
         self, root: Path, tell: Callable[[str], None] = lambda _: None, *, finished_only: bool = False
     ) -> None:
         self.root, self._tell, self._finished_only = root, tell, finished_only
+        self._spent: dict[str, float | None] = {}
 
     def get(self, name: str, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Piece:
         """Return the piece of these settings; if it is not done, `make(folder)` does it and returns the result."""
@@ -57,11 +59,20 @@ class Pieces:
                 raise Unfinished(name)
             self._tell(name)
             folder.mkdir(parents=True, exist_ok=True)
-            result = make(folder)
+            before = time.process_time()
+            made = {"settings": settings, "result": make(folder), "processor_seconds": time.process_time() - before}
             stage = file.with_suffix(".tmp")
-            stage.write_text(json.dumps({"settings": settings, "result": result}, indent=1) + "\n", encoding="utf-8")
+            stage.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
             os.replace(stage, file)
-        return Piece(folder, key, json.loads(file.read_text(encoding="utf-8"))["result"])
+        found = json.loads(file.read_text(encoding="utf-8"))
+        self._spent[key] = found.get("processor_seconds")
+        return Piece(folder, key, found["result"])
+
+    def processor_seconds(self, prefix: str) -> float | None:
+        """What the pieces took that were asked for so far and whose names begin so; None if one does not say."""
+        spent = [seconds for key, seconds in self._spent.items() if key.startswith(prefix)]
+        known = [seconds for seconds in spent if seconds is not None]
+        return round(sum(known), 1) if len(known) == len(spent) else None
 
 
 def settings_hash(settings: dict[str, Any]) -> str:

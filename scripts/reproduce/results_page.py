@@ -19,19 +19,11 @@ from chain import Chain
 from figures import draw
 from findings import Findings
 from pieces import Pieces, versions
-from scales import Scale
-from untrained import FAMILIES
+from scales import Scale, Scales
 
 
-def write_report(args: Namespace, scale: Scale) -> None:
-    """Measure decode times, if that is not done, and write everything."""
-    pieces = Pieces(args.out)
-    described = {"decode": asdict(scale.decode), "large": asdict(scale.large), "small": asdict(scale.small)}
-    timed = pieces.get(
-        "decode-times",
-        described,
-        lambda _: {"figure_6": speed.figure_6(scale), "table_1": speed.table_1(scale)},
-    ).result
+def write_report(args: Namespace, scales: Scales) -> None:
+    """Measure decode times, if that is not done, and write everything about the families that have a finished seed."""
     finished = Pieces(args.out, finished_only=True)
     found = {
         family: {
@@ -39,16 +31,25 @@ def write_report(args: Namespace, scale: Scale) -> None:
             for seed in scale.seeds
             if (made := Chain(finished, scale, family, seed).finished()) is not None
         }
-        for family in FAMILIES
+        for family, scale in scales.items()
     }
-    if not all(found.values()):
+    found = {family: seeds for family, seeds in found.items() if seeds}
+    if not found:
         raise SystemExit("nothing to report yet: no seed has all of the paper's arms")
+    pieces = Pieces(args.out)
+    any_scale = next(iter(scales.values()))
+    timed = {
+        "figure_6": pieces.get(
+            "figure-6", {"decode": asdict(any_scale.decode)}, lambda _: speed.figure_6(any_scale)
+        ).result,
+        "table_1": {family: table_1(pieces, family, scales[family]) for family in found},
+    }
     results = {
         "format": 1,
         "command": shlex.join(["python", "scripts/reproduce/run.py", *shown(sys.argv[1:])]),
         "machine": machine(),
         "versions": versions(),
-        "scale": asdict(scale),
+        "scales": {family: asdict(scales[family]) for family in found},
         "decode": timed,
         "families": found,
     }
@@ -56,34 +57,69 @@ def write_report(args: Namespace, scale: Scale) -> None:
     render(results, args.out)
 
 
+def table_1(pieces: Pieces, family: str, scale: Scale) -> dict[str, Any]:
+    """The times of Table 1, measured once."""
+    shapes = {size: asdict(getattr(scale, size)) for size in ("decode", "large", "small")}
+    described = shapes | {"groups": scale.gqa_groups}
+    return pieces.get(f"table-1-{family}", described, lambda _: speed.table_1(family, scale)).result
+
+
 def render(results: dict[str, Any], out: Path) -> None:
     """Write RESULTS.md and the figures of results."""
-    scale = results["scale"]
-    total = scale["steps"] * scale["batch"] * scale["context"]
-    families = {
-        name: Findings({int(seed): value for seed, value in found.items()}, total)
-        for name, found in results["families"].items()
-    }
+    families = {name: findings(results, name) for name in results["families"]}
     draw(out / "figures", families, results["decode"]["figure_6"])
     (out / "RESULTS.md").write_text(page(results, families), encoding="utf-8")
 
 
+def findings(results: dict[str, Any], family: str) -> Findings:
+    """One family's numbers."""
+    scale = results["scales"][family]
+    total = scale["steps"] * scale["batch"] * scale["context"]
+    return Findings({int(seed): value for seed, value in results["families"][family].items()}, total)
+
+
 def page(results: dict[str, Any], families: dict[str, Findings]) -> str:
     """RESULTS.md."""
-    scale, timed = results["scale"], results["decode"]
+    scales, timed = results["scales"], results["decode"]
     parts = [
         "# The paper's ablations on models trained here",
         INTRODUCTION,
         "Machine: {processor}, {processors} processors, {system}; ".format(**results["machine"])
         + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
         + f".\n\n    {results['command']}",
-        *(tables.family(name, found, scale, timed["table_1"]) for name, found in families.items()),
+        _work(results),
+        *(tables.family(name, found, scales[name], timed["table_1"][name]) for name, found in families.items()),
         "## Figure 6: time by the number of groups\n\n![Figure 6](figures/figure-6.png)",
-        _figure_6(timed["figure_6"], scale["decode"]),
+        _figure_6(timed["figure_6"], next(iter(scales.values()))["decode"]),
         words.speed(timed["figure_6"]),
         LIMITS,
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _work(results: dict[str, Any]) -> str:
+    """What all of it takes, and what its seconds are."""
+    known, unknown = {}, []
+    for family, seeds in results["families"].items():
+        spent = [seed.get("processor_seconds") for seed in seeds.values()]
+        if None in spent:
+            unknown.append(family)
+        else:
+            known[family] = sum(spent) / 60
+    said = []
+    if known:
+        parts = ", ".join(f"{family} {minutes:.0f}" for family, minutes in known.items())
+        said.append(
+            f"Processor minutes of all seeds: {parts}. `--jobs 2` runs two processes side by side, on two "
+            f"cores one thread each: at least {sum(known.values()) / 2:.0f} minutes where nothing else runs. Seconds "
+            "of converting and training are the processor's."
+        )
+    if unknown:
+        said.append(
+            f"Seconds of converting and training ({', '.join(unknown)}) are the clock's, taken while the machine did "
+            "other things; tokens are not affected."
+        )
+    return " ".join(said)
 
 
 def _figure_6(found: dict[str, Any], decode: dict[str, Any]) -> str:
@@ -128,20 +164,19 @@ INTRODUCTION = """Written by `scripts/reproduce/run.py`; nothing here is typed b
 What is the same: models are pretrained, converted, and uptrained on the same text with the same objective and the
 schedule continued, for a share alpha of the pretraining's steps; the control is the original, continued on the same
 tokens in the same order. What differs: the models are smaller by four orders of magnitude, the text is Python source,
-the model is a decoder, the optimiser is AdamW with a fresh state, and quality is the **held-out loss of the pretraining
-itself**: nothing is fine-tuned on a task before it is measured, which the paper does at every alpha, 0 too. Losses
-therefore show much larger gaps than the paper's points do."""
+the optimiser has a fresh state (AdamW for the decoder, Adafactor for the T5, as in the paper), and quality is the
+**held-out loss of the pretraining itself**: nothing is fine-tuned on a task before it is measured, which the paper does
+at every alpha, 0 too. Losses therefore show much larger gaps than the paper's points do."""
 
 LIMITS = """## Limits
 
 - Intervals are over seeds alone, and Student's t of three is wide.
 - The models are small and the text is little. Gaps are taken to the control, which saw the same tokens, and not to
   the model before: at these learning rates the control itself moves.
-- Uptraining starts with a fresh AdamW at the pretraining's full learning rate; a start that is already good may lose a
-  little in the first steps (its curve rises before it falls), probably by it; that was not tested.
+- Uptraining starts with a fresh optimiser at the pretraining's full learning rate; a start that is already good may
+  lose a little in the first steps (its curve rises before it falls), probably by it; that was not tested.
 - Calibration tokens are no uptraining, but they are tokens: the conversion's fixed cost weighs more the shorter the
   pretraining is. At the paper's size 5 % are fifty billion tokens, and a calibration of a quarter million vanishes.
 - The refit of `best` reads its calibration tokens again and again (a step is 2,048 tokens a layer), so tokens are
   not what it costs: the column in seconds is. On models this small it is about what uptraining by 5 % costs.
-- Seconds were taken while the machine did other things (its load is in results.json); tokens are not affected.
 - Between 0 tokens and the first evaluation a curve is taken to be a straight line."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from chain import Chain
 from pieces import Pieces
-from scales import SCALES, Scale
+from scales import SCALES, Scale, Scales
 from untrained import FAMILIES
 
 from gqa_convert.errors import GQAConvertError, Preempted, UsageError
@@ -37,6 +37,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="tiny")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pieces and of the results")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="not all of them")
     parser.add_argument("--seeds", nargs="+", type=int, help="other seeds than the scale's")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side (1 for one GPU)")
     parser.add_argument("--minutes", type=float, help="save, and stop with exit code 75, after this long")
@@ -46,9 +47,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chosen_scale(args: argparse.Namespace) -> Scale:
-    """The scale with what the command line changes of it."""
-    scale = SCALES[args.scale]
+def chosen_scales(args: argparse.Namespace) -> Scales:
+    """The scale of every family that is wanted, with what the command line changes of it."""
+    return {family: changed(SCALES[args.scale][family], args) for family in args.families}
+
+
+def changed(scale: Scale, args: argparse.Namespace) -> Scale:
+    """A scale as the command line wants it."""
     if args.seeds:
         scale = replace(scale, seeds=tuple(args.seeds))
     return shrunk(scale, args.shrink) if args.shrink > 1 else scale
@@ -81,15 +86,20 @@ def check_matplotlib() -> None:
         raise SystemExit(error.exit_code)
 
 
-def run_one(args: argparse.Namespace, scale: Scale) -> None:
+def run_one(args: argparse.Namespace, scales: Scales) -> None:
     """Run one family and seed in this process."""
     import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    family, seed = args.only.split(":")
+    Chain(Pieces(args.out, tell), scales[family], family, int(seed)).run()
+
+
+def hide_progress() -> None:
+    """No bars of transformers: there are hundreds of small models."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
-    family, seed = args.only.split(":")
-    Chain(Pieces(args.out, tell), scale, family, int(seed)).run()
 
 
 def stop_after(minutes: float | None) -> None:
@@ -105,10 +115,11 @@ def stop_after(minutes: float | None) -> None:
         timer.start()
 
 
-def run_all(args: argparse.Namespace, scale: Scale) -> bool:
+def run_all(args: argparse.Namespace, scales: Scales) -> bool:
     """Run every family and seed, some side by side; False if time was over before all were done."""
     started = time.monotonic()
-    waiting = [f"{family}:{seed}" for seed in scale.seeds for family in FAMILIES]
+    # The family that takes longest comes first, so that at the end no process has long to go on alone.
+    waiting = [f"{family}:{seed}" for family, scale in scales.items() for seed in scale.seeds]
     running: list[subprocess.Popen[bytes]] = []
     codes: list[int] = []
     while waiting or running:
@@ -118,8 +129,9 @@ def run_all(args: argparse.Namespace, scale: Scale) -> bool:
                 left = args.minutes - (time.monotonic() - started) / 60
                 command += ["--minutes", f"{max(left, 0.01):.2f}"]
             running.append(subprocess.Popen(command))
-        running[0].wait()
-        codes += [process.wait() for process in running if process.poll() is not None]
+        while all(process.poll() is None for process in running):
+            time.sleep(0.2)
+        codes += [process.returncode for process in running if process.returncode is not None]
         running = [process for process in running if process.returncode is None]
         if any(code not in (0, AGAIN) for code in codes):
             for process in running:
@@ -134,20 +146,22 @@ def run_all(args: argparse.Namespace, scale: Scale) -> bool:
 
 def main() -> None:
     args = parse_arguments(sys.argv[1:])
-    scale = chosen_scale(args)
+    scales = chosen_scales(args)
     check_matplotlib()
     args.out.mkdir(parents=True, exist_ok=True)
     stop_after(args.minutes if args.only else None)
     try:
         if args.only:
-            run_one(args, scale)
-        elif not args.report and not run_all(args, scale):
+            hide_progress()
+            run_one(args, scales)
+        elif not args.report and not run_all(args, scales):
             tell("time is over: run the same command again to go on")
             raise SystemExit(AGAIN)
         else:
             from results_page import write_report
 
-            write_report(args, scale)
+            hide_progress()
+            write_report(args, scales)
     except GQAConvertError as error:
         tell(str(error))
         raise SystemExit(error.exit_code) from None

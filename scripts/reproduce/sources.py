@@ -50,19 +50,21 @@ def _installed(*, held_out: bool) -> Iterator[str]:
             continue
 
 
-def training_file(path: Path, text: str, limit: int) -> Path:
-    """Write training modules, one a line of JSON, for calibration; about `limit` characters of them.
-
-    They are taken in the order of a hash, so that a few are from all over.
-    """
+def training_modules(text: str) -> list[str]:
+    """All training modules of a `Scale.text`, in the order of a hash, so that a few are from all over."""
     import hashlib
-    import json
 
     modules = {"stdlib": stdlib_training, "installed": installed_training}[text]()
-    ordered = sorted(modules, key=lambda module: hashlib.sha256(module.encode()).digest())
+    return sorted(modules, key=lambda module: hashlib.sha256(module.encode()).digest())
+
+
+def training_file(path: Path, text: str, limit: int) -> Path:
+    """Write training modules, one a line of JSON, for calibration; about `limit` characters of them."""
+    import json
+
     written = 0
     with open(path, "w", encoding="utf-8") as file:
-        for module in ordered:
+        for module in training_modules(text):
             if written >= limit:
                 break
             file.write(json.dumps({"text": module}) + "\n")

@@ -7,8 +7,13 @@ from typing import Any
 import words
 from findings import CONTROL, FIGURE_4, FIGURE_5, Findings, Saving
 
-TITLES = {"decoder": "Decoder (Llama-shaped)"}
+TITLES = {"decoder": "Decoder (Llama-shaped)", "t5": "Encoder-decoder (T5.1.1-shaped)"}
 _SHOWN = (0.0, 0.01, 0.02, 0.05, 0.1)
+_SPANS = (
+    " The objective is T5's span corruption (15 % of the tokens, spans of 3); tokens are those that the encoder reads, "
+    "and the loss is that of the spans. Layers are the encoder's and the decoder's. Self- and cross-attention of the "
+    "decoder are converted, as in the paper, the encoder is not. Calibration texts have spans cut out as in training."
+)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -21,7 +26,7 @@ def family(name: str, found: Findings, scale: dict[str, Any], speed: dict[str, A
     """Everything about one family."""
     parts = [
         f"## {TITLES[name]}",
-        setup(found, scale),
+        setup(name, found, scale),
         f"### Figure 4: how heads are merged\n\n![Figure 4](figures/{name}-figure-4.png)",
         figure_4(found),
         words.order_of_figure_4(found),
@@ -29,7 +34,7 @@ def family(name: str, found: Findings, scale: dict[str, Any], speed: dict[str, A
         curves_table(found, FIGURE_5),
         "\n".join(f"- {line}" for line in words.shape_of_figure_5(found)),
         "### Table 1: quality and time",
-        table_1(found, speed),
+        table_1(name, found, speed),
         f"### A better start\n\n![A better start](figures/{name}-starts.png)",
         ours(found),
         savings(found),
@@ -38,7 +43,7 @@ def family(name: str, found: Findings, scale: dict[str, Any], speed: dict[str, A
     return "\n\n".join(part for part in parts if part)
 
 
-def setup(found: Findings, scale: dict[str, Any]) -> str:
+def setup(name: str, found: Findings, scale: dict[str, Any]) -> str:
     """What was trained, on how much, and how well."""
     first = next(iter(found.found.values()))["pretraining"]
     rows = []
@@ -47,7 +52,7 @@ def setup(found: Findings, scale: dict[str, Any]) -> str:
         rows.append(
             [
                 size,
-                str(shape["layers"]),
+                f"{shape['layers']} + {shape['layers']}" if name == "t5" else str(shape["layers"]),
                 str(shape["width"]),
                 str(shape["heads"]),
                 f"{first[size]['parameters']:,}",
@@ -59,7 +64,7 @@ def setup(found: Findings, scale: dict[str, Any]) -> str:
         f"{shown}\n\nPretraining: {scale['steps']:,} steps of {scale['batch']} x {scale['context']} tokens = "
         f"{found.total:,} tokens; seeds {', '.join(map(str, found.found))}; alpha 0.05 is "
         f"{round(0.05 * found.total):,} tokens. ± is half the 95 % t interval over seeds; of "
-        "differences, it is taken of the differences seed by seed."
+        "differences, it is taken of the differences seed by seed." + (_SPANS if name == "t5" else "")
     )
 
 
@@ -85,7 +90,7 @@ def curves_table(found: Findings, arms: tuple[str, ...]) -> str:
     return table(["alpha", *[f"{alpha:g}" for alpha in _SHOWN]], rows)
 
 
-def table_1(found: Findings, speed: dict[str, Any]) -> str:
+def table_1(name: str, found: Findings, speed: dict[str, Any]) -> str:
     """Quality of the four models (converted ones after alpha 0.05), beside decode time."""
     converted = {
         "MHA large, continued by 5 %": "control-ce",
@@ -97,11 +102,12 @@ def table_1(found: Findings, speed: dict[str, Any]) -> str:
     losses = {f"MHA {size}": found.pretrained(size) for size in found.sizes()}
     losses |= {name: found.loss(arm, 0.05) for name, arm in converted.items() if found.has(arm)}
     rows = []
-    for name, loss in losses.items():
-        timed = speed["models"][name.split(",")[0]]
-        rows.append([name, f"{1000 * timed['seconds_per_sample']:.0f}", words.nats(loss)])
+    for model, loss in losses.items():
+        timed = speed["models"][model.split(",")[0]]
+        rows.append([model, f"{1000 * timed['seconds_per_sample']:.0f}", words.nats(loss)])
+    behind = "an input of {:,} (without the encoder's pass)" if name == "t5" else "a cache of {:,}"
     note = (
-        f"Time: decoding {speed['output_tokens']} tokens behind a cache of {speed['context']:,}, "
+        f"Time: decoding {speed['output_tokens']} tokens behind {behind.format(speed['context'])}, "
         f"batch {speed['batch']}, {speed['dtype']}, models of these shapes with random weights."
     )
     return table(["model", "time per sample, ms", "held-out loss"], rows) + "\n\n" + note

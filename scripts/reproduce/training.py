@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stopwatch import Stopwatch
+
 if TYPE_CHECKING:
     from scales import Scale
 
@@ -22,7 +24,7 @@ def settings(
     scale: Scale, family: str, *, model: Path, output: Path, seed: int, start_step: int, steps: int
 ) -> dict[str, Any]:
     """The configuration of a run, as `gqa uptrain` takes it."""
-    optimiser = scale.optimisers[family]
+    optimiser = scale.optimiser
     warmup = optimiser.warmup_steps * scale.batch_tokens if start_step == 0 else 0
     return {
         "model": str(model),
@@ -38,7 +40,7 @@ def settings(
             "append_eos": True,
             "separate_documents": False,
         },
-        "objective": {"kind": "causal_lm"},
+        "objective": {"kind": "span_corruption" if family == "t5" else "causal_lm"},
         "optimizer": {"kind": optimiser.kind},
         "schedule": {
             "kind": "inverse_sqrt",
@@ -65,7 +67,7 @@ def train(config: dict[str, Any], *, marks: list[int], keep_model: bool) -> dict
     """Run, or go on with, a training; the held-out loss is taken before the first step and after each of `marks` steps.
 
     Returns:
-        `curve`: pairs of tokens and loss; `seconds` spent in steps.
+        `curve`: pairs of tokens and loss; `seconds` of work (see `stopwatch`) in steps.
     """
     from gqa_convert.uptrain.loading import parse_config
     from gqa_convert.uptrain.loop import uptrain
@@ -74,10 +76,12 @@ def train(config: dict[str, Any], *, marks: list[int], keep_model: bool) -> dict
     each = config["train"]["batch_sequences"] * config["data"]["context"]
     config = config | {"evaluation": config["evaluation"] | {"at_tokens": [mark * each for mark in marks]}}
     output = Path(config["output"])
+    watch = Stopwatch(config["train"]["device"])
     found = uptrain(parse_config(config), quiet=True)
+    share = watch.share
     records = [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] == "evaluation"]
     curve = {record["step"] * each: record["held_out_loss"] for record in records}
     shutil.rmtree(output / "checkpoints")
     if not keep_model:
         shutil.rmtree(output / "final")
-    return {"curve": sorted(curve.items()), "seconds": round(found.seconds, 2)}
+    return {"curve": sorted(curve.items()), "seconds": round(share * found.seconds, 2)}

@@ -13,6 +13,7 @@ def found():
     """What three seeds of one family give."""
     return {
         seed: {
+            "processor_seconds": 60.0,
             "pretraining": {
                 size: {"curve": [[0, 7.6], [TOTAL, loss + shift]], "parameters": 1000, "seconds": 5.0}
                 for size, loss in (("large", 4.0), ("small", 4.4))
@@ -28,7 +29,7 @@ def results(found):
     """A results.json."""
     from dataclasses import asdict
 
-    from scales import TINY
+    from scales import SCALES
 
     def timed(names):
         return {
@@ -40,15 +41,19 @@ def results(found):
             },
         }  # fmt: skip
 
-    scale = asdict(TINY) | {"batch": 10, "context": 100, "steps": 1000}
+    times = timed({"MHA large": 8, "MHA small": 4, "GQA large": 2, "MQA large": 1})
+    seeds = {str(seed): value for seed, value in found.items()}
+    scales = {
+        family: asdict(scale) | {"batch": 10, "context": 100, "steps": 1000} for family, scale in SCALES["tiny"].items()
+    }
     return {
         "command": "python scripts/reproduce/run.py",
         "machine": {"processor": "x86_64", "processors": 2, "system": "Linux", "load_average_at_the_end": [1.0] * 3},
         "versions": {"torch": "2"},
-        "scale": scale,
+        "scales": scales,
         "decode": {
             "figure_6": timed({f"{heads} groups": heads for heads in (16, 8, 4, 2, 1)}),
-            "table_1": timed({"MHA large": 8, "MHA small": 4, "GQA large": 2, "MQA large": 1}),
+            "table_1": {"decoder": times, "t5": times},
         },
-        "families": {"decoder": {str(seed): value for seed, value in found.items()}},
+        "families": {"decoder": seeds, "t5": seeds},
     }

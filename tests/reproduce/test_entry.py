@@ -26,20 +26,22 @@ def test_nothing_finished_is_nothing_reported(tmp_path):
     from scales import SCALES
 
     assert len({arm.name for arm in ARMS}) == len(ARMS)
-    for scale in SCALES.values():
-        assert Chain(Pieces(tmp_path, finished_only=True), scale, "decoder", 0).finished() is None
+    for scales in SCALES.values():
+        for family, scale in scales.items():
+            assert Chain(Pieces(tmp_path, finished_only=True), scale, family, 0).finished() is None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("family", ["decoder", "t5"])
 @pytest.mark.parametrize("name", ["tiny", "small"])
-def test_the_settings_of_every_scale_are_a_configuration(name, tmp_path):
+def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path):
     from scales import SCALES
     from training import settings
 
     from gqa_convert.uptrain.loading import parse_config
 
-    scale = SCALES[name]
-    made = settings(scale, "decoder", model=tmp_path, output=tmp_path / "run", seed=0, start_step=scale.steps, steps=5)
+    scale = SCALES[name][family]
+    made = settings(scale, family, model=tmp_path, output=tmp_path / "run", seed=0, start_step=scale.steps, steps=5)
     config = parse_config(made)
     # Uptraining continues the pretraining's learning rate, and alpha is a share of its steps.
     assert config.schedule.start_step == scale.steps
@@ -56,16 +58,17 @@ def test_stopped_gone_on_with_and_reported(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    seeds = results["families"]["decoder"]
-    assert list(seeds) == ["0", "1"]
-    for seed in seeds.values():
-        assert len(seed["arms"]) == 12
-        for arm in seed["arms"].values():
-            tokens = [tokens for tokens, _ in arm["curve"]]
-            assert tokens == sorted(set(tokens))
-            assert tokens[0] == 0
+    assert list(results["families"]) == ["decoder", "t5"]
+    for seeds in results["families"].values():
+        assert list(seeds) == ["0", "1"]
+        for seed in seeds.values():
+            assert len(seed["arms"]) == 12
+            for arm in seed["arms"].values():
+                tokens = [tokens for tokens, _ in arm["curve"]]
+                assert tokens == sorted(set(tokens))
+                assert tokens[0] == 0
     assert "Figure 5" in (tmp_path / "RESULTS.md").read_text()
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 4
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
     # Everything is there: nothing is trained again.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     assert run(tmp_path).returncode == 0

@@ -65,10 +65,22 @@ def test_the_page_and_the_figures_are_written_from_results(results, tmp_path):
 
     render(results, tmp_path)
     page = (tmp_path / "RESULTS.md").read_text()
-    for expected in ("Figure 4", "Figure 5", "Figure 6", "Table 1", "at least 50", "1,000 steps of 10 x 100"):
+    for expected in ("Figure 4", "Figure 5", "Figure 6", "Table 1", "at least 50", "1,000 steps of 10 x 100", "2 + 2"):
         assert expected in page
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     for name in names:
         assert f"figures/{name}" in page
         assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
-    assert len(names) == 4
+    assert len(names) == 7
+
+
+def test_seconds_are_said_to_be_whose_they_are(results):
+    from results_page import findings, page
+
+    families = {name: findings(results, name) for name in results["families"]}
+    assert "Processor minutes of all seeds: decoder 3, t5 3." in page(results, families)
+    seeds = results["families"]["t5"]
+    results["families"]["t5"] = seeds | {"1": seeds["1"] | {"processor_seconds": None}}
+    said = page(results, families)
+    assert "training (t5) are the clock's" in said
+    assert "all seeds: decoder 3. " in said

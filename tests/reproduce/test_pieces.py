@@ -20,6 +20,31 @@ def test_a_piece_is_made_once_and_found_again(tmp_path):
     assert len(told) == len(made) == 2
 
 
+def test_the_processors_time_is_kept_and_summed_by_name(tmp_path):
+    import time
+
+    from pieces import Pieces
+
+    def work(folder):
+        started = time.process_time()
+        while time.process_time() - started < 0.05:
+            pass
+        return {}
+
+    for name in ("t5-0-a", "t5-0-b", "t5-1-a"):
+        Pieces(tmp_path).get(name, {}, work)
+    pieces = Pieces(tmp_path, finished_only=True)
+    for name in ("t5-0-a", "t5-0-b", "t5-1-a"):
+        pieces.get(name, {}, work)
+    first, every = pieces.processor_seconds("t5-0-"), pieces.processor_seconds("t5-")
+    assert 0.1 <= first < every
+    folder = pieces.get("t5-1-a", {}, work).folder
+    (folder / "result.json").write_text('{"result": {}}')  # of a time when it was not kept
+    pieces.get("t5-1-a", {}, work)
+    assert pieces.processor_seconds("t5-") is None
+    assert pieces.processor_seconds("t5-0-") == first
+
+
 def test_an_interrupted_piece_gets_its_folder_again(tmp_path):
     from pieces import Pieces
 

@@ -79,6 +79,16 @@ def test_a_t5_can_be_distilled(t5_settings, t5_folder):
     assert result.reference_loss == pytest.approx(result.loss_before, abs=1e-4)
 
 
+def test_held_out_losses_of_any_seed_are_of_one_task(t5_settings, tmp_path):
+    found = []
+    for seed in (1, 2):
+        values = {**t5_settings, "output": str(tmp_path / str(seed)), "budget": {"steps": 1}}
+        values["train"] = values["train"] | {"seed": seed}
+        found.append(loop.uptrain(parse_config(values), quiet=True))
+    assert found[0].loss_before == found[1].loss_before
+    assert found[0].loss_after != found[1].loss_after  # other spans of other blocks were trained on
+
+
 def test_an_objective_that_does_not_fit_the_model_is_refused(t5_settings, settings, tiny_folder):
     with pytest.raises(UsageError, match="needs causal_lm"):
         loop.uptrain(parse_config({**t5_settings, "model": str(tiny_folder)}), quiet=True)
