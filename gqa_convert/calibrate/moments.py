@@ -14,39 +14,61 @@ if TYPE_CHECKING:
 
 
 class _Sums:
-    """Running float64 sums of x and x x^T."""
+    """Running float64 sums of w x and w x x^T, and of the weights w of the tokens."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.weight = 0.0
         self.xx: Tensor | None = None
         self.x: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, weight_N: Tensor | None = None) -> None:
         x_NX = x.flatten(0, -2).double()
-        xx, total = x_NX.T @ x_NX, x_NX.sum(0)
+        self.count += len(x_NX)
+        self.weight += len(x_NX) if weight_N is None else float(weight_N.sum())
+        if weight_N is None:
+            total = x_NX.sum(0)
+        else:
+            total = weight_N @ x_NX
+            x_NX = x_NX * weight_N.sqrt()[:, None]
+        xx = x_NX.T @ x_NX
         self.xx = xx if self.xx is None else self.xx.add_(xx)
         self.x = total if self.x is None else self.x.add_(total)
-        self.count += len(x_NX)
 
     def statistics(self, kv: Statistics | None) -> Statistics:
         if self.xx is None or self.x is None:
             raise ValueError("no inputs have been added")
-        xx, x = (self.xx.cpu() / self.count, self.x.cpu() / self.count)
+        xx, x = (self.xx.cpu() / self.weight, self.x.cpu() / self.weight)
         return Statistics(moment=xx, mean=x, count=self.count, kv=kv)
 
 
 class InputMoments:
-    """E[x x^T] and E[x] of one attention block's input, in float64, and of what k and v read where that is another."""
+    """E[x x^T] and E[x] of what one attention block's queries read, in float64, and of what its keys and values read.
+
+    Tokens that are read by keys count by the attention that they receive, where that is known.
+    """
 
     def __init__(self) -> None:
         self._query = _Sums()
         self._kv = _Sums()
 
-    def add(self, query: Tensor, kv: Tensor) -> None:
-        """Add one call: the inputs of the q and of the k projection, the same object where they read the same."""
+    def add(self, query: Tensor, kv: Tensor, received: Tensor | None = None) -> None:
+        """Add one call.
+
+        Args:
+            query: input of the q projection, (..., X).
+            kv: of the k projection, the same object where they read the same.
+            received: attention received by each token of `kv`, of its shape without X; None, or another number of
+                tokens, counts all tokens alike.
+        """
         self._query.add(query.detach())
-        if kv is not query:
-            self._kv.add(kv.detach())
+        tokens = kv.shape[:-1].numel()
+        weight_N = None
+        if received is not None and received.numel() == tokens and bool(received.sum() > 0):
+            weight_N = received.detach().double().clamp_min(0).flatten()
+            weight_N = weight_N * (tokens / weight_N.sum())  # every call counts by its number of tokens
+        if kv is not query or weight_N is not None:
+            self._kv.add(kv.detach(), weight_N)
 
     def statistics(self) -> Statistics:
         """Return the moments so far.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.blocks import rotary_layouts
 from gqa_convert.calibrate.activations import Spill, free_memory, to_device
+from gqa_convert.calibrate.attended import Attended, attention_received
 from gqa_convert.calibrate.choices import batch_size, blocks_by_layer, fold_context, refit_options
 from gqa_convert.calibrate.layer import Merger, State, refit_layer
 from gqa_convert.calibrate.moments import InputMoments
@@ -21,11 +22,11 @@ from gqa_convert.calibrate.store import LayerStore, identity
 from gqa_convert.calibrate.stream import LayerStream, LayerWindow, Parts
 from gqa_convert.calibrate.student import StudentParts
 from gqa_convert.calibrate.tokens import batches, token_hash
-from gqa_convert.calibrate.watch import BlockRecord, watching
+from gqa_convert.calibrate.watch import BlockRecord, part_of, watching
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from gqa_convert.anatomy.anatomy import Anatomy
     from gqa_convert.anatomy.blocks import BlockNames, Freedom
@@ -78,10 +79,11 @@ class Session:
             "dtype": str(dtype),
             "layers": {path: [names.module for names in found] for path, found in self.layers.items()},
         }
-        self.moments = statistics_store(work, known)
+        self.moments = statistics_store(work, {**known, "tokens": "by the attention received"})
         chosen = {name: value for name, value in recipe.to_json().items() if name not in _TEXT_FIELDS}
         result = {"groups": anatomy.groups, "recipe": chosen, "freedom": asdict(freedom)}
         self.store = LayerStore(work, "layers", {**known, **result})
+        self.alike: list[str] = []
 
     def run(self) -> tuple[str, ...]:
         """Finish every layer, and return notes on how it was done."""
@@ -93,13 +95,19 @@ class Session:
             parts, notes = open_parts(self.checkpoint, cls, self.anatomy.config, dtype=self.dtype)
             if self.refit or (self.batches and not self._all_moments()):
                 self._run_layers(parts)
-                notes += self._unreached()
+                notes += self._unreached() + self._counted_alike()
             self._merge_only(parts)
         return notes
 
     def _unreached(self) -> tuple[str, ...]:
         left = [path for index, path in enumerate(self.layers) if not self.store.has(index)]
         return (f"{', '.join(left)}: not run on text, so merged without statistics or refit",) if left else ()
+
+    def _counted_alike(self) -> tuple[str, ...]:
+        left = self.alike
+        return (
+            (f"{', '.join(left)}: attention weights not seen, so all calibration tokens count alike",) if left else ()
+        )
 
     def _all_moments(self) -> bool:
         return all(self.moments.has(index) for index in range(len(self.layers)))
@@ -171,8 +179,11 @@ class Session:
         """Run the source's layer: its moments go to their store, what a refit needs of each block is returned."""
         sums: dict[str, InputMoments] = {}
         records: dict[str, BlockRecord] = {}
+        blocks = {names: part_of(window.module, window.path, names.module) for names in self.layers[window.path]}
+        known = self.moments.has(index)
         with ExitStack() as stack:
-            for names in self.layers[window.path]:
+            attended = None if known else stack.enter_context(attention_received(blocks.values()))
+            for names, module in blocks.items():
                 sums[names.module], records[names.module] = InputMoments(), BlockRecord()
                 watch = watching(
                     window.module,
@@ -181,13 +192,24 @@ class Session:
                     record=records[names.module] if self.refit else None,
                     call_arguments=False,
                     keep=self._keep(window),
-                    on_inputs=None if self.moments.has(index) else sums[names.module].add,
+                    on_inputs=None if attended is None else self._adding(sums[names.module], attended, module, names),
                 )
                 stack.enter_context(watch)
             window.run()
-        if not self.moments.has(index):
+        if not known:
             write_statistics(self.moments, index, {module: found.statistics() for module, found in sums.items()})
         return records
+
+    def _adding(
+        self, sums: InputMoments, attended: Attended, module: nn.Module, names: BlockNames
+    ) -> Callable[[Tensor, Tensor], None]:
+        def add(query: Tensor, kv: Tensor) -> None:
+            received = attended.take(module)
+            if received is None and names.module not in self.alike:
+                self.alike.append(names.module)
+            sums.add(query, kv, received)
+
+        return add
 
     def _steps(self) -> Callable[[int], None]:
         """Count the steps of one layer's refit."""

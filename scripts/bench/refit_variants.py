@@ -91,44 +91,15 @@ def least_squares_afterwards() -> Iterator[None]:
 
 
 @contextmanager
-def tokens_weighted_by_attention(power: int) -> Iterator[None]:
-    """Count each token's keys and values as much as they are attended to (power 2: squared, as errors add up)."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+def tokens_alike() -> Iterator[None]:
+    """Count every calibration token alike, not by the attention that it receives."""
     from gqa_convert.calibrate import session
-    from gqa_convert.calibrate.moments import InputMoments
+    from gqa_convert.calibrate.attended import attention_received
 
-    weights: list[list[torch.Tensor]] = []
-    real = session.batches
-    model = AutoModelForCausalLM.from_pretrained(_BASE[0], attn_implementation="eager")
-
-    def batches(*args: Any) -> Any:
-        found = real(*args)
-        with torch.no_grad():
-            for batch in found:
-                seen = model(**batch, output_attentions=True, use_cache=False).attentions
-                weights.append([layer.pow(power).sum((1, 2)) for layer in seen])  # over heads and queries
-        return found
-
-    class Weighted(InputMoments):
-        made = 0
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.batch = Weighted.made, 0
-            Weighted.made += 1
-
-        def add(self, query: Any, kv: Any) -> None:
-            weight = weights[self.batch][self.layer]
-            self.batch += 1
-            super().add(query, kv * (weight / weight.mean()).sqrt().unsqueeze(-1).to(kv.dtype))
-
-    with patch.object(session, "batches", batches), patch.object(session, "InputMoments", Weighted):
+    with patch.object(session, "attention_received", lambda modules: attention_received(())):
         yield
 
 
-_BASE: list[str] = []
 Variant = tuple[Callable[[], Any], dict[str, Any]]
 VARIANTS: dict[str, Variant] = {
     "best": (as_it_is, {}),
@@ -141,9 +112,8 @@ VARIANTS: dict[str, Variant] = {
     "least squares afterwards": (least_squares_afterwards, {}),
     "contiguous groups": (as_it_is, {"grouping": "contiguous"}),
     "fast": (as_it_is, {"preset": "fast"}),
-    "fast: by attention": (partial(tokens_weighted_by_attention, 1), {"preset": "fast"}),
-    "fast: by its square": (partial(tokens_weighted_by_attention, 2), {"preset": "fast"}),
-    "best: by its square": (partial(tokens_weighted_by_attention, 2), {}),
+    "fast: tokens alike": (tokens_alike, {"preset": "fast"}),
+    "best: tokens alike": (tokens_alike, {}),
     "from the mean": (as_it_is, {"method": "mean", "fold": False, "grouping": "contiguous"}),
 }
 
@@ -167,7 +137,6 @@ def main() -> None:
         data=args.data, context=args.context, stride=args.context, max_windows=args.max_windows, batch_size=32
     )
     base = str(subject(args.model).folder)
-    _BASE[:] = [base]
     if args.calibrate == "demo":
         args.calibrate = str(merge_quality.demo_text(Path(tempfile.mkdtemp())))
     kept: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
