@@ -17,6 +17,7 @@ from gqa_convert.anatomy.finder import Finder, Merge
 from gqa_convert.anatomy.kv_fields import KVField, aim, check_groups, get_path
 from gqa_convert.anatomy.shapes import ShapeDifference
 from gqa_convert.anatomy.shipped import fields_of, retarget
+from gqa_convert.anatomy.stated import stated_heads
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import UnsupportedModelError, VerificationError
 from gqa_convert.modeling import shipping
@@ -88,7 +89,7 @@ def dissect(
     """
     config, fields = read_fields(checkpoint, trust_remote_code=trust_remote_code)
     fields = aim(fields, cross_groups)
-    changed = check_groups(fields, groups)
+    changed = check_groups(fields, groups, stated_heads((checkpoint.stored or checkpoint).config, fields[0]))
     why = special.refusal(config, groups, fields[0].kv_heads)
     if why:
         raise UnsupportedModelError(f"--groups {groups}: {why}")

@@ -149,8 +149,10 @@ def _query_heads(owner: Any, name: str, kv_heads: int) -> int:
     return kv_heads
 
 
-def check_groups(fields: tuple[KVField, ...], groups: int) -> tuple[KVField, ...]:
+def check_groups(fields: tuple[KVField, ...], groups: int, stated: str = "") -> tuple[KVField, ...]:
     """Return the fields that `groups` changes; fields that are already as small stay as they are.
+
+    `stated` says where the source's configuration has its number of heads; by default, in the main field.
 
     Raises:
         UsageError: if `groups` does not divide a field's KV heads.
@@ -162,7 +164,8 @@ def check_groups(fields: tuple[KVField, ...], groups: int) -> tuple[KVField, ...
         what = "query heads cannot be shared by" if main.kv_heads == main.query_heads else "KV heads cannot become"
         more = "" if groups <= main.kv_heads else " Groups are KV heads: converting only ever lowers their number."
         raise UsageError(
-            f"--groups {groups}: {main.kv_heads} {what} {groups} KV heads (config.json: {main.name}={main.kv_heads}). "
+            f"--groups {groups}: {main.kv_heads} {what} {groups} KV heads "
+            f"({stated or f'config.json: {main.name}={main.kv_heads}'}). "
             f"Choose one of {', '.join(map(str, legal))}.{more}"
         )
     return tuple(field for field in fields if field.kv_heads > field.wanted(groups))
