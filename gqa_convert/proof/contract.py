@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.special import refused_families
-from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.errors import UnsupportedModelError, VerificationError
 from gqa_convert.modeling import shipping
 from gqa_convert.modeling.transpile.rule import rules_for
 from gqa_convert.proof.files import read_tensors, same_bits
@@ -207,11 +207,15 @@ class _Contract:
             self.check("groups_equal_heads_identical", same, source.name)
 
     def untied_heads_averaged(self) -> None:
-        """Heads that differ become their mean, and every tensor outside the plan is copied."""
+        """Heads that differ become their mean, other tensors are copied, and `--verify logits` agrees."""
         from gqa_convert import convert
 
         out = self.folder / "averaged"
-        result = convert(self.folder / "untied", groups=self.groups, out=out, **self.route)
+        try:
+            result = convert(self.folder / "untied", groups=self.groups, out=out, verify="logits", **self.route)
+        except VerificationError as error:
+            raise Broken(f"logits_verified: {error}") from error
+        self.check("logits_verified", result.checks["logit_scale"] > 0, "all logits are zero")
         merged = {merge.key for merge in result.plan.anatomy.merges}
         before, after = read_tensors(self.folder / "untied"), read_tensors(out)
         unlike = [key for key in after if key not in merged and not same_bits(before[key], after[key])]

@@ -83,10 +83,13 @@ def _randomise(leaf: str, parameter: nn.Parameter) -> None:
         parameter.copy_(noise / math.sqrt(max(1, math.prod(parameter.shape[1:]) // parameter.shape[1])))
 
 
-def text_inputs(model: Any, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
+def text_inputs(
+    model: Any, batch: int = 2, length: int = 12, seed: int = 0, vocabulary: int = TEXT_IDS
+) -> dict[str, Tensor]:
     """Return the arguments of a text-only forward pass over `length` positions of the decoder.
 
-    Decoders with a text encoder get both id sequences; those that listen get random encoder features.
+    Decoders with a text encoder get both id sequences; those that listen get random encoder features. Ids are drawn
+    below `vocabulary`.
     """
     import torch
 
@@ -96,7 +99,7 @@ def text_inputs(model: Any, batch: int = 2, length: int = 12, seed: int = 0) -> 
         return UNUSUAL[config.model_type].inputs(model, batch, length, generator)
 
     def ids(*shape: int) -> Tensor:
-        return torch.randint(FIRST_TEXT_ID, TEXT_IDS, shape, generator=generator)
+        return torch.randint(FIRST_TEXT_ID, max(vocabulary, FIRST_TEXT_ID + 1), shape, generator=generator)
 
     channels = _code_channels(config)
     shape = (batch, length, *channels)

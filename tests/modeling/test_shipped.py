@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from gqa_convert import convert, plan
-from gqa_convert.errors import UnsupportedModelError, UsageError
+from gqa_convert.errors import UnsupportedModelError, UsageError, VerificationError
 from gqa_convert.inspection import inspect, verify_pair
 from gqa_convert.proof.contract import prove
 from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
 from gqa_convert.proof.model import text_inputs
 from gqa_convert.proof.shipped import leave_inputs, meet_strangers
+from gqa_convert.verify import verify_output
 from tests.modeling.conftest import Make
 
 T5 = ("t5", "t5v1.1")
@@ -199,3 +201,14 @@ def test_what_keeps_no_cache_or_groups_is_refused(make: Make, tmp_path: Path) ->
         (source / "config.json").write_text(json.dumps(values))
         with pytest.raises(UnsupportedModelError, match=why):
             plan(source, groups=2)
+
+
+@pytest.mark.parametrize("name", ["whisper", "pix2struct", "bart"])
+def test_logits_are_verified_whatever_the_encoder_takes(make: Make, name: str, tmp_path: Path) -> None:
+    done = convert(make(name), groups=2, cross_groups=4, out=tmp_path / "out", verify="logits")
+    assert done.checks["logit_difference"] <= 1e-5 * done.checks["logit_scale"]
+    file = tmp_path / "out" / "model.safetensors"
+    state, wrong = load_file(file), done.plan.anatomy.merges[-1].key
+    save_file(state | {wrong: state[wrong].flip(0).contiguous()}, file, {"format": "pt"})
+    with pytest.raises(VerificationError, match="logits differ"):
+        verify_output(done.plan, done.out, level="logits")
