@@ -51,7 +51,8 @@ Grouping = Annotated[
 Calibrate = Annotated[
     str | None,
     typer.Option(
-        help="Text to measure layers on: a file, a folder, a hub dataset, or `self` (sampled from the model).",
+        help="Text to measure layers on: a file, a folder, a hub dataset `id[:configuration[:split]]`, or `self` "
+        "(sampled from the model).",
         metavar="DATA",
     ),
 ]

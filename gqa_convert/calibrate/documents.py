@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.data.documents import SourceSpec, hub_rows, open_corpus, source_files
+from gqa_convert.data.named import reading, source_named
 from gqa_convert.errors import HubError, UsageError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 SEPARATOR = "<|endoftext|>"
 """What divides a .txt file into documents, if it is there at all."""
 
 _PIECE_BYTES = 1 << 15  # a .txt file without separators is cut at the line ends after so much
+_CUT = (".txt", ".jsonl", ".ndjson")  # files that can be read from any line on; of other kinds whole
 _SHUFFLE_ROWS = 2000  # rows that a streamed hub dataset is shuffled over
 
 
@@ -23,27 +25,18 @@ def documents(data: str, *, seed: int = 0) -> Iterator[str]:
     """Yield the documents of `data` in an order drawn from `seed`, each once.
 
     Args:
-        data: a .txt, .jsonl (one `{"text": ...}` a line) or .parquet (column `text`) file, a folder of those, or the id
-            of a hub dataset, read as a stream; `id:name` chooses one of its configurations.
+        data: a file, a folder or a hub dataset (read as a stream), as `gqa_convert.data.named.source_named` takes them;
+            the text in the field `text`.
         seed: for the order.
 
     Raises:
         UsageError: if there is nothing to read, or a row has no text.
         HubError: if a hub dataset cannot be read.
     """
-    path = Path(data).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise UsageError(f"{path}: holds no {', '.join(SUFFIXES)} file to calibrate on.")
-        return _local(files, random.Random(seed))
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise UsageError(f"{path}: cannot be read as text. Give a {', '.join(SUFFIXES)} file.")
-        return _local([path], random.Random(seed))
-    if path.suffix in SUFFIXES or data.startswith(("/", ".", "~")) or data.count("/") > 1:
-        raise UsageError(f"{data}: no such file or folder.")
-    return _hub(data, seed)
+    spec = source_named(data)
+    if spec.kind == "hub":
+        return _hub(data, spec, seed)
+    return _local([file for _, file in source_files(spec)], random.Random(seed))
 
 
 def _local(files: list[Path], draw: random.Random) -> Iterator[str]:
@@ -61,8 +54,8 @@ def _spans(file: Path) -> list[tuple[int, int]]:
     if file.suffix == ".parquet":
         table = _parquet(file)
         return [(group, table.metadata.row_group(group).num_rows) for group in range(table.num_row_groups)]
-    if file.stat().st_size == 0:
-        return []
+    if file.suffix not in _CUT or file.stat().st_size == 0:
+        return [(0, 0)]
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
         if file.suffix == ".txt" and view.find(SEPARATOR.encode()) >= 0:
             return _cut(view, SEPARATOR.encode(), 0)
@@ -87,10 +80,13 @@ def _read(file: Path, span: tuple[int, int]) -> Iterator[str]:
         rows = table.read_row_group(span[0], columns=["text"])["text"].to_pylist()
         yield from (row for row in rows if row)
         return
+    if file.suffix not in _CUT:
+        yield from open_corpus(source_named(str(file))).all_documents()
+        return
     with open(file, "rb") as stream:
         stream.seek(span[0])
         text = stream.read(span[1] - span[0]).decode("utf-8", errors="replace")
-    if file.suffix == ".jsonl":
+    if file.suffix != ".txt":
         text = _row(file, span[0], text) if text.strip() else ""
     if text.strip():
         yield text
@@ -116,22 +112,17 @@ def _parquet(file: Path) -> Any:
         raise UsageError(f"{file}: cannot be read as parquet ({error}).") from error
 
 
-def _hub(data: str, seed: int) -> Iterator[str]:
-    import datasets
-
-    name, _, config = data.partition(":")
+def _hub(data: str, spec: SourceSpec, seed: int) -> Iterator[str]:
     try:
-        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        with reading(data):
+            rows = hub_rows(spec, waits=())
         for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS):
             if not isinstance(row.get("text"), str):
                 raise UsageError(f"{data}: its rows have no text column `text` (they have {', '.join(row)}).")
             if row["text"].strip():
                 yield row["text"]
-    except UsageError:
+    except (UsageError, HubError):
         raise
     except Exception as error:  # datasets lets errors of every library beneath it through
         text = " ".join(str(error).split())[:300]
-        raise HubError(
-            f"{data}: no such file here, and reading it as a hub dataset failed ({type(error).__name__}: {text}). "
-            "Name a text file, a folder, or a hub dataset with a `train` split; `id:name` chooses a configuration."
-        ) from error
+        raise HubError(f"{data}: reading the hub dataset failed ({type(error).__name__}: {text}).") from error

@@ -19,7 +19,10 @@ from gqa_convert.errors import HubError, UsageError
 KINDS = ("text", "jsonl", "parquet", "folder", "hub", "python")
 WHOLE = {"file": "document", "line": "line", "paragraph": "paragraph"}
 _BUILDERS = {"jsonl": "json", "parquet": "parquet"}
-_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+_KINDS_BY_SUFFIX = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+KNOWN_SUFFIXES = tuple(_KINDS_BY_SUFFIX)
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_EVERY_FILE = "**/*"
 _RETRY_SECONDS = (1.0, 4.0, 16.0, 64.0)
 
 Shard = Callable[[], Any]
@@ -31,7 +34,8 @@ class SourceSpec:
     """Where documents come from.
 
     Attributes:
-        kind: one of `KINDS`. `folder` takes every file below a folder by its suffix; `python` calls a function.
+        kind: one of `KINDS`. `folder` takes every file below a folder whose suffix is known (with a `pattern`, every
+            file that matches: what is not known is text); `python` calls a function.
         paths: files and glob patterns; for `folder` the folder; for `hub` the dataset's id; for `python` `module:name`.
         text_field: the column that holds the text.
         documents: how a text file is cut: `file`, `line`, `paragraph`, or a separator that stands between documents.
@@ -45,7 +49,7 @@ class SourceSpec:
     paths: tuple[str, ...]
     text_field: str = "text"
     documents: str = "file"
-    pattern: str = "**/*"
+    pattern: str = _EVERY_FILE
     config_name: str | None = None
     split: str = "train"
     revision: str | None = None
@@ -142,8 +146,10 @@ def _text_of(row: dict[str, Any], spec: SourceSpec) -> str:
     return str(row.get(column, row.get("text")) or "")
 
 
-def open_corpus(spec: SourceSpec, *, sleep: Callable[[float], None] = time.sleep) -> Corpus:
-    """List a corpus's shards; reads no document.
+def open_corpus(
+    spec: SourceSpec, *, sleep: Callable[[float], None] = time.sleep, waits: Sequence[float] = _RETRY_SECONDS
+) -> Corpus:
+    """List a corpus's shards; reads no document. For `waits` see `hub_rows`.
 
     Raises:
         UsageError: if a path matches nothing or the kind is unknown.
@@ -152,34 +158,41 @@ def open_corpus(spec: SourceSpec, *, sleep: Callable[[float], None] = time.sleep
     if spec.kind not in KINDS:
         raise UsageError(f"data source kind {spec.kind!r}: choose one of {', '.join(KINDS)}.")
     if spec.kind == "hub":
-        return _hub(spec, sleep)
+        return _hub(spec, sleep, waits)
     if spec.kind == "python":
         shards: list[Shard] = [_function_shard(path) for path in spec.paths]
         return Corpus(spec=spec, shards=shards, identity=[list(spec.paths)], sleep=sleep)
-    files = _files(spec)
+    files = source_files(spec)
     shards = [_file_shard(kind, file, spec) for kind, file in files]
     identity = [[kind, file.name, file.stat().st_size, file.stat().st_mtime_ns] for kind, file in files]
     return Corpus(spec=spec, shards=shards, identity=identity, sleep=sleep)
 
 
-def _files(spec: SourceSpec) -> list[tuple[str, Path]]:
+def kind_of(file: Path) -> str | None:
+    """The kind of source that a file's suffix stands for, whether compressed or not; None if it is not known."""
+    return _KINDS_BY_SUFFIX.get(Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix)
+
+
+def source_files(spec: SourceSpec) -> list[tuple[str, Path]]:
+    """The files of a local source, each with its kind.
+
+    Raises:
+        UsageError: if a path matches nothing.
+    """
     found: list[tuple[str, Path]] = []
     for path in spec.paths:
         if spec.kind == "folder":
             root = Path(path)
             matched = [file for file in sorted(root.glob(spec.pattern)) if file.is_file() and _shown(file, root)]
-            found += [(_SUFFIXES.get(_suffix(file), "text"), file) for file in matched]
+            if spec.pattern == _EVERY_FILE:
+                matched = [file for file in matched if kind_of(file)]
+            found += [(kind_of(file) or "text", file) for file in matched]
         else:
             matched = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]
             found += [(spec.kind, file) for file in matched]
         if not matched:
             raise UsageError(f"data: {path!r} matches no file (looked for kind {spec.kind} from {Path.cwd()}).")
     return found
-
-
-def _suffix(file: Path) -> str:
-    """The suffix under any compression."""
-    return Path(file.stem).suffix if file.suffix in (".gz", ".zst", ".bz2", ".xz") else file.suffix
 
 
 def _shown(file: Path, root: Path) -> bool:
@@ -229,15 +242,22 @@ def _function_shard(path: str) -> Shard:
     return lambda: _FunctionShard(make)
 
 
-def _hub(spec: SourceSpec, sleep: Callable[[float], None]) -> Corpus:
+def hub_rows(
+    spec: SourceSpec, *, sleep: Callable[[float], None] = time.sleep, waits: Sequence[float] = _RETRY_SECONDS
+) -> Any:
+    """Open a hub dataset as a stream of rows; while the hub is away, try again after each of `waits` seconds.
+
+    Raises:
+        HubError: if it cannot be reached.
+    """
     from datasets import load_dataset
 
     name = spec.paths[0]
-    for wait in (*_RETRY_SECONDS, None):
+    options = {"revision": spec.revision} if spec.revision else {}
+    for wait in (*waits, None):
         try:
             with _QuietDatasets():
-                data = load_dataset(name, spec.config_name, split=spec.split, streaming=True, revision=spec.revision)
-            break
+                return load_dataset(name, spec.config_name, split=spec.split, streaming=True, **options)
         except Exception as error:
             if wait is None or not _is_outage(error):
                 raise HubError(
@@ -245,12 +265,17 @@ def _hub(spec: SourceSpec, sleep: Callable[[float], None]) -> Corpus:
                     "configuration, split and connection, or download it and read the files."
                 ) from error
             sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def _hub(spec: SourceSpec, sleep: Callable[[float], None], waits: Sequence[float]) -> Corpus:
+    data = hub_rows(spec, sleep=sleep, waits=waits)
     count = data.num_shards
 
     def shard(index: int) -> Shard:
         return lambda: data.shard(num_shards=count, index=index)
 
-    identity = [name, spec.config_name, spec.split, spec.revision, count]
+    identity = [spec.paths[0], spec.config_name, spec.split, spec.revision, count]
     return Corpus(spec=spec, shards=[shard(i) for i in range(count)], identity=identity, remote=True, sleep=sleep)
 
 

@@ -108,7 +108,7 @@ class SpanCorruption:
 
 def _counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
     noise = min(max(round(length * density), 1), length - 1)
-    return noise, max(round(noise / mean_span), 1)
+    return noise, max(min(round(noise / mean_span), noise, length - noise), 1)
 
 
 def _lengths(length: int, density: float, mean_span: float) -> tuple[int, int]:
@@ -119,7 +119,6 @@ def _lengths(length: int, density: float, mean_span: float) -> tuple[int, int]:
 def noise_mask(length: int, density: float, mean_span: float, rng: np.random.Generator) -> NDArray[np.bool_]:
     """Draw which of `length` tokens are noise: spans alternate with text, the first token is always text."""
     noise, spans = _counts(length, density, mean_span)
-    spans = min(spans, noise, length - noise)
     sizes = np.stack([_segments(length - noise, spans, rng), _segments(noise, spans, rng)], axis=1).ravel()
     return np.repeat(np.tile([False, True], spans), sizes)
 

@@ -17,7 +17,10 @@ Converted = Annotated[
 Data = Annotated[
     str,
     typer.Option(
-        "--data", "-d", help="Held-out text: a .jsonl or text file, or `demo` (the package's own held-out text)."
+        "--data",
+        "-d",
+        help="Held-out text: a file, a folder, a hub dataset `id[:configuration[:split]]` (split `test` by default), "
+        "or `demo` (the package's own held-out text).",
     ),
 ]
 Field = Annotated[str, typer.Option(help="Key of a .jsonl line that holds the text.")]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from gqa_convert.budget import parse_count
+from gqa_convert.data.named import source_named
 from gqa_convert.errors import UsageError
 
 
@@ -70,11 +72,23 @@ class SourceSection(Section):
     """Branch, tag or commit of a hub dataset."""
 
 
+def _named(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return asdict(source_named(value))
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+Source = Annotated[SourceSection, BeforeValidator(_named)]
+
+
 class DataSection(Section):
     """What to train on, and how it becomes token blocks."""
 
-    source: SourceSection
-    """The documents."""
+    source: Source
+    """The documents; or one word, as for --calibrate: a file, a folder, a hub id `id[:configuration[:split]]`."""
     context: Annotated[int, Field(ge=2)]
     """Tokens a sequence (of the encoder, for span corruption)."""
     streaming: bool = False
@@ -93,5 +107,5 @@ class DataSection(Section):
     """Blocks that are permuted together (and held in memory when streaming)."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the documents kept from training for evaluation, chosen by each document's hash."""
-    held_out_source: SourceSection | None = None
+    held_out_source: Source | None = None
     """Evaluate on these documents instead; nothing is then held out of `source`."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -115,6 +116,16 @@ def test_nothing_to_read(tmp_path):
             documents(str(tmp_path / data))
 
 
+def test_compressed_files_are_read_too(tmp_path):
+    rows = texts(30)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+    found = list(documents(str(tmp_path / "a.jsonl.gz")))
+    assert sorted(found) == sorted(rows)
+    assert found != rows  # drawn from all over
+    assert sorted(documents(str(tmp_path))) == sorted(rows)
+
+
 def test_a_hub_dataset(monkeypatch):
     import datasets
 
@@ -127,7 +138,11 @@ def test_a_hub_dataset(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert sorted(documents("owner/name:part")) == sorted(texts(30))
-    assert asked == [("owner/name", "part", {"split": "train", "streaming": True})]
+    assert sorted(documents("owner/name:part:other")) == sorted(texts(30))
+    assert asked == [
+        ("owner/name", "part", {"split": "train", "streaming": True}),
+        ("owner/name", "part", {"split": "other", "streaming": True}),
+    ]
 
 
 def test_hub_errors_have_their_kind(monkeypatch):

@@ -165,3 +165,13 @@ def test_the_split_follows_the_document_and_nothing_else():
     assert set(held) <= {t for t in some if is_held_out(t, 0.1)}
     assert not any(is_held_out(t, 0.0) for t in some)
     assert all(is_held_out(t, 1.0) for t in some)
+
+
+def test_a_folder_is_read_by_known_suffixes_unless_a_pattern_says_more(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.md").write_text("two")
+    (tmp_path / "c.bin").write_bytes(b"\xff\x00")
+    every = open_corpus(SourceSpec(kind="folder", paths=(str(tmp_path),)))
+    assert list(every.all_documents()) == ["one"]
+    chosen = open_corpus(SourceSpec(kind="folder", paths=(str(tmp_path),), pattern="*.md"))
+    assert list(chosen.all_documents()) == ["two"]

@@ -1,9 +1,13 @@
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import HubError, UsageError
+from gqa_convert.evaluate import text
 from gqa_convert.evaluate.text import Window, encode, read_documents, windows
 from tests.evaluate.tiny import LINES, write_tokenizer
 
@@ -55,6 +59,46 @@ def test_read_jsonl_plain_and_demo(tmp_path: Path) -> None:
     assert len(read_documents("demo")) > 5
 
 
+def test_read_what_training_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).to_parquet(folder / "a.parquet")
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
+        file.write('{"text": "three"}\n')
+    (folder / "c.txt").write_text("four")
+    (folder / "d.png").write_bytes(b"\x89PNG")
+    assert read_documents(str(folder / "a.parquet")) == ["one", "two"]
+    assert read_documents(str(folder / "b.jsonl.gz")) == ["three"]
+    assert read_documents(str(folder)) == ["one", "two", "three", "four"]
+    (folder / "c.txt").write_text("four<end>five")
+    assert read_documents(str(folder), separator="<end>")[-2:] == ["four", "five"]
+
+
+def test_a_hub_dataset_is_read_from_its_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(name: str, configuration: str | None, **options: Any) -> Any:
+        asked.append((name, configuration, options["split"]))
+        return datasets.Dataset.from_dict({"body": ["one", "two", "three"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_documents("owner/name", field="body") == ["one", "two", "three"]
+    monkeypatch.setattr(text, "_HUB_CHARACTERS", 4)
+    assert read_documents("owner/name:part:validation", field="body") == ["one", "two"]
+    assert asked == [("owner/name", None, "test"), ("owner/name", "part", "validation")]
+    with pytest.raises(UsageError, match=r"--data .*no field 'text'.*have body"):
+        read_documents("owner/name")
+
+
+def test_a_hub_that_is_away_says_what_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(HubError, match=r"^my-text: no such file here, and as a hub dataset: .*no route"):
+        read_documents("my-text")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -62,7 +106,7 @@ def test_read_jsonl_plain_and_demo(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n{', "line 2: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: a list"),
         ("a.txt", "", "holds no text"),
-        ("a.txt", None, "does not exist"),
+        ("a.txt", None, "--data .*a.txt: no such file"),
     ],
 )
 def test_bad_data_is_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:

@@ -31,6 +31,22 @@ def test_every_problem_is_reported_at_once_with_what_was_meant(settings):
         assert expected in text
 
 
+def test_a_source_can_be_named_by_one_word(settings, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for word, expected in {
+        str(tmp_path / "a.jsonl"): ("jsonl", (str(tmp_path / "a.jsonl"),), None, "train"),
+        str(tmp_path): ("folder", (str(tmp_path),), None, "train"),
+        "owner/name": ("hub", ("owner/name",), None, "train"),
+        "owner/name:part:other": ("hub", ("owner/name",), "part", "other"),
+    }.items():
+        settings["data"]["source"] = word
+        source = parse_config(settings).data.source
+        assert (source.kind, source.paths, source.config_name, source.split) == expected
+    settings["data"]["source"] = str(tmp_path / "b.jsonl")
+    with pytest.raises(UsageError, match=r"data\.source.*b\.jsonl: no such file"):
+        parse_config(settings)
+
+
 def test_settings_that_do_not_fit_together_are_reported_together(settings):
     settings["train"]["micro_batch"] = 3
     settings["data"]["held_out_fraction"] = 0
