@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from gqa_convert.anatomy.blocks import BlockNames
     from gqa_convert.recipe import Recipe
 
-    Inputs = Tensor | Mapping[str, Tensor]
 
-
-def batch_size(inputs: Inputs, tokens: int) -> int:
+def batch_size(inputs: Mapping[str, Tensor], tokens: int) -> int:
     """Return the windows of one call, which is also one step of a refit of `tokens` tokens."""
-    decoded = list(inputs.values())[-1] if isinstance(inputs, Mapping) else inputs
+    decoded = list(inputs.values())[-1]
     return max(1, round(tokens / decoded.shape[1]))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.calibrate.encoder_inputs import document_rows
 from gqa_convert.calibrate.report import OnLayer
-from gqa_convert.calibrate.self_text import own_outputs, self_tokens
+from gqa_convert.calibrate.self_text import own_answers, self_tokens
 from gqa_convert.calibrate.store import LayerStore, identity
 from gqa_convert.calibrate.tokens import calibration_tokens, token_hash, window_plan
 from gqa_convert.errors import UsageError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from gqa_convert.recipe import Recipe
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-_ANSWER_SHARE = 4  # an encoder-decoder's answers are as long as its inputs over this
 _CACHE_BYTES = 4 << 30  # of the KV cache while the source writes text
 _MOST_WINDOWS = 256  # written at a time
 
@@ -34,14 +33,15 @@ def calibration_inputs(
     device: str = "cpu",
     trust_remote_code: bool = False,
     on_layer: OnLayer | None = None,
-) -> dict[str, Tensor] | None:
+) -> list[dict[str, Tensor]] | None:
     """Return the arguments of the forward passes that a recipe calibrates on; None if it calibrates on nothing.
 
-    Windows are as long as the recipe says or the model's context allows; where that is shorter there are more of them,
-    so that the number of tokens stays. Text from the source itself is kept in `work`.
+    For a decoder, windows as long as the recipe says or the model's context allows; where that is shorter there are
+    more of them, so that the number of tokens stays. For an encoder-decoder, documents one by one, as many tokens of
+    them in all, and its own answers. What the source writes is kept in `work`.
 
     Returns:
-        `input_ids` (N, T); for an encoder-decoder `input_ids` (N, S) and its own answers, `decoder_input_ids`.
+        One entry a shape: `input_ids` (N, T); for an encoder-decoder `input_ids` (N, S), `decoder_input_ids` (N, T).
 
     Raises:
         UsageError: if the text does not fill one window, or an encoder-decoder is to write its own.
@@ -56,52 +56,48 @@ def calibration_inputs(
             f"--calibrate {SELF}: {config.model_type} is an encoder-decoder and cannot write text from nothing. "
             "Name a file, a folder or a hub dataset with texts such as it is used on."
         )
-    tokens = None
-    if recipe.calibrate != SELF:
-        tokens = calibration_tokens(
-            recipe.calibrate,
-            checkpoint.folder,
-            sequences=sequences,
-            length=length,
-            seed=recipe.seed,
-            trust_remote_code=trust_remote_code,
-        )
-        if not answers:
-            return {"input_ids": tokens}
-    text = None if tokens is None else token_hash(tokens)
+    chosen: dict[str, Any] = {"seed": recipe.seed, "trust_remote_code": trust_remote_code}
+    if recipe.calibrate != SELF and not answers:
+        return [
+            {
+                "input_ids": calibration_tokens(
+                    recipe.calibrate, checkpoint.folder, sequences=sequences, length=length, **chosen
+                )
+            }
+        ]
+    rows = None
+    if answers:
+        rows = document_rows(recipe.calibrate, checkpoint.folder, tokens=sequences * length, length=length, **chosen)
+    text = None if rows is None else token_hash([{"input_ids": ids} for ids in rows])
     key = {"source": identity(checkpoint), "shape": [sequences, length], "seed": recipe.seed, "text": text}
     store = LayerStore(work, "text", key)
-    kept = store.read(0)
-    if kept is not None:
-        return kept[0]
-    batch = written_at_once(config, length, sequences)
-    found: Mapping[str, Tensor]
-    if tokens is None:
-        found = {
-            "input_ids": self_tokens(
-                checkpoint.folder,
-                sequences=sequences,
-                length=length,
-                seed=recipe.seed,
-                batch=batch,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                progress=_windows(on_layer, sequences),
-            )
-        }
+    kept = _kept(store)
+    if kept:
+        return kept
+    many = sequences if rows is None else sum(map(len, rows))
+    writing: dict[str, Any] = {
+        "batch": written_at_once(config, length, many),
+        "device": device,
+        "progress": _windows(on_layer, many),
+        **chosen,
+    }
+    if rows is None:
+        found = [{"input_ids": self_tokens(checkpoint.folder, sequences=sequences, length=length, **writing)}]
     else:
-        found = own_outputs(
-            checkpoint.folder,
-            tokens,
-            length=max(2, length // _ANSWER_SHARE),
-            seed=recipe.seed,
-            batch=batch,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=_windows(on_layer, len(tokens)),
-        )
-    store.write(0, found, {})
-    return dict(found)
+        found = own_answers(checkpoint.folder, rows, **writing)
+    for number, parts in enumerate(found):
+        store.write(number, parts, {"shapes": len(found)})
+    return found
+
+
+def _kept(store: LayerStore) -> list[dict[str, Tensor]] | None:
+    """What an earlier run wrote, if it wrote all of it."""
+    found: list[dict[str, Tensor]] = []
+    while (read := store.read(len(found))) is not None:
+        found.append(read[0])
+        if len(found) == read[1]["shapes"]:
+            return found
+    return None
 
 
 def max_positions(config: Any) -> int | None:

@@ -5,17 +5,20 @@ Shape suffixes: N windows, T tokens a window, S encoder positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy import transformers_api
+from gqa_convert.calibrate.encoder_inputs import shorter
 from gqa_convert.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Progress = Callable[[int], None]
+
+_SHORT_ANSWER = 16
 
 
 def self_tokens(
@@ -72,19 +75,31 @@ def self_tokens(
     return torch.cat(written)
 
 
-def own_outputs(
+def own_answers(
     folder: Path,
-    tokens_NS: Tensor,
+    rows: Sequence[Tensor],
     *,
-    length: int,
     seed: int = 0,
     temperature: float = 1.0,
     batch: int = 32,
     device: str = "cpu",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """Let an encoder-decoder answer given encoder inputs, and return both sides as calibration inputs.
+) -> list[dict[str, Tensor]]:
+    """Let an encoder-decoder answer each row of encoder inputs, and return both sides as calibration inputs.
+
+    An answer ends where the model ends it, or is as long as its input (16 tokens, if that is shorter). Answers are cut
+    to few lengths like their inputs (`encoder_inputs`), and what has one pair of lengths comes back together.
+
+    Args:
+        folder: the checkpoint.
+        rows: (N, S) ids, one tensor a length.
+        seed: for the sampling.
+        temperature: of the sampling.
+        batch: rows answered at a time.
+        device: where to run.
+        trust_remote_code: allow the model's own code to run.
+        progress: called with the number of rows answered since the last call.
 
     Returns:
         `input_ids` (N, S) and `decoder_input_ids` (N, T), the latter starting with the decoder's start token.
@@ -93,15 +108,28 @@ def own_outputs(
 
     model = _load(folder, device, trust_remote_code)
     begin, ends = _document_marks(model)
-    answers = []
+    found: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for part in tokens_NS.split(batch):
+        for part in (part for ids_NS in rows for part in ids_NS.split(batch)):
+            longest = max(part.shape[1], _SHORT_ANSWER)
             inputs = {"input_ids": part.to(device)}
-            answers.append(_sample(model, inputs, length, temperature, begin, ends).cpu())
+            written = _sample(model, inputs, longest, temperature, begin, ends, renew=False).cpu()
+            for question, answer in zip(part, written, strict=True):
+                read = answer[: shorter(_answer_length(answer, ends))]
+                found.setdefault((len(question), len(read)), []).append((question, read))
             if progress:
                 progress(len(part))
-    return {"input_ids": tokens_NS, "decoder_input_ids": torch.cat(answers)}
+    pairs = ([torch.stack(side) for side in zip(*found[key], strict=True)] for key in sorted(found))
+    return [{"input_ids": questions, "decoder_input_ids": answers} for questions, answers in pairs]
+
+
+def _answer_length(answer: Tensor, ends: list[int]) -> int:
+    """Tokens that the decoder reads to write an answer: all before the one that ends it, at least the start token."""
+    import torch
+
+    over = torch.isin(answer[1:], torch.tensor(ends, dtype=answer.dtype)).nonzero()
+    return int(over[0]) + 1 if len(over) else len(answer)
 
 
 def _load(folder: Path, device: str, trust_remote_code: bool) -> Any:
@@ -142,9 +170,16 @@ def _first_tokens(model: Any, count: int, begin: int | None) -> Tensor:
 
 
 def _sample(
-    model: Any, inputs: dict[str, Tensor], length: int, temperature: float, begin: int | None, ends: list[int]
+    model: Any,
+    inputs: dict[str, Tensor],
+    length: int,
+    temperature: float,
+    begin: int | None,
+    ends: list[int],
+    *,
+    renew: bool = True,
 ) -> Tensor:
-    """Sample up to `length` decoder tokens, the first included; an ended document is followed by a new one."""
+    """Sample `length` decoder tokens, the first included; an ended document is followed by a new one, or by padding."""
     import torch
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -154,8 +189,8 @@ def _sample(
         top_k=0,
         top_p=1.0,
         max_length=length,
-        min_length=length,
-        eos_token_id=None,
+        min_length=length if renew else None,
+        eos_token_id=None if renew else ends or None,
         pad_token_id=0,
         bos_token_id=begin,
         decoder_start_token_id=_decoder_start(model),
@@ -165,7 +200,7 @@ def _sample(
         out: Tensor = model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),
-            logits_processor=LogitsProcessorList([_renewal(begin, ends)]),
+            logits_processor=LogitsProcessorList([_renewal(begin, ends)] if renew else []),
         )
     return out[:, :length]
 

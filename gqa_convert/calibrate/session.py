@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 
     from gqa_convert.anatomy.anatomy import Anatomy
     from gqa_convert.anatomy.blocks import BlockNames, Freedom
+    from gqa_convert.calibrate.tokens import Inputs
     from gqa_convert.checkpoint.reader import Checkpoint
     from gqa_convert.recipe import Recipe
-
-    Inputs = Tensor | Mapping[str, Tensor]
 
 _TEXT_FIELDS = ("calibrate", "sequences", "length")  # of a recipe: the text's own hash says more
 _TOLD_EVERY = 10  # steps
@@ -59,7 +58,7 @@ class Session:
         assert anatomy.difference is not None
         self.checkpoint, self.anatomy, self.recipe, self.work = checkpoint, anatomy, recipe, work
         self.dtype, self.device = dtype, torch.device(device)
-        self.batches = [] if inputs is None else batches(inputs, batch_size(inputs, recipe.refit_tokens))
+        self.batches = [] if inputs is None else batches(inputs, lambda parts: batch_size(parts, recipe.refit_tokens))
         self.refit = refit_options(recipe) if inputs is not None else None
         self.layers = blocks_by_layer(anatomy.difference.source, blocks)
         self.spill_limit: int | None = None

@@ -6,7 +6,7 @@ written, so that a layer is fitted to what it will really be given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
     from gqa_convert.anatomy.anatomy import Anatomy
     from gqa_convert.anatomy.blocks import BlockNames, Freedom
+    from gqa_convert.calibrate.tokens import Inputs
     from gqa_convert.checkpoint.reader import Checkpoint
     from gqa_convert.recipe import Recipe
-
-    Inputs = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,8 @@ def solve(
         blocks: its attention blocks.
         freedom: what its architecture allows.
         recipe: method, grouping, fold, refit.
-        inputs: calibration tokens (N, T), or the arguments of forward passes by name; None for none.
+        inputs: calibration tokens (N, T), or the arguments of forward passes by name, of one or several shapes; None
+            for none.
         work: folder for moments and solved layers, kept; both are reused where all that they depend on is the same.
         device: where layers run and are fitted.
         dtype: of the layers while they run; float32 by default. Fitting is in float32 in any case.

@@ -6,7 +6,8 @@ Shape suffixes: N windows, T tokens a window, S positions of an encoder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from gqa_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Inputs = Tensor | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 
 SEQUENCES = 128
 LENGTH = 2048
@@ -92,19 +95,34 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UsageError(f"{folder}: no tokenizer could be loaded from it, which text needs ({text}).") from error
 
 
-def token_hash(tokens: Tensor | Mapping[str, Tensor]) -> str:
+def token_hash(inputs: Inputs) -> str:
     """SHA-256 of calibration inputs, for keys of caches."""
     digest = hashlib.sha256()
-    parts = tokens if isinstance(tokens, Mapping) else {"input_ids": tokens}
-    for name in sorted(parts):
-        digest.update(f"{name} {tuple(parts[name].shape)} {parts[name].dtype} ".encode())
-        digest.update(parts[name].contiguous().numpy().tobytes())
+    for parts in of_one_shape(inputs):
+        for name in sorted(parts):
+            digest.update(f"{name} {tuple(parts[name].shape)} {parts[name].dtype} ".encode())
+            digest.update(parts[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def batches(tokens: Tensor | Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Cut calibration inputs into the arguments of forward passes over `size` windows each (the last perhaps fewer)."""
-    parts = dict(tokens) if isinstance(tokens, Mapping) else {"input_ids": tokens}
-    cut = {name: tensor.split(size) for name, tensor in parts.items()}
-    count = len(next(iter(cut.values())))
-    return [{name: pieces[i] for name, pieces in cut.items()} for i in range(count)]
+def of_one_shape(inputs: Inputs) -> list[dict[str, Tensor]]:
+    """Calibration inputs as arguments by name, a list entry for every shape there is."""
+    if isinstance(inputs, Mapping):
+        return [dict(inputs)]
+    return [dict(parts) for parts in inputs] if isinstance(inputs, Sequence) else [{"input_ids": inputs}]
+
+
+def batches(inputs: Inputs, size: int | Callable[[Mapping[str, Tensor]], int]) -> list[dict[str, Tensor]]:
+    """Cut calibration inputs into the arguments of forward passes over `size` windows each (the last perhaps fewer).
+
+    Where there are several shapes, `size` may be a function of one of them, and their batches are mixed.
+    """
+    found: list[dict[str, Tensor]] = []
+    shapes = of_one_shape(inputs)
+    for parts in shapes:
+        cut = {name: tensor.split(size(parts) if callable(size) else size) for name, tensor in parts.items()}
+        count = len(next(iter(cut.values())))
+        found += [{name: pieces[i] for name, pieces in cut.items()} for i in range(count)]
+    if len(shapes) > 1:
+        random.Random(0).shuffle(found)  # the last are held out of a refit, and should be like the others
+    return found

@@ -98,8 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=lambda text: [int(part) for part in text.split(",")], required=True)
     parser.add_argument("--prompts", type=int, default=64, help="prompts to measure on")
     parser.add_argument("--tokens", type=int, default=24, help="longest answer")
-    parser.add_argument("--sequences", type=int, default=64, help="calibration windows")
-    parser.add_argument("--length", type=int, default=128, help="tokens of each")
+    parser.add_argument("--sequences", type=int, default=256, help="times the length: tokens to calibrate on")
+    parser.add_argument("--length", type=int, default=128, help="longest document")
     parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
@@ -189,22 +189,23 @@ def rows(args: argparse.Namespace, answers: dict[str, Any], work: Path, done: di
                 continue
             out = work / f"{name}-{groups}".replace(" ", "_").replace(":", "")
             started = time.perf_counter()
-            convert_one(args, name, groups, out, work / "calibration.jsonl")
+            convert_one(args, name, groups, out, work)
             point = {"seconds": round(time.perf_counter() - started, 1), **divergence(load(out), answers)}
             table.setdefault(name, {})[str(groups)] = point
             print(f"{name:14s} {groups} groups  KL {point['kl']:.3f} nats  {point['agreement']:.1%} same", flush=True)
             yield table
 
 
-def convert_one(args: argparse.Namespace, name: str, groups: int, out: Path, text: Path) -> None:
-    """Convert by one row."""
+def convert_one(args: argparse.Namespace, name: str, groups: int, out: Path, work: Path) -> None:
+    """Convert by one row; answers and moments are made once for all."""
     from gqa_convert import convert
     from gqa_convert.recipe import make_recipe
 
     chosen = dict(ROWS[name])
     if chosen.pop("calibrated", False):
-        chosen |= {"calibrate": str(text), "sequences": args.sequences, "length": args.length}
-    convert(args.model, groups=groups, out=out, recipe=make_recipe(chosen.pop("preset", None), **chosen))
+        chosen |= {"calibrate": str(work / "calibration.jsonl"), "sequences": args.sequences, "length": args.length}
+    recipe = make_recipe(chosen.pop("preset", None), **chosen)
+    convert(args.model, groups=groups, out=out, recipe=recipe, work=work / "solved")
 
 
 def divergence(model: Any, answers: dict[str, Any]) -> dict[str, float]:

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from gqa_convert.calibrate import self_text
+from gqa_convert.calibrate import encoder_inputs, self_text
 from gqa_convert.calibrate.documents import documents
+from gqa_convert.calibrate.encoder_inputs import document_rows, shorter
 from gqa_convert.calibrate.inputs import calibration_inputs, written_at_once
 from gqa_convert.calibrate.tokens import batches, calibration_tokens, token_hash, window_plan
 from gqa_convert.errors import HubError, UnsupportedModelError, UsageError
@@ -221,9 +222,59 @@ def test_an_encoder_decoder_answers_but_does_not_begin(saved, tokens):
     folder = saved("t5").checkpoint.folder
     with pytest.raises(UnsupportedModelError, match="cannot write text from nothing"):
         self_text.self_tokens(folder, sequences=2, length=8)
-    inputs = self_text.own_outputs(folder, tokens[:3], length=6)
-    assert torch.equal(inputs["input_ids"], tokens[:3])
-    assert inputs["decoder_input_ids"].shape == (3, 6)
+    found = self_text.own_answers(folder, [tokens[:3, :8], tokens[:5]])
+    asked = [row for parts in found for row in parts["input_ids"].tolist()]
+    assert sorted(asked) == sorted([*tokens[:3, :8].tolist(), *tokens[:5].tolist()])
+    for parts in found:
+        assert len(parts["input_ids"]) == len(parts["decoder_input_ids"])
+        assert parts["decoder_input_ids"].shape[1] == shorter(parts["decoder_input_ids"].shape[1]) <= 16
+        assert (parts["decoder_input_ids"][:, 0] == 0).all()  # T5 starts with its padding
+
+
+def test_an_answer_ends_where_the_model_ends_it(saved, tokens, monkeypatch):
+    folder = saved("t5").checkpoint.folder
+    monkeypatch.setattr(self_text, "_document_marks", lambda model: (0, list(range(1, 60))))
+    found = self_text.own_answers(folder, [tokens])
+    for parts in found:
+        assert not torch.isin(parts["decoder_input_ids"], torch.arange(1, 60)).any()
+    assert sum(parts["decoder_input_ids"].numel() for parts in found) < 3 * len(tokens)
+
+
+def test_lengths_are_few():
+    assert [shorter(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 100, 512)] == [1, 2, 3, 4, 4, 6, 6, 8, 8, 12, 96, 512]
+
+
+class Words:
+    """A tokenizer of words, with a mark before and behind every text."""
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [10 + len(word) for word in text.split()]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+
+def test_rows_are_single_documents_between_their_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder_inputs, "load_tokenizer", lambda *_, **__: Words())
+    lines = ["a bb ccc dddd eeeee", "a", "bb " * 20]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    found = document_rows(str(tmp_path / "a.jsonl"), tmp_path, tokens=1000, length=12)
+    rows = sorted(row for ids in found for row in ids.tolist())
+    assert rows == sorted([[1, 11, 12, 13, 14, 2], [1, *[12] * 10, 2], [1, *[12] * 10, 2]])
+    assert [ids.shape[1] for ids in found] == [6, 12]
+    few = document_rows(str(tmp_path / "a.jsonl"), tmp_path, tokens=1, length=12)
+    assert sum(map(len, few)) in (1, 2)  # one document
+    (tmp_path / "b.txt").write_text("a")
+    with pytest.raises(UsageError, match=r"b\.txt: no document has 4 tokens"):
+        document_rows(str(tmp_path / "b.txt"), tmp_path, tokens=10, length=8)
+
+
+def test_batches_of_several_shapes_are_mixed():
+    inputs = [{"input_ids": torch.full((6, n), n)} for n in (2, 3, 4)]
+    cut = batches(inputs, lambda parts: 12 // parts["input_ids"].shape[1])
+    shapes = sorted(tuple(part["input_ids"].shape) for part in cut)
+    assert shapes == [(2, 3), (3, 4), (3, 4), (4, 3), (6, 2)]
+    lengths = [part["input_ids"].shape[1] for part in cut]
+    assert lengths != sorted(lengths)
+    assert token_hash(inputs) != token_hash(inputs[:2])
 
 
 def test_inputs_of_a_recipe(saved, work, monkeypatch):
@@ -232,11 +283,26 @@ def test_inputs_of_a_recipe(saved, work, monkeypatch):
     recipe = Recipe(calibrate="self", sequences=4, length=8)
     first = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
     assert first is not None
-    assert first["input_ids"].shape == (4, 8)
+    assert first[0]["input_ids"].shape == (4, 8)
     monkeypatch.setattr("gqa_convert.calibrate.inputs.self_tokens", None)
     again = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
     assert again is not None
-    assert torch.equal(first["input_ids"], again["input_ids"])
+    assert torch.equal(first[0]["input_ids"], again[0]["input_ids"])
+
+
+def test_answers_are_written_once(saved, work, tmp_path, monkeypatch):
+    source = saved("t5")
+    monkeypatch.setattr(encoder_inputs, "load_tokenizer", lambda *_, **__: Words())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "a bb ccc " * n}) + "\n" for n in (2, 3, 4)))
+    recipe = Recipe(calibrate=str(tmp_path / "a.jsonl"), sequences=4, length=16)
+    first = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
+    monkeypatch.setattr("gqa_convert.calibrate.inputs.own_answers", None)
+    again = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
+    assert first is not None
+    assert again is not None
+    assert len(first) == len(again) > 1
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one["decoder_input_ids"], other["decoder_input_ids"])
 
 
 def test_an_encoder_decoder_needs_a_text(saved, work):
