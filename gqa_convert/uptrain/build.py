@@ -16,7 +16,7 @@ from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import optim
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.engine import Engine
-from gqa_convert.uptrain.model import ScoredModel, Teacher, check_isolation, load_model, set_dropout
+from gqa_convert.uptrain.model import ScoredModel, Teacher, check_isolation, check_reads_text, load_model, set_dropout
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.reach import freeze_unreached
@@ -73,6 +73,11 @@ def build(
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(made)
     model_config = transformers_api.load_config(made.source, trust_remote_code=config.trust_remote_code)
+    if getattr(model_config, "is_encoder_decoder", False):
+        check_reads_text(
+            model_config.model_type,
+            transformers_api.model_class(model_config, folder=made.source, trust_remote_code=config.trust_remote_code),
+        )
     with engine.main_first():
         data = prepare_data(
             config, tokenizer, model_config, tell=tell if engine.is_main else lambda _: None, state=data_state

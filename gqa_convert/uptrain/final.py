@@ -21,6 +21,7 @@ from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
 from gqa_convert.checkpoint.staging import staged_output
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.errors import VerificationError
+from gqa_convert.uptrain.source_keys import restore_keys
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -53,6 +54,7 @@ def write_final(
     with staged_output(target, force=True, source=source, needed_bytes=needed) as stage:
         with transformers_api.quiet():
             model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
+        restore_keys(stage, checkpoint, _key_map(source, trust_remote_code))
         for relative in checkpoint.side_files:
             (stage / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / relative, stage / relative)
@@ -62,6 +64,13 @@ def write_final(
         if not _same_settings(source, stage, trust_remote_code):
             write_text(stage / CONFIG, checkpoint.config_text)
         write_provenance(stage / PROVENANCE, {**(checkpoint.provenance or {}), "uptraining": uptraining})
+
+
+def _key_map(source: Path, trust_remote_code: bool) -> transformers_api.KeyMap:
+    """Of the source's model, built anew: an engine may have replaced the class and shapes of the trained one."""
+    config = transformers_api.load_config(source, trust_remote_code=trust_remote_code)
+    cls = transformers_api.model_class(config, folder=source, trust_remote_code=trust_remote_code)
+    return transformers_api.KeyMap(transformers_api.build_on_meta(cls, config))
 
 
 def _tied(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

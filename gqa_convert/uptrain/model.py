@@ -45,6 +45,20 @@ def load_model(folder: Path, *, dtype: torch.dtype, attention: str, trust_remote
     return model
 
 
+def check_reads_text(model_type: str, cls: Any) -> None:
+    """Refuse an encoder-decoder that is to hear or see: there is nothing to train it on here.
+
+    Raises:
+        UsageError: naming what it reads.
+    """
+    takes = getattr(cls, "main_input_name", "input_ids")
+    if takes != "input_ids":
+        raise UsageError(
+            f"{model_type}: its {cls.__name__} reads {takes}, and `gqa uptrain` has text alone to train on. Train the "
+            "converted folder with the tools that the original was trained with; it is a transformers model."
+        )
+
+
 class ScoredModel(nn.Module):
     """A model whose forward pass returns its loss, summed over the scored positions.
 
@@ -146,10 +160,10 @@ def can_skip_head(model: Any) -> bool:
     inputs = probe_inputs(model, 1, 8, restart=None)
     with evaluating(model), computing(model):
         expected = model(**inputs, use_cache=False).logits.float()
-        hidden, head, _ = run_model(model, inputs, skip_head=True)
         try:
+            hidden, head, _ = run_model(model, inputs, skip_head=True)
             seen = head.logits(hidden.to(layer.weight.dtype))
-        except RuntimeError:
+        except RuntimeError:  # another shape than that of logits was met, as where BART adds a bias to them
             return False
     return bool((seen - expected).abs().max() <= _tolerance(model) * expected.abs().max().clamp_min(1e-6))
 
@@ -257,17 +271,21 @@ class Teacher:
         return int(self._model.config.get_text_config(decoder=True).vocab_size)
 
 
-def attention_linears(model: nn.Module) -> dict[str, nn.Linear]:
+def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layers inside attention modules, by name: the projections, fused or not.
+
+    GPT-2's `Conv1D` is one, its weight stored the other way round.
 
     Raises:
         UsageError: if the model has none.
     """
+    from transformers.pytorch_utils import Conv1D
+
     inside = tuple(f"{name}." for name, module in model.named_modules() if "attention" in type(module).__name__.lower())
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(name.startswith(prefix) for prefix in inside)
+        if isinstance(module, (nn.Linear, Conv1D)) and any(name.startswith(prefix) for prefix in inside)
     }
     if not found:
         raise UsageError(f"train.parameters: {type(model).__name__} has no linear layers in attention modules.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,15 +27,22 @@ def choose_parameters(model: Any, settings: TrainSection) -> Any:
         for layer in projections.values():
             layer.requires_grad_(True)
         return model
-    return _with_lora(model, list(projections), settings.lora)
+    return _with_lora(model, projections, settings.lora)
 
 
-def _with_lora(model: Any, names: list[str], settings: LoraSection) -> Any:
+def _with_lora(model: Any, projections: Mapping[str, nn.Module], settings: LoraSection) -> Any:
+    for name, layer in projections.items():
+        if "forward" in vars(type(layer)) and isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
+            # OPT, UMT5, Persimmon: narrow projections that repeat each KV head; an adapter's output would not.
+            raise UsageError(
+                f"train.parameters=lora: {name} is a {type(layer).__name__}, whose output is wider than its weight, so "
+                "adapters do not fit. Train with parameters: attention, or all."
+            )
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UsageError("train.parameters=lora needs peft: pip install 'gqa-convert[lora]'.") from error
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=names, bias="none")
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(projections), bias="none")
     return get_peft_model(model, config)
 
 

@@ -2,12 +2,14 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from gqa_convert.anatomy.transformers_api import KeyMap
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import VerificationError
 from gqa_convert.uptrain.final import both_spellings, write_final
+from gqa_convert.uptrain.source_keys import restore_keys
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 
@@ -35,6 +37,26 @@ def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype)
     again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     assert torch.allclose(again.lm_head.weight, model.lm_head.weight, atol=0 if dtype == torch.float32 else 5e-3)
     assert json.loads((target / "gqa_convert.json").read_text())["uptraining"] == {"steps": 1}
+
+
+def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path):
+    source, stage = tmp_path / "source", tmp_path / "stage"
+    model = saved(source)
+    state = load_file(source / "model.safetensors")
+    old = {key.removeprefix("model."): tensor for key, tensor in state.items()}
+    old["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(old, source / "model.safetensors", {"format": "pt"})
+    model.save_pretrained(stage, max_shard_size="2KB")
+    restore_keys(stage, Checkpoint.open(source), KeyMap(model))
+    written = Checkpoint.open(stage)
+    assert written.is_sharded
+    assert written.tensors.keys() == old.keys()
+    assert all(torch.equal(written.tensor(key), old[key]) for key in old)
+    _, info = LlamaForCausalLM.from_pretrained(stage, output_loading_info=True)
+    assert not info["missing_keys"]
+    files = {file: file.read_bytes() for file in stage.iterdir()}
+    restore_keys(stage, Checkpoint.open(source), KeyMap(model))
+    assert files == {file: file.read_bytes() for file in stage.iterdir()}  # nothing more to do
 
 
 def test_a_result_of_other_shapes_is_not_written(tmp_path):
