@@ -103,7 +103,8 @@ class Chain:
 
         described = {"of": large.key, "groups": groups, "recipe": chosen, "preset": arm.start, "text": scale.text}
         if arm.start in CALIBRATED:
-            described["tokens"] = "by the attention received"  # of an earlier way of counting them there were results
+            # There were results of earlier ways to take calibration text.
+            described["tokens"] = "by the attention received" + (", single documents" if self.family == "t5" else "")
         return self.pieces.get(self._name(f"start-{arm.start}-{arm.groups}"), described, make)
 
     def arm(self, arm: Arm, start: Piece, large: Piece) -> Piece:
