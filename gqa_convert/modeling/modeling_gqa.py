@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, conversion_mapping
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -68,6 +68,9 @@ CACHES = ("past_key_values", "layer_past")
 
 # Attention modules whose forward pass splits keys by this attribute, and queries not by it.
 KEY_HEADS = {"whisper": "num_heads"}
+
+# Families whose `generate` starts with just the ids it is given (a prompt), which transformers tells by model type.
+OWN_START = ("whisper",)
 
 
 def decoder_attention(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -311,7 +314,7 @@ def _grouped_class(native: type[nn.Module], folded: bool) -> type[nn.Module]:
     return _grouped[native]
 
 
-def _native_type(config: PreTrainedConfig) -> str:
+def _native_type(config: PreTrainedConfig | type[PreTrainedConfig]) -> str:
     return str(config.model_type).removeprefix(TYPE_PREFIX)
 
 
@@ -358,8 +361,17 @@ def _model_class(native: Any) -> type:
         "config_class": grouped_class(native.config_class),
         "_auto_class": auto_class(native.__name__),
     }
+    if _native_type(native.config_class) in OWN_START:
+        space["_prepare_decoder_input_ids_for_generation"] = _given_start
     _carry_key_names(native.__name__, PREFIX + native.__name__)
     return type(PREFIX + native.__name__, (native,), space)
+
+
+def _given_start(self: Any, *, model_kwargs: dict[str, Any], **others: Any) -> Any:
+    """Start `generate` with the decoder's ids as they are given; without any, as transformers does."""
+    if "decoder_input_ids" in model_kwargs:
+        return model_kwargs.pop("decoder_input_ids"), model_kwargs
+    return GenerationMixin._prepare_decoder_input_ids_for_generation(self, model_kwargs=model_kwargs, **others)
 
 
 def auto_class(native_name: str) -> str:

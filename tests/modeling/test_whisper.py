@@ -1,0 +1,67 @@
+"""Converted Whispers generate as the original does: from prompts, and in transformers' speech pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from gqa_convert import convert
+from gqa_convert.proof.kv_axes import KVAxes
+from gqa_convert.proof.model import tiny_model
+from gqa_convert.proof.tiny import tiny_config
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+END = 127
+
+
+def tiny_whisper(kv_heads: int, seed: int) -> Any:
+    config = tiny_config("whisper", num_kv_heads=kv_heads)
+    config.max_source_positions = 1500  # 30 seconds, which the pipeline pads to
+    return tiny_model(config, seed)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Whisper whose heads are tied, with its processor, and its conversion, which is the same function."""
+    root = tmp_path_factory.mktemp("whisper")
+    grouped, model = tiny_whisper(2, 0), tiny_whisper(8, 1)
+    model.load_state_dict(KVAxes(model, grouped, 8, 2).expand(grouped.state_dict()))
+    settings = model.generation_config
+    settings.decoder_start_token_id, settings.eos_token_id, settings.pad_token_id = 60, END, END
+    settings.no_timestamps_token_id = 61
+    model.save_pretrained(root / "source")
+    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
+    vocabulary |= {f"<|{i}|>": i for i in range(len(LETTERS), END)} | {"<|endoftext|>": END}
+    extractor = transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+    tokenizer = transformers.WhisperTokenizer(vocab=vocabulary, merges=[])
+    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(root / "source")
+    convert(root / "source", groups=2, out=root / "converted")
+    return root / "source", root / "converted"
+
+
+@pytest.mark.parametrize("given", [{}, {"prompt_ids": [9, 10, 11]}, {"decoder_input_ids": [[9, 5, 11]]}], ids=str)
+def test_generation_starts_with_what_is_given(folders: tuple[Path, Path], given: dict[str, Any]) -> None:
+    sound = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    found = []
+    for folder in folders:
+        model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+        choices = {name: torch.tensor(ids) for name, ids in given.items()}
+        found.append(model.generate(sound, max_new_tokens=8, do_sample=False, **choices).tolist())
+    assert found[0] == found[1]
+    assert len(set(found[0][0])) > 1
+
+
+def test_the_speech_pipeline_must_be_told(folders: tuple[Path, Path]) -> None:
+    sound = np.random.default_rng(0).normal(size=16000).astype(np.float32)
+    texts = []
+    for folder in folders:
+        pipe = transformers.pipeline("automatic-speech-recognition", model=str(folder), trust_remote_code=True)
+        assert type(pipe.feature_extractor).__name__ == "WhisperFeatureExtractor"
+        pipe.type = "seq2seq_whisper"
+        texts.append(pipe(sound.copy(), generate_kwargs={"max_new_tokens": 5})["text"])
+    assert texts[0] == texts[1] != ""
