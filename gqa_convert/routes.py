@@ -66,7 +66,7 @@ def routed(
     config = transformers_api.load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
     model_type = str(getattr(config, "model_type", ""))
     ships = shipping.ships(model_type)
-    if route == "remote-code" and not ships:
+    if route == "remote-code" and not ships and not shipping.is_shipped(model_type):
         raise UnsupportedModelError(
             f"--route remote-code: there is no modelling code for {model_type} here. Leave --route out."
         )

@@ -88,10 +88,17 @@ class ShapeDifference:
             )
         dim = differing[0]
         size, target_size = before[dim], after[dim]
+        # Fused rows first: all q, k and v may shrink by the ratio that another field has.
+        fused = self._fused_rows(dim, size, target_size)
+        if fused is not None:
+            return fused
         if size % target_size == 0 and self._ratio_known(size // target_size):
             head_dim = self._head_dim(name, size, target_size)
             return Rows(dim=dim, heads=size // head_dim, groups=target_size // head_dim, head_dim=head_dim)
-        return self._fused_rows(name, dim, size, target_size)
+        raise UnsupportedModelError(
+            f"{name}: a fused projection whose layout is not known for {self._decoder_type()} (its axis {dim} goes "
+            f"from {size} to {target_size})."
+        )
 
     def _ratio_known(self, ratio: int) -> bool:
         return any(f.kv_heads == ratio * f.wanted(self.groups) for f in self.fields)
@@ -124,27 +131,23 @@ class ShapeDifference:
             path = path[:-1]
         return widths
 
-    def _fused_rows(self, name: str, dim: int, size: int, target_size: int) -> Rows:
-        model_type = self._decoder_type()
-        layouts = special.FUSED_LAYOUTS.get(model_type)
+    def _fused_rows(self, dim: int, size: int, target_size: int) -> Rows | None:
+        """The rows of a fused projection of a family whose layout is known; None if this is none."""
         main = self.fields[0]
-        if layouts is not None and (size - target_size) % (2 * (main.kv_heads - self.groups)) == 0:
-            head_dim = (size - target_size) // (2 * (main.kv_heads - self.groups))
-            rows = Rows(
-                dim=dim,
-                heads=main.kv_heads,
-                groups=self.groups,
-                head_dim=head_dim,
-                layout=layouts[0],
-                target_layout=layouts[1],
-                query_heads=main.query_heads,
-            )
-            if rows.size == size and rows.target_size == target_size:
-                return rows
-        raise UnsupportedModelError(
-            f"{name}: a fused projection whose layout is not known for {model_type} (its axis {dim} goes from {size} "
-            f"to {target_size})."
+        layouts = special.fused_layouts(self._decoder_type(), main.query_heads, main.kv_heads)
+        gone = 2 * (main.kv_heads - self.groups)
+        if layouts is None or gone <= 0 or (size - target_size) % gone:
+            return None
+        rows = Rows(
+            dim=dim,
+            heads=main.kv_heads,
+            groups=self.groups,
+            head_dim=(size - target_size) // gone,
+            layout=layouts[0],
+            target_layout=layouts[1],
+            query_heads=main.query_heads,
         )
+        return rows if rows.size == size and rows.target_size == target_size else None
 
     def _decoder_type(self) -> str:
         owner = get_path(self.source.config, self.fields[0].path[:-1])

@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from gqa_convert.modeling import shipping
+
 Path = tuple[str, ...]
 
 # Where the decoder's configuration lies when `get_text_config(decoder=True)` does not lead there; several places where
@@ -48,6 +50,18 @@ FUSED_LAYOUTS: dict[str, tuple[str, str]] = {
     "gpt_neox_japanese": ("per_head", "concat"),
     "mpt": ("concat", "concat"),
 }
+
+
+def fused_layouts(model_type: str, query_heads: int, kv_heads: int) -> tuple[str, str] | None:
+    """Return how q, k and v lie in fused rows of the source and of the target; None if that is not known.
+
+    The shipped modelling file has them one after the other wherever there are fewer KV heads than query heads.
+    """
+    found = FUSED_LAYOUTS.get(model_type.removeprefix(shipping.TYPE_PREFIX))
+    if found is None or not shipping.is_shipped(model_type) or query_heads == kv_heads:
+        return found
+    return found[1], found[1]
+
 
 # transformers stores one KV head for these or as many as there are query heads, nothing between.
 ONLY_MQA = {

@@ -19,8 +19,9 @@ from gqa_convert.errors import UnsupportedModelError, UsageError, VerificationEr
 from gqa_convert.inspection import inspect, verify_pair
 from gqa_convert.proof.contract import prove
 from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
-from gqa_convert.proof.model import text_inputs
+from gqa_convert.proof.model import text_inputs, tiny_model
 from gqa_convert.proof.shipped import leave_inputs, meet_strangers
+from gqa_convert.proof.tiny import tiny_config
 from gqa_convert.verify import verify_output
 from tests.modeling.conftest import Make
 
@@ -160,6 +161,26 @@ def test_a_converted_folder_can_be_converted_again(make: Make, tmp_path: Path) -
     for key, tensor in direct.items():
         torch.testing.assert_close(twice[key], tensor)
     assert (tmp_path / "again" / "modeling_gqa.py").is_file()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "persimmon", "bloom"])
+def test_fused_projections_can_be_converted_again(make: Make, name: str, tmp_path: Path) -> None:
+    convert(make(name, 4), groups=2, out=tmp_path / "again", route="remote-code", verify="logits", allow_slow=True)
+    direct, twice = (load_file(each / "model.safetensors") for each in (make(name, 2), tmp_path / "again"))
+    assert direct.keys() == twice.keys()
+    for key, tensor in direct.items():
+        torch.testing.assert_close(twice[key], tensor)
+    assert inspect(make(name, 4)).legal_groups == (1, 2, 4)
+
+
+@pytest.mark.parametrize(("groups", "cross_groups"), [(2, 4), (4, 2), (8, 2)])
+def test_fused_projections_are_not_taken_for_cross_attention(groups: int, cross_groups: int, tmp_path: Path) -> None:
+    tiny_model(tiny_config("gpt2", changes={"add_cross_attention": True})).save_pretrained(tmp_path / "source")
+    done = convert(tmp_path / "source", groups=groups, cross_groups=cross_groups, out=tmp_path / "out", verify="logits")
+    before, after = (load_file(each / "model.safetensors") for each in (tmp_path / "source", done.out))
+    key = "transformer.h.1.crossattention.c_attn.weight"  # [k | v], 8 heads of 8 each; not run on text alone
+    heads = before[key].reshape(64, 2, cross_groups, 8 // cross_groups, 8)
+    torch.testing.assert_close(after[key], heads.mean(dim=3).reshape(64, -1))
 
 
 def test_an_encoder_is_refused(make: Make, tmp_path: Path) -> None:
