@@ -9,7 +9,7 @@ Shape suffixes: B batch, T tokens, X width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ class DescentOptions:
     """How one layer is trained."""
 
     steps: int = 300
+    tokens: int = 1
+    """A step takes calls until it has half as many; where calls are of many shapes, one alone may be small."""
     relative_lr: float = 0.02
     """Peak learning rate of each tensor, as a share of the root mean square of its elements; see `tensor_lr`."""
     full_width: int = 1024
@@ -135,10 +137,11 @@ def descend(
             order = [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
         for group, peak in zip(optimiser.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step, options)
-        with torch.enable_grad():
-            loss = error(order.pop()) / scale
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        for i in _step_calls(order, targets, options.tokens / 2):
+            with torch.enable_grad():
+                loss = error(i) / scale
+            loss.backward()
         if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters):
             optimiser.step()
         if progress:
@@ -152,6 +155,16 @@ def descend(
             parameter.copy_(value)
     module.requires_grad_(False)
     return DescentResult(before=before, after=best, steps=options.steps)
+
+
+def _step_calls(order: list[int], targets: Sequence[Tensor], tokens: float) -> Iterator[int]:
+    """Take call numbers from the end of `order`, at least one, until they come to so many tokens or none is left."""
+    while order:
+        i = order.pop()
+        tokens -= targets[i].shape[:-1].numel()
+        yield i
+        if tokens <= 0:
+            return
 
 
 def schedule(step: int, options: DescentOptions) -> float:

@@ -101,7 +101,7 @@ def refit_block(
     work = deepcopy(module).to(device=device, dtype=torch.float32)
     before = after_descent = after_solve = None
     if options.steps:
-        how = DescentOptions(steps=options.steps, lr=options.lr, seed=options.seed)
+        how = DescentOptions(steps=options.steps, tokens=options.tokens, lr=options.lr, seed=options.seed)
         result = descend(work, path, names, calls, targets, how, device=device, progress=progress)
         before, after_descent = result.before, result.after
     if options.least_squares or before is None:

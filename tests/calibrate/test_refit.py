@@ -6,16 +6,18 @@ from copy import deepcopy
 import pytest
 import torch
 
-from gqa_convert.calibrate.descent import DescentOptions, descend, held_out, schedule, tensor_lr
+from gqa_convert.calibrate.descent import DescentOptions, _step_calls, descend, held_out, schedule, tensor_lr
 from gqa_convert.calibrate.lanes import LayerCall
 from gqa_convert.calibrate.least_squares import NormalEquations
 from gqa_convert.calibrate.parts import WholeModel
 from gqa_convert.calibrate.refit import RefitOptions, refit_block
 from gqa_convert.calibrate.residual import hidden_of, residual_scale
+from gqa_convert.calibrate.solve import solve
 from gqa_convert.calibrate.stream import LayerStream
 from gqa_convert.calibrate.tokens import batches
 from gqa_convert.calibrate.watch import BlockRecord, part_of, watching
 from gqa_convert.errors import UsageError
+from gqa_convert.recipe import Recipe
 
 
 def test_least_squares_finds_the_truth():
@@ -43,6 +45,34 @@ def test_least_squares_error_is_the_brute_force_one():
     equations.add(z, y)
     expected = float((z @ w.T + b - y).square().sum() / y.square().sum())
     assert equations.error(w, b) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_takes_small_calls_together():
+    targets = [torch.zeros(size, 4, 2) for size in (1, 2, 3, 8)]
+    order = [3, 2, 1, 0]
+    assert list(_step_calls(order, targets, 16)) == [0, 1, 2]  # 4 + 8 + 12 tokens
+    assert list(_step_calls(order, targets, 16)) == [3]
+    assert order == []
+    order = [0, 3]
+    assert list(_step_calls(order, targets, 0.5)) == [3]
+
+
+def test_inputs_of_several_shapes_are_refitted(case, work):
+    found = case("t5")
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        {
+            "input_ids": torch.randint(4, 60, (200, source), generator=generator),
+            "decoder_input_ids": torch.randint(4, 60, (200, target), generator=generator),
+        }
+        for source, target in ((8, 2), (8, 4), (12, 6))
+    ]
+    recipe = Recipe(method="pca", calibrate="text.jsonl", refit=True, refit_steps=60, refit_tokens=240)
+    done = solve(found.saved.checkpoint, found.anatomy, found.blocks, found.freedom, recipe, inputs, work=work)
+    assert len(done.reports) == len(found.blocks)
+    befores, afters = zip(*((r.error_before, r.error_after_descent) for r in done.reports), strict=True)
+    assert all(after <= before for after, before in zip(afters, befores, strict=True))
+    assert sum(afters) < 0.9 * sum(befores)
 
 
 def test_a_heavy_damping_keeps_what_is_there():
