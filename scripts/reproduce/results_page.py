@@ -116,8 +116,8 @@ def _work(results: dict[str, Any]) -> str:
         )
     if unknown:
         said.append(
-            f"Seconds of converting and training ({', '.join(unknown)}) are the clock's, taken while the machine did "
-            "other things; tokens are not affected."
+            f"What {', '.join(unknown)} took in all was not recorded: some pieces (such as the pretraining) were made "
+            "by an older version of these scripts."
         )
     return " ".join(said)
 
