@@ -33,6 +33,9 @@ class StreamedBlocks:
         window: blocks that are held in memory and permuted together.
         held_out: fraction of documents to leave out.
         state: from `state`, to go on from there.
+
+    Raises:
+        UsageError: if the corpus has another number of shards than that of `state`.
     """
 
     def __init__(
@@ -54,6 +57,12 @@ class StreamedBlocks:
         self._restore(state or {"window": 0, "epoch": 0, "slot": 0, "shard": None, "ids": [], "documents": []})
 
     def _restore(self, state: dict[str, Any]) -> None:
+        before, now = state.get("shards"), len(self._corpus.shards)
+        if before is not None and before != now:
+            raise UsageError(
+                f"data: the corpus had {before:,} shards when the checkpoint was written and has {now:,} now, so the "
+                "place in it is lost. Put the files back, name the hub dataset's revision, or choose another output."
+            )
         self._next = int(state["window"])
         self._epoch, self._slot = int(state["epoch"]), int(state["slot"])
         self._ids = [np.asarray(state["ids"], np.int64)]
@@ -72,7 +81,8 @@ class StreamedBlocks:
             KeyError: if the block's window was passed long ago.
         """
         number = index // self._window
-        return self._start if number == self._next and number not in self._states else self._states[number]
+        found = self._start if number == self._next and number not in self._states else self._states[number]
+        return {**found, "shards": len(self._corpus.shards)}
 
     def get(self, index: int) -> Block:
         """Return block `index` of the training order.

@@ -19,8 +19,9 @@ from typing import Any
 
 from gqa_convert.checkpoint.provenance import source_identity
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.checkpoint.sampled import sampled_digest
 from gqa_convert.conversion import execute
-from gqa_convert.errors import GQAConvertError, UnsupportedModelError, UsageError
+from gqa_convert.errors import UnsupportedModelError, UsageError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.contenders import load_contenders
 from gqa_convert.evaluate.decode.bench import bench
@@ -97,7 +98,8 @@ def sweep(
         shipping.check_faster(str(subject.config.model_type))
     if on_total is not None:
         on_total(len(recipes) * len(settings.groups))
-    identity = source_identity(Checkpoint.open(subject.folder))
+    opened = Checkpoint.open(subject.folder)
+    identity = source_identity(opened) | {"weights": sampled_digest(opened)}
     base = _base(subject, run, settings, identity)
     points: list[SweepPoint] = []
     for variant, recipe in recipes.items():
@@ -123,9 +125,18 @@ def _fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([versions, *parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _stamp(text: str | None) -> list[int]:
+    """What tells a file of text from what was there before under the same name; nothing for what is no file."""
+    file = Path(text) if text else None
+    if file is None or not file.is_file():
+        return []
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
 def _base(subject: models.Subject, run: Path, settings: SweepSettings, identity: dict[str, Any]) -> dict[str, Any]:
     """The original's own figures, and what it was measured on."""
-    key = _fingerprint(identity, asdict(settings.evaluation))
+    key = _fingerprint(identity, asdict(settings.evaluation), _stamp(settings.evaluation.data))
     known = read_json(run / "base.json")
     if known and known.get("fingerprint") == key:
         kept: dict[str, Any] = known
@@ -150,13 +161,15 @@ def _point(
     folder = run / "points" / name
     benchmark = None if settings.benchmark is None else asdict(settings.benchmark)
     trained = [settings.uptrain_tokens, settings.uptrain_config.read_text() if settings.uptrain_config else ""]
-    key = _fingerprint(identity, recipe.to_json(), groups, asdict(settings.evaluation), benchmark, trained)
+    texts = [_stamp(settings.evaluation.data), _stamp(recipe.calibrate)]
+    key = _fingerprint(identity, recipe.to_json(), groups, asdict(settings.evaluation), benchmark, trained, texts)
     known = read_json(folder / POINT)
     if known and known.get("fingerprint") == key and known["point"]["status"] == "done":
         return from_json(known["point"]), True
+    start = _fingerprint(identity, recipe.to_json(), _stamp(recipe.calibrate), groups, trained)
     try:
-        measured = _measure(subject, folder, settings, name, variant, recipe, groups)
-    except (GQAConvertError, RuntimeError, ValueError, OSError) as error:
+        measured = _measure(subject, folder, settings, name, variant, recipe, groups, start)
+    except Exception as error:  # whatever a model's own code may raise: the other points go on
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         measured = {
             "point": SweepPoint(name=name, variant=variant, groups=groups, status="failed", error=why).to_json()
@@ -173,6 +186,7 @@ def _measure(
     variant: str,
     recipe: Recipe,
     groups: int,
+    start: str,
 ) -> dict[str, Any]:
     trust = settings.evaluation.trust_remote_code
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +203,9 @@ def _measure(
     execute(made, force=True, trust_remote_code=trust)
     seconds = time.perf_counter() - started
     if settings.uptrain_tokens and settings.uptrain_config is not None:
-        target = uptrain_point(target, folder / FOLDER, config=settings.uptrain_config, tokens=settings.uptrain_tokens)
+        target = uptrain_point(
+            target, folder / FOLDER, config=settings.uptrain_config, tokens=settings.uptrain_tokens, key=start
+        )
     elif (folder / FOLDER).exists():
         shutil.rmtree(folder / FOLDER)
     evaluation = evaluate(subject.folder, [target], settings.evaluation)

@@ -6,6 +6,7 @@ its last checkpoint when the sweep is run again.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,20 +14,29 @@ from pathlib import Path
 from gqa_convert.errors import GQAConvertError
 
 FOLDER = "uptrain"
+_KEY = "uptrain.key"
 
 
-def uptrain_point(model: Path, output: Path, *, config: Path, tokens: int) -> Path:
+def uptrain_point(model: Path, output: Path, *, config: Path, tokens: int, key: str) -> Path:
     """Uptrain `model` on `tokens` tokens as `config` says, and return the folder of the result.
+
+    What an earlier run has left in `output` is gone on with if it was started under the same key, else removed: it is
+    of another conversion or of other settings.
 
     Args:
         model: the converted folder.
         output: the uptraining's run folder.
         config: a run's YAML; its model, output and budget are replaced.
         tokens: budget.
+        key: stands for everything that the result depends on.
 
     Raises:
         GQAConvertError: if the run fails; the message ends with its last words.
     """
+    written = output.parent / _KEY
+    if not written.is_file() or written.read_text(encoding="utf-8") != key:
+        shutil.rmtree(output, ignore_errors=True)
+        written.write_text(key, encoding="utf-8")
     changes = {
         "model": str(model.absolute()),
         "output": str(output.absolute()),

@@ -291,8 +291,10 @@ def _with_repeating_eager(forward: Any, eager: Any) -> Any:
         return eager(module, query, key, value, *args, **kwargs)
 
     names = {**forward.__globals__, "eager_attention_forward": repeated, "ALL_ATTENTION_FUNCTIONS": _Functions}
+    # torch.compile looks names up in the module that the globals call themselves, where these two are others.
+    names.pop("__name__")
     own = types.FunctionType(forward.__code__, names, "forward", forward.__defaults__, forward.__closure__)
-    own.__kwdefaults__ = forward.__kwdefaults__
+    own.__kwdefaults__, own.__module__ = forward.__kwdefaults__, forward.__module__
     return own
 
 

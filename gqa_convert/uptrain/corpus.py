@@ -49,7 +49,9 @@ class TrainingData:
 
     def state(self, block: int) -> dict[str, Any]:
         """What a checkpoint needs beside the step number so that training goes on with `block`."""
-        return self.blocks.state(block) if isinstance(self.blocks, StreamedBlocks) else {}
+        if isinstance(self.blocks, StreamedBlocks):
+            return self.blocks.state(block)
+        return {"train_tokens": self.train_tokens}
 
 
 def source_spec(section: SourceSection) -> SourceSpec:
@@ -103,7 +105,7 @@ def prepare_data(
         state: of a checkpoint, to go on from when streaming.
 
     Raises:
-        UsageError: if sources are missing or empty.
+        UsageError: if sources are missing or empty, or the text is not that of the checkpoint.
         HubError: if a hub dataset cannot be reached.
     """
     encoder = Encoder(tokenizer, special_tokens=config.special_tokens, append_eos=config.append_eos)
@@ -119,6 +121,7 @@ def prepare_data(
         held = _held_out_store(root, apart, corpus, encoder, fraction, limit, tell)
     else:
         train, held = _stores(root, corpus, encoder, fraction, tell)
+        _check_same_text(state or {}, train)
         if apart is not None:
             held = _held_out_store(root, apart, corpus, encoder, fraction, None, tell)
     blocks: StoredBlocks | StreamedBlocks
@@ -140,6 +143,16 @@ def prepare_data(
         train_tokens=None if train is None else train.total,
         held_out_tokens=sum(real - 1 for _, real in evaluated),
     )
+
+
+def _check_same_text(state: dict[str, Any], train: TokenStore) -> None:
+    """Of other text the step number would name other blocks: some would come twice and some never."""
+    before = state.get("train_tokens", train.total)
+    if before != train.total:
+        raise UsageError(
+            f"data: the text to train on had {before:,} tokens when the checkpoint was written and has {train.total:,} "
+            "now. Put the files back as they were, or choose another output."
+        )
 
 
 def _key(corpus: Corpus, encoder: Encoder, **more: Any) -> str:

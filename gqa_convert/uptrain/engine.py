@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gqa_convert.data.batches import accumulation_steps
 from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.uptrain import zero
 from gqa_convert.uptrain.config import ExpectSection, UptrainConfig
@@ -59,6 +60,8 @@ class Engine:
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         check_expected(config.expect, engine=self.name, processes=self.processes)
+        # Before hours of tokenising, not after.
+        accumulation_steps(config.train.batch_sequences, micro=config.train.micro_batch, processes=self.processes)
         if self.name == "fsdp2" and config.train.parameters == "lora":
             raise UsageError("train.parameters=lora: adapters are small; use DDP, not FSDP2, for them.")
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.checkpoint.sampled import sampled_digest
 from gqa_convert.errors import CheckpointError, OutputError, Preempted, UsageError
 from gqa_convert.uptrain.build import build, load_reference
 from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, disk_problem, open_checkpoint
@@ -85,10 +87,11 @@ class _Run:
             f"engine {self.engine.name}, {self.engine.processes} processes, {self.engine.device}; "
             f"{self.made.horizon.steps:,} steps"
         )
+        self.weights = self.engine.from_main(lambda: sampled_digest(Checkpoint.open(self.made.source)))
         found = self._checkpoint()
         state = found.state() if found else None
         if state:
-            check_same_run(state, self.made)
+            check_same_run(state, self.made, self.weights)
         self.parts = build(self.made, self.engine, tell=self.display.tell, data_state=state["data"] if state else None)
         try:
             self.recorder = Recorder(
@@ -244,6 +247,7 @@ class _Run:
         block = self.step * self.config.train.batch_sequences
         return checkpoint_state(
             self.made,
+            weights=self.weights,
             step=self.step,
             data=self.parts.data.state(block),
             guards=self.guards.state(),

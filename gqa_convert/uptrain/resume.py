@@ -10,12 +10,19 @@ from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.plan import UptrainPlan
 
 
-def identity(made: UptrainPlan) -> dict[str, Any]:
-    """The settings that a run cannot change half way: they decide which tokens come next and what is trained."""
+def identity(made: UptrainPlan, weights: str) -> dict[str, Any]:
+    """What a run cannot change half way: it decides which tokens come next and what is trained.
+
+    Args:
+        made: the run.
+        weights: sampled digest of the converted model. A model converted anew in the same folder starts a new run:
+            resuming would drop it without a word, or mix it with the old one where some parameters are frozen.
+    """
     config = made.config
     data = config.data.model_dump(mode="json", exclude={"cache", "held_out_source"})
     return {
         "parameters": made.shape.parameters,
+        "model_weights": weights,
         "data": data,
         "objective": config.objective.kind,
         "optimizer": config.optimizer.kind,
@@ -28,6 +35,7 @@ def identity(made: UptrainPlan) -> dict[str, Any]:
 def checkpoint_state(
     made: UptrainPlan,
     *,
+    weights: str,
     step: int,
     data: dict[str, Any],
     guards: dict[str, Any],
@@ -39,7 +47,7 @@ def checkpoint_state(
     return {
         "step": step,
         "tokens": step * made.horizon.batch_tokens,
-        "identity": identity(made),
+        "identity": identity(made, weights),
         "data": data,
         "guards": guards,
         "losses": losses,
@@ -50,13 +58,13 @@ def checkpoint_state(
     }
 
 
-def check_same_run(state: dict[str, Any], made: UptrainPlan) -> None:
+def check_same_run(state: dict[str, Any], made: UptrainPlan, weights: str) -> None:
     """Make sure that a checkpoint belongs to this configuration.
 
     Raises:
         UsageError: naming every setting that differs.
     """
-    now = identity(made)
+    now = identity(made, weights)
     changed = [
         f"{key} was {state['identity'].get(key)!r} and is {value!r}"
         for key, value in now.items()
@@ -65,5 +73,5 @@ def check_same_run(state: dict[str, Any], made: UptrainPlan) -> None:
     if changed:
         raise UsageError(
             f"step {state['step']}: the checkpoint belongs to a different run: {'; '.join(changed)}. "
-            "Put the settings back, or choose another output."
+            "Put the settings or the model back, or choose another output."
         )

@@ -35,7 +35,8 @@ while [ "$left" -gt 0 ]; do
     code=$status
     if [ "$status" -ne 75 ]; then
       kill -TERM "${pids[@]}" 2>/dev/null
-      (sleep 60; kill -KILL "${pids[@]}" 2>/dev/null) &
+      # With the output of this script open it would keep whoever reads that waiting for a minute.
+      (sleep 60; kill -KILL "${pids[@]}") >/dev/null 2>&1 &
     fi
   fi
 done

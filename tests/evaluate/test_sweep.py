@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,18 @@ def test_a_sweep_goes_on_where_it_stopped(
     other = settings(lines, groups=(2,), evaluation=EvalSettings(data=str(lines), max_windows=5))
     sweep(str(llama), run, other, on_point=lambda p, known: seen.append((p.name, known)))
     assert seen == [("mean-g2", False)], "other data or windows: measured again"
+    seen.clear()
+    model, text = tmp_path / "model", tmp_path / "text.jsonl"
+    shutil.copytree(llama, model)
+    shutil.copyfile(lines, text)
+    mine = settings(text, groups=(2,), sensitivity=False)
+    for change in (None, model / "model.safetensors", None, text, None):
+        if change is not None:
+            content = bytearray(change.read_bytes())
+            content[-20] ^= 1
+            change.write_bytes(content)
+        sweep(str(model), tmp_path / "other", mine, on_point=lambda p, known: seen.append((p.name, known)))
+    assert [known for _, known in seen] == [False, False, True, False, True], "the same names, other bytes"
 
 
 def test_a_failed_point_does_not_lose_the_rest(
@@ -79,7 +92,7 @@ def test_a_failed_point_does_not_lose_the_rest(
 
     def fail_at_two(made: object, **rest: object) -> object:
         if made.groups == 2:  # type: ignore[attr-defined]
-            raise RuntimeError("the disk caught fire")
+            raise KeyError("the disk caught fire")
         return whole(made, **rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sweep_module, "execute", fail_at_two)
@@ -166,6 +179,9 @@ def test_points_are_uptrained_before_they_are_measured(llama: Path, lines: Path,
     assert trained.points[0].uptrained_tokens == 640
     assert trained.points[0].loss_difference < plain.points[0].loss_difference  # type: ignore[operator]
     assert (tmp_path / "run" / "points" / "mean-g2" / "uptrain" / "metrics.jsonl").is_file()
+    config.write_text(config.read_text().replace("1.0e-3", "1.0e-9"))
+    still = sweep(str(llama), tmp_path / "run", settings(lines, **changes))
+    assert still.points[0].loss_difference == pytest.approx(plain.points[0].loss_difference, abs=1e-3), "trained anew"
 
 
 def test_uptraining_needs_a_config(lines: Path, tmp_path: Path) -> None:

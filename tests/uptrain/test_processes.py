@@ -83,6 +83,15 @@ def test_a_silent_downgrade_is_refused(settings, write_config):
     assert "engine fsdp2 was asked for" in said
 
 
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_read(settings, write_config):
+    settings["train"]["batch_sequences"] = 2
+    done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
+    said = done.communicate()[0]
+    assert done.returncode == 2, said
+    assert "no multiple of micro_batch 2 x 2 processes" in said
+    assert not (Path(settings["output"]) / "tokens").exists()
+
+
 def launch_sharded(path, stop):
     """Start the stand-in for accelerate's FSDP2 with the environment of accelerate's own launcher."""
     worker = Path(__file__).with_name("sharded_worker.py")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -149,6 +150,25 @@ def test_resuming_with_other_data_is_refused(settings, straight):
         run(settings, train={"seed": 1})
     with pytest.raises(UsageError, match="resume=auto"):
         run(settings, checkpoints={"resume": "never"})
+
+
+def test_resuming_with_another_model_of_the_same_shape_is_refused(settings, straight, tmp_path):
+    settings["output"] = str(straight[1])
+    settings["model"] = str(make_tiny(tmp_path / "again", seed=7))
+    with pytest.raises(UsageError, match=r"model_weights was .* and is"):
+        run(settings, budget={"steps": 25})
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
+def test_resuming_with_other_text_under_the_same_name_is_refused(settings, tmp_path, streaming):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(Path(settings["data"]["source"]["paths"][0]).read_bytes())
+    data = {"source": {"kind": "folder", "paths": [str(folder)]}, "streaming": streaming}
+    run(settings, data=data, budget={"steps": 2})
+    (folder / "b.jsonl").write_bytes((folder / "a.jsonl").read_bytes())
+    with pytest.raises(UsageError, match=r"data: the (text|corpus).* had .* when the checkpoint was written"):
+        run(settings, data=data, budget={"steps": 4})
 
 
 @pytest.mark.parametrize(
