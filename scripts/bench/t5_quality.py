@@ -98,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--groups", type=lambda text: [int(part) for part in text.split(",")], required=True)
     parser.add_argument("--prompts", type=int, default=64, help="prompts to measure on")
     parser.add_argument("--tokens", type=int, default=24, help="longest answer")
-    parser.add_argument("--sequences", type=int, default=256, help="times the length: tokens to calibrate on")
+    parser.add_argument("--sequences", type=int, default=128, help="times the length: tokens to calibrate on")
     parser.add_argument("--length", type=int, default=128, help="longest document")
     parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
