@@ -11,6 +11,7 @@ over) the same command goes on. At the end OUT has results.json, RESULTS.md and 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -30,6 +31,8 @@ from untrained import FAMILIES
 from gqa_convert.errors import GQAConvertError, Preempted, UsageError
 
 AGAIN = Preempted.exit_code
+IN_ONE_GO = "in_one_go.json"
+"""What all pieces took, where one command made them in an empty folder."""
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -117,7 +120,7 @@ def stop_after(minutes: float | None) -> None:
 
 def run_all(args: argparse.Namespace, scales: Scales) -> bool:
     """Run every family and seed, some side by side; False if time was over before all were done."""
-    started = time.monotonic()
+    started, empty = time.monotonic(), not any(args.out.iterdir())
     # The family that takes longest comes first, so that at the end no process has long to go on alone.
     waiting = [f"{family}:{seed}" for family, scale in scales.items() for seed in scale.seeds]
     running: list[subprocess.Popen[bytes]] = []
@@ -141,7 +144,11 @@ def run_all(args: argparse.Namespace, scales: Scales) -> bool:
         if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
             waiting = []
             codes.append(AGAIN)
-    return AGAIN not in codes
+    finished = AGAIN not in codes
+    if finished and empty:
+        in_one_go = {"minutes": round((time.monotonic() - started) / 60, 1), "jobs": args.jobs}
+        (args.out / IN_ONE_GO).write_text(json.dumps(in_one_go) + "\n", encoding="utf-8")
+    return finished
 
 
 def main() -> None:

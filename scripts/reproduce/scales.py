@@ -96,7 +96,7 @@ class Scale:
         return max(1, round(alpha * self.steps))
 
 
-ALPHAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+ALPHAS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 TINY = Scale(
     name="tiny",
@@ -104,12 +104,12 @@ TINY = Scale(
     small=Shape(layers=2, width=64, heads=4, mlp=176),
     context=128,
     batch=8,
-    steps=1200,
+    steps=1000,
     seeds=(0, 1, 2),
     alphas=ALPHAS,
     gqa_groups=2,
-    held_out_tokens=12_288,
-    calibration_sequences=48,
+    held_out_tokens=8_192,
+    calibration_sequences=40,
     refit_steps=100,
     optimiser=Optimiser(kind="adamw", rate=3e-3, warmup_steps=50, offset=200),
     decode=DecodeShape(
