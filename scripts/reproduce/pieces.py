@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 RESULT = "result.json"
+IN_ONE_GO = "in_one_go.json"
+"""Beside the pieces: what all of them took, where one command made them in an empty folder."""
 PACKAGES = ("gqa-convert", "torch", "transformers", "accelerate")
 
 

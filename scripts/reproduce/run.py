@@ -24,15 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from chain import Chain
-from pieces import Pieces
+from pieces import IN_ONE_GO, Pieces
 from scales import SCALES, Scale, Scales
 from untrained import FAMILIES
 
 from gqa_convert.errors import GQAConvertError, Preempted, UsageError
 
 AGAIN = Preempted.exit_code
-IN_ONE_GO = "in_one_go.json"
-"""What all pieces took, where one command made them in an empty folder."""
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

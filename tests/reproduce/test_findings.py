@@ -84,3 +84,13 @@ def test_seconds_are_said_to_be_whose_they_are(results):
     said = page(results, families)
     assert "What t5 took in all was not recorded" in said
     assert "all seeds: decoder 3. " in said
+
+
+def test_what_one_command_took_is_said_where_one_command_made_it_all(results):
+    from results_page import findings, page, shown
+
+    families = {name: findings(results, name) for name in results["families"]}
+    assert "by one command" not in page(results, families)
+    results["in_one_go"] = {"minutes": 15.52, "jobs": 2}
+    assert "by one command in 15.5 minutes, 2 processes side by side" in page(results, families)
+    assert shown(["--report", "--out", "/somewhere"]) == ["--out", "runs/reproduce"]
