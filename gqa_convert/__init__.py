@@ -12,25 +12,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert import registration
+from gqa_convert.modeling import auto
 
 if TYPE_CHECKING:
-    from gqa_convert.conversion import ConvertResult, convert, execute
+    from gqa_convert.conversion.execute import ConvertResult, convert, execute
+    from gqa_convert.conversion.plan import ConvertPlan, plan
     from gqa_convert.errors import GQAConvertError
     from gqa_convert.heads import Grouping, HeadLayout
-    from gqa_convert.planning import ConvertPlan, plan
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ConvertPlan": "gqa_convert.planning",
-    "ConvertResult": "gqa_convert.conversion",
+    "ConvertPlan": "gqa_convert.conversion.plan",
+    "ConvertResult": "gqa_convert.conversion.execute",
     "GQAConvertError": "gqa_convert.errors",
     "Grouping": "gqa_convert.heads",
     "HeadLayout": "gqa_convert.heads",
-    "convert": "gqa_convert.conversion",
-    "execute": "gqa_convert.conversion",
-    "plan": "gqa_convert.planning",
+    "convert": "gqa_convert.conversion.execute",
+    "execute": "gqa_convert.conversion.execute",
+    "plan": "gqa_convert.conversion.plan",
 }
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-registration.install()
+auto.install()
 
 
 def __getattr__(name: str) -> Any:

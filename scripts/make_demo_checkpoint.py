@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gqa_convert.demo import text
+from gqa_convert.data import stdlib
 from gqa_convert.demo.loss import encode_documents, model_loss, sample_windows
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "gqa_convert" / "demo" / "checkpoint"
@@ -233,7 +233,7 @@ def saved_loss(folder: Path, held_out: Tensor) -> float:
 
 def read_documents(limit: int | None) -> dict[str, list[str]]:
     """Read the training and held-out modules' text."""
-    sides = zip(("train", "held_out"), text.split(text.collect()), strict=True)
+    sides = zip(("train", "held_out"), stdlib.split(stdlib.collect()), strict=True)
     return {side: [module.text() for module in modules[:limit]] for side, modules in sides}
 
 

@@ -16,13 +16,13 @@ torch.set_num_threads(1)  # tiny tensors gain nothing from more, and tests may r
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run `gqa-convert` or `gqa` in this process: `command("gqa-convert", source, "--groups", 4)`."""
-    from gqa_convert import cli
+    from gqa_convert.cli import main
 
     def run(program: str, *arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exited:
-            {"gqa-convert": cli.convert_main, "gqa": cli.main}[program]()
+            {"gqa-convert": main.convert_main, "gqa": main.main}[program]()
         printed = capsys.readouterr()
         code = exited.value.code
         return Finished(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)

@@ -12,7 +12,7 @@ import sys
 import torch
 import transformers
 
-from gqa_convert import conversion
+from gqa_convert.conversion import execute
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         if child == 0:
             status = 1
             try:
-                conversion.convert(**wanted)
+                execute.convert(**wanted)
                 status = 0
             finally:
                 os._exit(status)

@@ -416,26 +416,26 @@ def test_json_does_not_change_errors(tmp_path: Path, command: Command) -> None:
 def test_a_fault_of_ours_keeps_its_traceback_and_leaves_nothing(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gqa_convert import conversion
+    from gqa_convert.conversion import execute
 
     def break_down(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
     source = factories.make(tmp_path / "source")
-    monkeypatch.setattr(conversion, "verify_output", break_down)
+    monkeypatch.setattr(execute, "verify_output", break_down)
     with pytest.raises(ZeroDivisionError):
         command("gqa-convert", source, "--groups", 4)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_interruption_leaves_nothing(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gqa_convert import conversion
+    from gqa_convert.conversion import execute
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     source = factories.make(tmp_path / "source")
-    monkeypatch.setattr(conversion, "verify_output", interrupt)
+    monkeypatch.setattr(execute, "verify_output", interrupt)
     finished = command("gqa-convert", source, "--groups", 4)
     assert finished.code == 130
     assert len(finished.err.splitlines()) == 1

@@ -5,8 +5,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from gqa_convert.budget import budget, format_count, horizon, parse_count
-from gqa_convert.budget_shape import devices, known_model, known_models, peak_flops, shape_of_folder
+from gqa_convert.budget.arithmetic import budget, format_count, horizon, parse_count
+from gqa_convert.budget.shape import devices, known_model, known_models, peak_flops, shape_of_folder
 from gqa_convert.errors import UsageError
 
 
@@ -138,7 +138,7 @@ def test_a_folders_shape_is_read_from_headers(tmp_path):
 
 def test_the_command_prints_json_without_torch():
     code = (
-        "import sys; from gqa_convert.cli import app\n"
+        "import sys; from gqa_convert.cli.main import app\n"
         "app(['budget', 'llama-2-7b', '--alpha', '0.05', '--json', '--distill'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
@@ -149,7 +149,7 @@ def test_the_command_prints_json_without_torch():
 
 
 def test_the_command_lists_and_shows():
-    from gqa_convert.cli import app
+    from gqa_convert.cli.main import app
 
     runner = CliRunner()
     assert "pythia-1.4b" in runner.invoke(app, ["budget", "--list"]).output

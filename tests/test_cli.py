@@ -184,11 +184,11 @@ def test_sizes_have_units() -> None:
 def test_progress_off_a_terminal_is_a_line_a_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gqa_convert import console
+    from gqa_convert import progress
 
     now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    with console.conversion_progress(4096, quiet=False) as (on_bytes, _):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.conversion_progress(4096, quiet=False) as (on_bytes, _):
         for _ in range(4):
             on_bytes(1024)
             now[0] += 40.0
@@ -196,8 +196,8 @@ def test_progress_off_a_terminal_is_a_line_a_minute(
 
 
 def test_quiet_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    from gqa_convert import console
+    from gqa_convert import progress
 
-    with console.conversion_progress(4096, quiet=True) as (on_bytes, _):
+    with progress.conversion_progress(4096, quiet=True) as (on_bytes, _):
         on_bytes(4096)
     assert capsys.readouterr() == ("", "")

@@ -16,33 +16,40 @@ import gqa_convert
 
 PACKAGE = Path(gqa_convert.__file__).parent
 
-# From the ground up. A module belongs to the longest prefix that fits it and may import from lower layers and from its
-# own room (the first part of its name); imports inside functions count, imports for type checkers do not.
+# From the ground up: one room, or one module that stands apart from its room, belongs to one floor. A module belongs to
+# the longest prefix that fits it and may import from lower floors and from its own room (the first part of its name);
+# imports inside functions count, imports for type checkers do not.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("registration",),
-    ("", "errors"),
-    ("heads", "console", "ahead"),
-    ("checkpoint", "merge"),
-    ("modeling",),
-    ("recipe", "anatomy"),
-    ("proof", "data", "routes"),
-    ("calibrate", "blockplan", "families"),
-    ("planning", "merging"),
-    ("solving", "verify_transpiling"),
-    ("verify",),
+    ("errors", "console", "modeling.auto"),
+    ("", "heads", "progress"),
+    ("checkpoint", "merge", "data"),
+    ("modeling", "budget"),
+    ("hf",),
+    ("tiny",),
+    ("anatomy",),
+    ("calibrate",),
     ("conversion",),
-    ("proof.contract", "proof.transpiled", "inspection"),
-    ("proof.run", "demo", "budget_shape"),
-    ("budget",),
-    ("budget_command",),
-    ("evaluate", "uptrain"),
-    ("report", "demo.run", "demo.recovery"),
+    ("contract", "evaluate", "uptrain"),
+    ("demo", "report"),
     ("cli",),
-    ("uptrain.__main__",),
 )
+UPWARD = {
+    "uptrain.__main__": "what `accelerate launch -m gqa_convert.uptrain` runs: the command itself, under a launcher",
+    "modeling.auto": "makes a family's classes when one is asked for; imported with the package, so it lies low",
+}
+"""Modules that import from above, each with its reason."""
 LEVEL = {prefix: level for level, layer in enumerate(LAYERS) for prefix in layer}
 
-LIGHT = ["errors", "heads", "recipe", "console", "merge.registry", "budget", "cli"]
+LIGHT = [
+    "errors",
+    "heads",
+    "conversion.recipe",
+    "progress",
+    "console",
+    "merge.registry",
+    "budget.arithmetic",
+    "cli.main",
+]
 HEAVY = ["torch", "transformers", "numpy", "safetensors", "huggingface_hub", "datasets", "accelerate", "pandas"]
 
 
@@ -95,6 +102,8 @@ def test_every_module_has_a_layer() -> None:
 def test_imports_go_down_only() -> None:
     wrong = []
     for name, path in modules().items():
+        if name in UPWARD:
+            continue
         room, level = name.split(".")[0], layer_of(name)
         for imported in imports(path):
             home = gqa_convert._HOMES.get(imported, "").removeprefix("gqa_convert.") or imported
@@ -113,7 +122,7 @@ def test_transformers_internals_are_met_in_two_files() -> None:
         for path in PACKAGE.rglob("*.py")
         if any(f'"{name}"' in path.read_text() or f"{name} import" in path.read_text() for name in private)
     }
-    assert users <= {"anatomy/transformers_api.py", "calibrate/weights.py"}
+    assert users <= {"hf/api.py", "hf/partial.py"}
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -137,7 +146,7 @@ def test_light_modules_import_nothing_heavy_at_their_top(name: str) -> None:
 )
 def test_help_imports_no_torch_and_answers_at_once(arguments: list[str]) -> None:
     code = (
-        "import json, sys; from gqa_convert import cli\n"
+        "import json, sys; from gqa_convert.cli import main as cli\n"
         "try: {'gqa': cli.main, 'gqa-convert': cli.convert_main}[sys.argv[0]]()\n"
         f"except SystemExit: print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
     )

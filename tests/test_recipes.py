@@ -9,10 +9,10 @@ import pytest
 
 from gqa_convert import convert, plan
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.conversion.recipe import PRESETS, Recipe, make_recipe
 from gqa_convert.errors import UnsupportedModelError, UsageError
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.tiny import tiny_config
-from gqa_convert.recipe import PRESETS, Recipe, make_recipe
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 SMALL = {"sequences": 8, "length": 32, "refit_steps": 5, "refit_tokens": 64}
 

@@ -14,11 +14,11 @@ from factories import FAMILIES
 from support import Command
 
 from gqa_convert import convert, plan
+from gqa_convert.conversion.inspect import verify_pair
+from gqa_convert.conversion.verify import verify_output
 from gqa_convert.errors import VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_heads
-from gqa_convert.inspection import verify_pair
 from gqa_convert.merge import registry
-from gqa_convert.verify import verify_output
 
 K = "model.layers.1.self_attn.k_proj.weight"
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.anatomy import special, transformers_api
-from gqa_convert.anatomy.finder import Finder, Merge
+from gqa_convert.anatomy import family_facts
 from gqa_convert.anatomy.kv_fields import KVField, aim, check_groups, get_path
 from gqa_convert.anatomy.shapes import ShapeDifference
-from gqa_convert.anatomy.shipped import fields_of, retarget
 from gqa_convert.anatomy.stated import stated_heads
+from gqa_convert.anatomy.target import fields_of, retarget
+from gqa_convert.anatomy.tensor_merges import Finder, Merge
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import UnsupportedModelError, VerificationError
+from gqa_convert.hf import api
 from gqa_convert.modeling import shipping
 
 
@@ -51,15 +52,15 @@ def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> t
     Raises:
         UnsupportedModelError: if the family has no KV heads to merge or no setting for their number.
     """
-    config = transformers_api.checkpoint_config(checkpoint, trust_remote_code=trust_remote_code)
+    config = api.checkpoint_config(checkpoint, trust_remote_code=trust_remote_code)
     model_type = str(getattr(config, "model_type", ""))
-    kind, reason = special.refused_families().get(model_type, ("", ""))
+    kind, reason = family_facts.refused_families().get(model_type, ("", ""))
     if kind in ("C", "D"):
         raise UnsupportedModelError(f"{model_type} cannot become a grouped-query model here: {reason}.")
     fields = fields_of(config, checkpoint.config, _class_of(checkpoint, config, trust_remote_code))
     if not fields:
         raise UnsupportedModelError(
-            f"{model_type} cannot become a grouped-query model here: transformers {transformers_api.version()} gives "
+            f"{model_type} cannot become a grouped-query model here: transformers {api.version()} gives "
             "its decoder no setting for the number of KV heads."
         )
     owner = get_path(config, fields[0].path[:-1]) or config
@@ -72,7 +73,7 @@ def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> t
 
 
 def _class_of(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
-    return transformers_api.model_class(config, folder=checkpoint.folder, trust_remote_code=trust_remote_code)
+    return api.model_class(config, folder=checkpoint.folder, trust_remote_code=trust_remote_code)
 
 
 def dissect(
@@ -90,14 +91,14 @@ def dissect(
     config, fields = read_fields(checkpoint, trust_remote_code=trust_remote_code)
     fields = aim(fields, cross_groups)
     changed = check_groups(fields, groups, stated_heads((checkpoint.stored or checkpoint).config, fields[0]))
-    why = special.refusal(config, groups, fields[0].kv_heads)
+    why = family_facts.refusal(config, groups, fields[0].kv_heads)
     if why:
         raise UnsupportedModelError(f"--groups {groups}: {why}")
     cls = _class_of(checkpoint, config, trust_remote_code)
     edits, target_config, target_cls = retarget(config, checkpoint.config, cls, fields, groups, checkpoint.folder)
     files = (shipping.FILE,) if shipping.is_shipped(str(target_config.model_type)) else ()
-    source_model = transformers_api.build_on_meta(cls, config)
-    target_model = transformers_api.build_on_meta(target_cls, target_config)
+    source_model = api.build_on_meta(cls, config)
+    target_model = api.build_on_meta(target_cls, target_config)
     difference = ShapeDifference(source_model, target_model, fields, groups) if changed else None
     found = Finder(checkpoint, difference) if difference else None
     return Anatomy(
@@ -136,7 +137,7 @@ def check_target(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], source
     Raises:
         VerificationError: naming the first key that is missing, unexpected or of the wrong shape.
     """
-    key_map = transformers_api.KeyMap(anatomy.target_model)
+    key_map = api.KeyMap(anatomy.target_model)
     merged = {merge.key for merge in anatomy.merges}
     for key, shape in shapes.items():
         if key not in source_keys:

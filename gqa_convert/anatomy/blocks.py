@@ -1,7 +1,7 @@
 """Attention blocks: which modules of a model are one layer's q, k, v and o, and how to read and write them as one.
 
 Found from the parameters that depend on KV heads; the q and o projections are their neighbours. Whether a block found
-so really computes attention in the way its view claims is proven on a tiny model (`gqa_convert.proof.freedom`).
+so really computes attention in the way its view claims is proven on a tiny model (`gqa_convert.anatomy.freedom`).
 
 Shape suffixes: H query heads, K KV heads, D head_dim of q and k, V head_dim of v, X input width, O output width.
 """
@@ -9,10 +9,11 @@ Shape suffixes: H query heads, K KV heads, D head_dim of q and k, V head_dim of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from gqa_convert.anatomy.rows import Rows
+from gqa_convert.anatomy.block_names import BlockNames, Freedom
+from gqa_convert.anatomy.head_axis import Rows
 from gqa_convert.anatomy.shapes import ShapeDifference
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.heads import merge_heads, split_heads
@@ -20,7 +21,6 @@ from gqa_convert.heads import merge_heads, split_heads
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gqa_convert.anatomy.extras import HeadExtra
     from gqa_convert.merge.block import AttentionBlock, RotaryLayout
 
     Get = Callable[[str], Tensor | None]
@@ -28,50 +28,6 @@ if TYPE_CHECKING:
 # How families spell the neighbours of a key projection.
 _QUERY_SPELLINGS = (("k_proj", "q_proj"), ("key", "query"), ("to_k", "to_q"), ("wk", "wq"), ("k", "q"))
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "to_out", "wo", "o", "c_proj", "out", "attn_out", "proj")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockNames:
-    """Where one attention layer's projections are, by module path.
-
-    `layer` is the decoder layer that holds the attention module `module`. For a fused projection `q`, `k` and `v` are
-    the same module and `fused` says how heads lie in its rows.
-    """
-
-    module: str
-    layer: str
-    q: str
-    k: str
-    v: str
-    o: str
-    query_heads: int
-    kv_heads: int
-    groups: int
-    fused: Rows | None = None
-
-    @property
-    def cross(self) -> bool:
-        """True for cross-attention, whose keys and values read the encoder's output."""
-        leaf = self.module.rsplit(".", 1)[-1]
-        return "cross" in leaf or leaf.startswith("encoder") or leaf == "EncDecAttention"
-
-    @property
-    def transposed(self) -> bool:
-        """True if the weights are (in, out), as GPT-2's are."""
-        return self.fused is not None and self.fused.dim == 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Freedom:
-    """Which changes to q, k, v and o leave an architecture's function as it is; proven, not assumed."""
-
-    rotary_kind: Literal["none", "half", "interleaved"]
-    key_gauge: Literal["full", "signs", "none"]
-    value_gauge: Literal["full", "none"]
-    permutable: bool
-    shift_invariant: bool = True
-    extras: tuple[HeadExtra, ...] = ()
-    """Other per-head parameters, which change places with their heads."""
 
 
 def find_blocks(difference: ShapeDifference) -> tuple[BlockNames, ...]:

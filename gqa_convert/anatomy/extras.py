@@ -2,7 +2,7 @@
 
 They belong to their heads, so they must change places with them. Which parameters of an attention module these are is
 no list of names: what could lie in heads by its shape is a candidate, and the proof on a tiny model chooses
-(`gqa_convert.proof.freedom`).
+(`gqa_convert.anatomy.freedom`).
 
 Shape suffixes: H query heads, K KV heads.
 """
@@ -11,34 +11,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from gqa_convert.anatomy.block_names import HeadExtra
 from gqa_convert.anatomy.shapes import ShapeDifference, index_of, index_split
 from gqa_convert.heads import merge_heads, split_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gqa_convert.anatomy.blocks import BlockNames
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadExtra:
-    """One per-head parameter of every attention module that has it."""
-
-    name: str
-    """Path within the attention module; for a list of one module a head, `{}` in the place of the head's number."""
-    heads: Literal["query", "kv"]
-    """Whose heads lie in it."""
-    dim: int = 0
-    """The axis in which they lie; of no meaning for a list."""
-
-    def names(self, block: BlockNames) -> tuple[str, ...]:
-        """Parameter names in one block's module: one, or one a head."""
-        count = block.query_heads if self.heads == "query" else block.kv_heads
-        path = f"{block.module}.{self.name}"
-        return tuple(path.format(head) for head in range(count)) if "{}" in self.name else (path,)
+    from gqa_convert.anatomy.block_names import BlockNames
 
 
 def candidates(difference: ShapeDifference, blocks: Sequence[BlockNames]) -> list[list[HeadExtra]]:

@@ -13,10 +13,10 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gqa_convert.anatomy import special
-from gqa_convert.anatomy.transformers_api import config_from_dict
+from gqa_convert.anatomy import family_facts
 from gqa_convert.errors import UnsupportedModelError, UsageError
 from gqa_convert.heads import divisors
+from gqa_convert.hf.api import config_from_dict
 
 Path = tuple[str, ...]
 
@@ -79,8 +79,8 @@ def find_kv_fields(config: Any, values: Mapping[str, Any]) -> tuple[KVField, ...
 def decoder_paths(config: Any) -> Iterator[tuple[Path, ...]]:
     """Yield where the decoder's configuration may lie, the likeliest first; several paths change together."""
     model_type = getattr(config, "model_type", "")
-    if model_type in special.DECODER_PATHS:
-        yield special.DECODER_PATHS[model_type]
+    if model_type in family_facts.DECODER_PATHS:
+        yield family_facts.DECODER_PATHS[model_type]
         return
     try:
         text = config.get_text_config(decoder=True)
@@ -107,7 +107,7 @@ def _fields_at(config: Any, prefix: Path, values: Mapping[str, Any]) -> Iterator
     for path in dict.fromkeys(paths):
         value = get_path(owner, path)
         value = get_path(raw, path) if value is None else value
-        value = special.effective_kv_heads(owner, path[-1], value)
+        value = family_facts.effective_kv_heads(owner, path[-1], value)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             yield KVField(path=prefix + path, kv_heads=value, query_heads=_query_heads(owner, path[-1], value))
 
@@ -206,7 +206,7 @@ def config_edits(
     edits: dict[Path, Any] = {}
     for field in fields:
         edits.update(_edit_one(config, values, edits, field, groups))
-    edits.update(special.extra_edits(config, values, groups))
+    edits.update(family_facts.extra_edits(config, values, groups))
     edited = config_from_dict(config, apply_edits(values, edits))
     return edits, edited
 
@@ -218,7 +218,9 @@ def _edit_one(
         wanted = field.wanted(groups)
         trial = {**done, path: wanted}
         try:
-            edited = config_from_dict(config, apply_edits(values, trial | special.extra_edits(config, values, groups)))
+            edited = config_from_dict(
+                config, apply_edits(values, trial | family_facts.extra_edits(config, values, groups))
+            )
         except Exception:  # a strict class refuses a key in the wrong place: try the next one
             continue
         read = get_path(edited, field.path)
@@ -237,7 +239,7 @@ def _json_candidates(values: Mapping[str, Any], field: KVField) -> Iterator[Path
     if leaf in values:
         yield (leaf,)
     for name in _json_at(values, prefix):
-        if name in special.JSON_ALIASES:
+        if name in family_facts.JSON_ALIASES:
             yield (*prefix, name)
     if not prefix or get_path(values, prefix) is not None:
         yield field.path

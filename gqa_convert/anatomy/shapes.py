@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.anatomy import special
+from gqa_convert.anatomy import family_facts
+from gqa_convert.anatomy.head_axis import Rows
 from gqa_convert.anatomy.kv_fields import KVField, get_path
-from gqa_convert.anatomy.rows import Rows
 from gqa_convert.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class ShapeDifference:
     def _fused_rows(self, dim: int, size: int, target_size: int) -> Rows | None:
         """The rows of a fused projection of a family whose layout is known; None if this is none."""
         main = self.fields[0]
-        layouts = special.fused_layouts(self._decoder_type(), main.query_heads, main.kv_heads)
+        layouts = family_facts.fused_layouts(self._decoder_type(), main.query_heads, main.kv_heads)
         gone = 2 * (main.kv_heads - self.groups)
         if layouts is None or gone <= 0 or (size - target_size) % gone:
             return None
@@ -152,7 +152,7 @@ class ShapeDifference:
     def _decoder_type(self) -> str:
         owner = get_path(self.source.config, self.fields[0].path[:-1])
         model_type = getattr(owner, "model_type", "") or self.source.config.model_type
-        return str(self.source.config.model_type if model_type not in special.FUSED_LAYOUTS else model_type)
+        return str(self.source.config.model_type if model_type not in family_facts.FUSED_LAYOUTS else model_type)
 
     def _vanishing_stacks(self) -> dict[str, tuple[str, ...]]:
         """Return, for each parameter of a one-module-a-head list that gets shorter, the names of the whole list."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gqa_convert.anatomy import special
+from gqa_convert.anatomy import family_facts
 from gqa_convert.anatomy.kv_fields import KVField, Path, get_path
 
 # An encoder-decoder names the heads of both; it is the decoder's that are converted.
@@ -39,5 +39,5 @@ def _candidates(values: Mapping[str, Any], field: KVField) -> Iterator[Path]:
     places = (field.path[:-1], (), ("text_config",))
     for place in places:
         yield (*place, field.path[-1])
-        for name in (*special.JSON_ALIASES, *_HEAD_NAMES):
+        for name in (*family_facts.JSON_ALIASES, *_HEAD_NAMES):
             yield (*place, name)

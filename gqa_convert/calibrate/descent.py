@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.calibrate.activations import to_device
-from gqa_convert.calibrate.watch import Names, part_of, watching
+from gqa_convert.calibrate.hooks import Names, part_of, watching
 
 if TYPE_CHECKING:
     import torch

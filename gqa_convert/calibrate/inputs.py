@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.calibrate.encoder_inputs import document_rows
 from gqa_convert.calibrate.report import OnLayer
 from gqa_convert.calibrate.self_text import own_answers, self_tokens
 from gqa_convert.calibrate.store import LayerStore, identity
-from gqa_convert.calibrate.tokens import calibration_tokens, token_hash, window_plan
+from gqa_convert.calibrate.tokens import calibration_tokens, document_rows, token_hash, window_plan
 from gqa_convert.errors import UsageError
-from gqa_convert.recipe import SELF
+from gqa_convert.hf.loading import max_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gqa_convert.checkpoint.reader import Checkpoint
-    from gqa_convert.recipe import Recipe
+    from gqa_convert.conversion.recipe import Recipe
 
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 _CACHE_BYTES = 4 << 30  # of the KV cache while the source writes text
 _MOST_WINDOWS = 256  # written at a time
 
@@ -51,13 +49,13 @@ def calibration_inputs(
         return None
     sequences, length = window_plan(max_positions(config), sequences=recipe.sequences, length=recipe.length)
     answers = bool(getattr(config, "is_encoder_decoder", False))
-    if recipe.calibrate == SELF and answers:
+    if recipe.self_written and answers:
         raise UsageError(
-            f"--calibrate {SELF}: {config.model_type} is an encoder-decoder and cannot write text from nothing. "
-            "Name a file, a folder or a hub dataset with texts such as it is used on."
+            f"--calibrate {recipe.calibrate}: {config.model_type} is an encoder-decoder and cannot write text from "
+            "nothing. Name a file, a folder or a hub dataset with texts such as it is used on."
         )
     chosen: dict[str, Any] = {"seed": recipe.seed, "trust_remote_code": trust_remote_code}
-    if recipe.calibrate != SELF and not answers:
+    if not recipe.self_written and not answers:
         return [
             {
                 "input_ids": calibration_tokens(
@@ -97,16 +95,6 @@ def _kept(store: LayerStore) -> list[dict[str, Tensor]] | None:
         found.append(read[0])
         if len(found) == read[1]["shapes"]:
             return found
-    return None
-
-
-def max_positions(config: Any) -> int | None:
-    """The model's context in tokens; None where its configuration states none."""
-    text = config.get_text_config(decoder=True)
-    for name in _POSITIONS:
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
     return None
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.anatomy.blocks import BlockNames, Freedom, block_state, layout_for, read_block
+from gqa_convert.anatomy.block_names import BlockNames, Freedom
+from gqa_convert.anatomy.blocks import block_state, layout_for, read_block
 from gqa_convert.anatomy.extras import moved_extras
 from gqa_convert.calibrate.activations import to_device
-from gqa_convert.calibrate.lanes import LayerCall
-from gqa_convert.calibrate.others import other_state
+from gqa_convert.calibrate.hooks import BlockRecord, Enough, part_of, watching
+from gqa_convert.calibrate.paused_forward import LayerCall
 from gqa_convert.calibrate.refit import RefitOptions, RefitReport, refit_block
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.residual import hidden_of, residual_scale
-from gqa_convert.calibrate.watch import BlockRecord, Enough, part_of, watching
 from gqa_convert.heads import Grouping
 from gqa_convert.merge.apply import merge_block, method_options
 from gqa_convert.merge.grouping import residual_cost, search_grouping
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
     from gqa_convert.anatomy.shapes import ShapeDifference
     from gqa_convert.calibrate.descent import Call
-    from gqa_convert.calibrate.stream import LayerWindow
-    from gqa_convert.calibrate.student import StudentParts
+    from gqa_convert.calibrate.layer_stream import LayerWindow
+    from gqa_convert.calibrate.parts import StudentParts
+    from gqa_convert.conversion.recipe import Recipe
     from gqa_convert.merge.block import AttentionBlock, RotaryLayout
     from gqa_convert.merge.statistics import Statistics
-    from gqa_convert.recipe import Recipe
 
 State = dict[str, "Tensor"]
 """Tensors by parameter name of the whole model."""
@@ -173,3 +173,31 @@ def attention_calls(window: LayerWindow, names: BlockNames, keep: Callable[[Any]
             with suppress(Enough):
                 window.module(*args, **kwargs)
     return own.calls
+
+
+def other_state(
+    difference: ShapeDifference, get: Callable[[str], Tensor | None], path: str, solved: Iterable[str]
+) -> dict[str, Tensor]:
+    """Return the merged tensors of one layer that belong to no block, by parameter name, in float32.
+
+    Args:
+        difference: what depends on KV heads.
+        get: the source's parameters by name.
+        path: the layer.
+        solved: names that are already dealt with.
+    """
+    import torch
+
+    pool = get_method("mean").pool
+    assert pool is not None
+    done, state = set(solved), {}
+    for name, rows in difference.rows.items():
+        source = get(name) if name.startswith(f"{path}.") and name not in done else None
+        if source is not None:
+            state[name] = rows.merge(source.detach().float(), pool)
+    for name, stack in difference.stacks.items():
+        if name.startswith(f"{path}.") and name in difference.target_shapes:
+            index, size = difference.stack_of(name)
+            members = [get(other) for other in stack[index * size : (index + 1) * size]]
+            state[name] = torch.stack([m.detach().float() for m in members if m is not None]).mean(0)
+    return state

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.anatomy import transformers_api
-from gqa_convert.calibrate.stream import LayerStream, Parts
-from gqa_convert.calibrate.weights import PartialModel, layer_paths, move_buffers, whole_model
+from gqa_convert.calibrate.layer_stream import LayerStream, Parts
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError
+from gqa_convert.hf import api
+from gqa_convert.hf.partial import PartialModel, empty_model, layer_paths, move_buffers, set_parameter, whole_model
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    from gqa_convert.calibrate.layer_stream import Parts
 
 TOLERANCE = 1e-5
 """Largest accepted difference of logits, as a share of the largest logit, between streamed and plain float32 passes."""
@@ -42,7 +45,7 @@ class WholeModel:
 
 
 def _loaded(checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype) -> Any:
-    with transformers_api.quiet():
+    with api.quiet():
         model, info = cls.from_pretrained(  # type: ignore[attr-defined]
             checkpoint.folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
         )
@@ -73,18 +76,18 @@ def streaming_fault(cls: type[nn.Module], config: Any) -> str | None:
     """
     import torch
 
-    from gqa_convert.proof.forward import difference, logits
-    from gqa_convert.proof.model import text_inputs, tiny_model
-    from gqa_convert.proof.tiny import shrink
+    from gqa_convert.tiny.forward import difference, logits
+    from gqa_convert.tiny.model import text_inputs, tiny_model
+    from gqa_convert.tiny.shrink import shrink
 
     try:
         tiny = shrink(config)
         model = tiny_model(tiny, architectures=[cls.__name__])
         inputs = [text_inputs(model, seed=seed) for seed in (0, 1)]
-        with tempfile.TemporaryDirectory() as folder, transformers_api.quiet():
+        with tempfile.TemporaryDirectory() as folder, api.quiet():
             model.save_pretrained(folder)
             written = Checkpoint.open(Path(folder))
-            own = transformers_api.load_config(Path(folder), trust_remote_code=False)
+            own = api.load_config(Path(folder), trust_remote_code=False)
             whole = WholeModel(written, type(model), own, dtype=torch.float32).model
             lean = PartialModel(written, type(model), own, dtype=torch.float32)
             stream = LayerStream(lean, inputs, keep_results=True)
@@ -97,3 +100,50 @@ def streaming_fault(cls: type[nn.Module], config: Any) -> str | None:
         text = re.sub(r"\S*/\S+: ", "", " ".join(str(error).split()))  # the temporary folder means nothing to anybody
         return f"a tiny model of it fails ({type(error).__name__}: {text[:160]})"
     return None if gap <= TOLERANCE else f"a tiny model of it is off by {gap:.1e}"
+
+
+class StudentParts:
+    """A model of the target configuration whose layers are filled from the source's, as far as shapes agree.
+
+    `load` must come after the source's `load` of the same layer; `put` then gives the layer its own tensors.
+
+    Attributes:
+        model: the target model; layers that are not loaded are on meta.
+        layers: the source's layer paths.
+    """
+
+    def __init__(self, teacher: Parts, cls: type[nn.Module], config: Any, dtype: torch.dtype) -> None:
+        self.teacher = teacher
+        self.layers = teacher.layers
+        self.model: Any = empty_model(cls, config, dtype)
+        self._meta: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
+        self._share([name for name in self._meta if not self._in_layer(name)])
+
+    def load(self, path: str, device: torch.device | str = "cpu") -> nn.Module:
+        """Share the source's tensors of one layer; what differs in shape stays on meta until `put`."""
+        self._share([name for name in self._meta if name.startswith(f"{path}.")])
+        module: nn.Module = self.model.get_submodule(path)
+        move_buffers(module, device)
+        return module
+
+    def release(self, path: str) -> None:
+        """Let go of a layer's tensors."""
+        for name, empty in self._meta.items():
+            if name.startswith(f"{path}."):
+                set_parameter(self.model, name, empty)
+        move_buffers(self.model.get_submodule(path), "cpu")
+
+    def put(self, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        """Give the model tensors by parameter name, cast to its dtype."""
+        for name, tensor in state.items():
+            set_parameter(self.model, name, tensor.to(device=device, dtype=self._meta[name].dtype))
+
+    def _in_layer(self, name: str) -> bool:
+        return any(name.startswith(f"{path}.") for path in self.layers)
+
+    def _share(self, names: list[str]) -> None:
+        source = dict(self.teacher.model.state_dict(keep_vars=True))
+        for name in names:
+            tensor = source.get(name)
+            if tensor is not None and tensor.device.type != "meta" and tensor.shape == self._meta[name].shape:
+                set_parameter(self.model, name, tensor)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.calibrate.activations import to_device
 from gqa_convert.calibrate.descent import DescentOptions, as_float32, descend, held_out
+from gqa_convert.calibrate.hooks import Names, part_of, watching
 from gqa_convert.calibrate.least_squares import NormalEquations
-from gqa_convert.calibrate.watch import Names, part_of, watching
 from gqa_convert.errors import UsageError
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.calibrate.watch import Names, watching
+from gqa_convert.calibrate.hooks import Names, watching
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from gqa_convert.calibrate.lanes import LayerCall
+    from gqa_convert.calibrate.paused_forward import LayerCall
 
 _TOLERANCE = 2e-3  # of float32 differences between two runs of a layer
 

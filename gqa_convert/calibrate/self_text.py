@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.anatomy import transformers_api
-from gqa_convert.calibrate.encoder_inputs import shorter
+from gqa_convert.calibrate.tokens import shorter
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.hf import api
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,9 +133,9 @@ def _answer_length(answer: Tensor, ends: list[int]) -> int:
 
 
 def _load(folder: Path, device: str, trust_remote_code: bool) -> Any:
-    config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
-    cls: Any = transformers_api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
-    with transformers_api.quiet():
+    config = api.load_config(folder, trust_remote_code=trust_remote_code)
+    cls: Any = api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
+    with api.quiet():
         return cls.from_pretrained(folder, dtype="auto", local_files_only=True).eval().to(device)
 
 
@@ -196,7 +196,7 @@ def _sample(
         decoder_start_token_id=_decoder_start(model),
         use_cache=True,
     )
-    with torch.no_grad(), transformers_api.quiet():
+    with torch.no_grad(), api.quiet():
         out: Tensor = model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),

@@ -10,29 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.blocks import rotary_layouts
 from gqa_convert.calibrate.activations import Spill, free_memory, to_device
-from gqa_convert.calibrate.attended import Attended, attention_received
-from gqa_convert.calibrate.choices import batch_size, blocks_by_layer, fold_context, refit_options
+from gqa_convert.calibrate.attention_received import Attended, attention_received
+from gqa_convert.calibrate.hooks import BlockRecord, part_of, watching
+from gqa_convert.calibrate.input_statistics import InputMoments, read_statistics, statistics_store, write_statistics
 from gqa_convert.calibrate.layer import Merger, State, refit_layer
-from gqa_convert.calibrate.moments import InputMoments
-from gqa_convert.calibrate.parts import open_parts
-from gqa_convert.calibrate.refit import RefitReport
+from gqa_convert.calibrate.layer_stream import LayerStream, LayerWindow, Parts
+from gqa_convert.calibrate.parts import StudentParts, open_parts
+from gqa_convert.calibrate.refit import RefitOptions, RefitReport
 from gqa_convert.calibrate.report import BlockReport, OnLayer
-from gqa_convert.calibrate.statistics_file import read_statistics, statistics_store, write_statistics
 from gqa_convert.calibrate.store import LayerStore, identity
-from gqa_convert.calibrate.stream import LayerStream, LayerWindow, Parts
-from gqa_convert.calibrate.student import StudentParts
 from gqa_convert.calibrate.tokens import batches, token_hash
-from gqa_convert.calibrate.watch import BlockRecord, part_of, watching
+from gqa_convert.errors import UnsupportedModelError, UsageError
+from gqa_convert.hf.loading import max_positions
+from gqa_convert.hf.partial import layer_paths
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from gqa_convert.anatomy.anatomy import Anatomy
-    from gqa_convert.anatomy.blocks import BlockNames, Freedom
+    from gqa_convert.anatomy.block_names import BlockNames, Freedom
     from gqa_convert.calibrate.tokens import Inputs
     from gqa_convert.checkpoint.reader import Checkpoint
-    from gqa_convert.recipe import Recipe
+    from gqa_convert.conversion.recipe import Recipe
 
 _TEXT_FIELDS = ("calibrate", "sequences", "length")  # of a recipe: the text's own hash says more
 _TOLD_EVERY = 10  # steps
@@ -249,3 +249,54 @@ class Session:
 
 def _with_refit(report: BlockReport, seen: RefitReport) -> BlockReport:
     return replace(report, **{**asdict(seen), "seconds": report.seconds + seen.seconds})
+
+
+def batch_size(inputs: Mapping[str, Tensor], tokens: int) -> int:
+    """Return the windows of one call, which is also one step of a refit of `tokens` tokens."""
+    decoded = list(inputs.values())[-1]
+    return max(1, round(tokens / decoded.shape[1]))
+
+
+def blocks_by_layer(model: nn.Module, blocks: Sequence[BlockNames]) -> dict[str, list[BlockNames]]:
+    """Return the blocks of each layer by its path, in the model's order.
+
+    Raises:
+        UnsupportedModelError: if a block is in no layer.
+    """
+    paths = layer_paths(model)
+    found: dict[str, list[BlockNames]] = {}
+    homeless = [b.module for b in blocks if not any(b.module.startswith(f"{path}.") for path in paths)]
+    if homeless:
+        raise UnsupportedModelError(f"{homeless[0]}: this attention is in no list of layers, so it cannot be solved.")
+    for path in paths:
+        inside = [b for b in blocks if b.module.startswith(f"{path}.")]
+        if inside:
+            found[path] = inside
+    return found
+
+
+def refit_options(recipe: Recipe) -> RefitOptions | None:
+    """The refit that a recipe asks for; without steps it is the least squares of o_proj alone."""
+    if not recipe.refit:
+        return None
+    return RefitOptions(
+        steps=recipe.refit_steps,
+        tokens=recipe.refit_tokens,
+        lr=recipe.refit_lr,
+        least_squares=recipe.refit_steps == 0,
+        seed=recipe.seed,
+    )
+
+
+def fold_context(recipe: Recipe, config: Any) -> int | None:
+    """The longest context that a recipe's fold keeps sound; None where it does not fold.
+
+    Raises:
+        UsageError: if it folds and neither it nor the configuration says.
+    """
+    if not recipe.fold:
+        return None
+    context = recipe.max_context or max_positions(config)
+    if not context:
+        raise UsageError("--fold: the configuration states no context length. Give --max-context.")
+    return context

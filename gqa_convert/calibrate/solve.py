@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gqa_convert.anatomy.anatomy import Anatomy
-    from gqa_convert.anatomy.blocks import BlockNames, Freedom
+    from gqa_convert.anatomy.block_names import BlockNames, Freedom
     from gqa_convert.calibrate.tokens import Inputs
     from gqa_convert.checkpoint.reader import Checkpoint
-    from gqa_convert.recipe import Recipe
+    from gqa_convert.conversion.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.anatomy import transformers_api
-from gqa_convert.calibrate.documents import documents
+from gqa_convert.data.sampling import documents
 from gqa_convert.errors import UsageError
+from gqa_convert.hf import api
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def calibration_tokens(
     joined and cut.
 
     Args:
-        data: a file, a folder or a hub dataset; see `gqa_convert.calibrate.documents.documents`.
+        data: a file, a folder or a hub dataset; see `gqa_convert.data.sampling.documents`.
         tokenizer_folder: a folder with the model's tokenizer.
         sequences: windows wanted; a smaller source gives fewer.
         length: tokens a window.
@@ -67,7 +67,7 @@ def calibration_tokens(
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for text in documents(data, seed=seed):
-        with transformers_api.quiet():
+        with api.quiet():
             ids += tokenizer(text)["input_ids"]
         if end is not None and (not ids or ids[-1] != end):
             ids.append(end)
@@ -88,7 +88,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with transformers_api.quiet():
+        with api.quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # every tokenizer library has its own
         text = " ".join(str(error).split())[:200]
@@ -126,3 +126,75 @@ def batches(inputs: Inputs, size: int | Callable[[Mapping[str, Tensor]], int]) -
     if len(shapes) > 1:
         random.Random(0).shuffle(found)  # the last are held out of a refit, and should be like the others
     return found
+
+
+SHORTEST = 4
+"""Shorter documents say too little to be worth a batch of their own."""
+
+
+def shorter(length: int) -> int:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, ... (powers of two and half as much again) that is at most `length`."""
+    power = 1 << (length.bit_length() - 1)
+    return power + power // 2 if power + power // 2 <= length else power
+
+
+def document_rows(
+    data: str, tokenizer_folder: Path, *, tokens: int, length: int, seed: int = 0, trust_remote_code: bool = False
+) -> list[Tensor]:
+    """Tokenise documents from all over a text source, each by itself; longer ones than `length` in several rows.
+
+    Args:
+        data: as `gqa_convert.data.named.source_named` takes it.
+        tokenizer_folder: a folder with the model's tokenizer.
+        tokens: wanted in all; a smaller source gives fewer.
+        length: the longest row, its special tokens included.
+        seed: for the choice of documents.
+        trust_remote_code: allow the tokenizer's own code to run.
+
+    Returns:
+        ids_NS, int64, one tensor a length, shortest first.
+
+    Raises:
+        UsageError: if no document has as many as four tokens, or the folder has no tokenizer.
+        HubError: if a hub dataset cannot be read.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
+    rows: list[list[int]] = []
+    left = tokens
+    for text in documents(data, seed=seed):
+        for row in _rows(tokenizer, text, length):
+            rows.append(row)
+            left -= len(row)
+        if left <= 0:
+            break
+    if not rows:
+        raise UsageError(f"{data}: no document has {SHORTEST} tokens or more. Use other text.")
+    return by_length(rows)
+
+
+def by_length(rows: Iterable[Sequence[int]]) -> list[Tensor]:
+    """Stack rows of one length, shortest first."""
+    import torch
+
+    found: dict[int, list[Sequence[int]]] = {}
+    for row in rows:
+        found.setdefault(len(row), []).append(row)
+    return [torch.tensor(found[length], dtype=torch.long) for length in sorted(found)]
+
+
+def _rows(tokenizer: Any, text: str, length: int) -> Iterator[list[int]]:
+    """One document's ids, each row between the special tokens that the tokenizer puts around a text."""
+    with api.quiet():
+        whole: list[int] = list(tokenizer(text)["input_ids"])
+        bare: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    start = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
+    if start is None or not bare:
+        bare, before, after = whole, [], []
+    else:
+        before, after = whole[:start], whole[start + len(bare) :]
+    room = max(1, length - len(before) - len(after))
+    for place in range(0, len(bare), room):
+        part = bare[place : place + room]
+        kept = shorter(len(part) + len(before) + len(after)) - len(before) - len(after)
+        if kept + len(before) + len(after) >= SHORTEST and kept > 0:
+            yield [*before, *part[:kept], *after]

@@ -98,3 +98,14 @@ def _hash(chunks: Iterator[bytes]) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return a converted folder's `gqa_convert.json`, empty if it has none."""
+    from gqa_convert.checkpoint.provenance import PROVENANCE
+
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -11,7 +11,7 @@ CONTEXT = 256
 SEQUENCES = 4
 MOST_STEPS = 200
 FEWEST_STEPS = 4
-_TEXTS = "gqa_convert.uptrain.embedded"
+_TEXTS = "gqa_convert.data.stdlib"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ def uptrain_for(converted: Path, work: Path, *, seconds: float, quiet: bool) -> 
     Raises:
         GQAConvertError: from the uptraining.
     """
-    from gqa_convert.uptrain.loading import parse_config
     from gqa_convert.uptrain.loop import uptrain
+    from gqa_convert.uptrain.read_config import parse_config
 
     steps = max(FEWEST_STEPS, min(MOST_STEPS, int(seconds / _step_seconds(converted))))
     done = uptrain(parse_config(settings(converted, work, steps), where="demo"), quiet=quiet)

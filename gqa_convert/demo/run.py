@@ -17,8 +17,8 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from gqa_convert.demo import text
-from gqa_convert.demo.embedded import CHECKPOINT
+from gqa_convert.checkpoint.embedded import CHECKPOINT
+from gqa_convert.data import stdlib
 from gqa_convert.demo.recovery import Uptrained, uptrain_for
 from gqa_convert.errors import OutputError
 
@@ -105,7 +105,7 @@ def held_out_windows(tokenizer: Any, *, length: int) -> tuple[Tensor, int]:
     """Return windows of this Python's held-out modules (ids_BT) and how many modules they come from."""
     from gqa_convert.demo.loss import encode_documents, sample_windows
 
-    _, held_out = text.split(text.collect())
+    _, held_out = stdlib.split(stdlib.collect())
     stream = encode_documents((module.text() for module in held_out), tokenizer)
     return sample_windows(stream, length=length), len(held_out)
 
@@ -113,7 +113,7 @@ def held_out_windows(tokenizer: Any, *, length: int) -> tuple[Tensor, int]:
 def _demo(work: Path, out: Path | None, *, groups: int, seconds: float, quiet: bool) -> DemoResult:
     from transformers import AutoConfig, AutoTokenizer
 
-    from gqa_convert.conversion import convert
+    from gqa_convert.conversion.execute import convert
 
     started = time.monotonic()
     beside = None if out is None else out.absolute().with_name(out.absolute().name + "-uptrained")

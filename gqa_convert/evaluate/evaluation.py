@@ -9,6 +9,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.data import reading
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import examples as ex
 from gqa_convert.evaluate import models, text
@@ -146,14 +147,14 @@ def make_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings) -
 
 
 def _stream(tokenizer: Any, settings: EvalSettings) -> text.TokenStream:
-    documents = text.read_documents(settings.data, field=settings.field, separator=settings.separator)
+    documents = reading.read_documents(settings.data, field=settings.field, separator=settings.separator)
     return text.encode(documents, tokenizer, special=settings.special, eos=settings.eos)
 
 
 def _encoder_decoder_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings, context: int) -> Task:
     start = _decoder_start(subject.config)
     is_pairs = Path(settings.data).suffix in (".jsonl", ".ndjson") and "input" in next(
-        text.read_records(settings.data), {}
+        reading.read_records(settings.data), {}
     )
     if is_pairs:
         made = ex.pair_examples(settings.data, tokenizer, start=start, context=context)[: settings.max_windows]

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gqa_convert.data.reading import read_records
 from gqa_convert.errors import UsageError
-from gqa_convert.evaluate.text import TokenStream, read_records, windows
+from gqa_convert.evaluate.text import TokenStream, windows
 
 NOISE_DENSITY = 0.15
 """Share of a window's tokens that span corruption hides (T5, Raffel et al. 2020, section 3.1.4)."""

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_convert.anatomy import transformers_api
 from gqa_convert.anatomy.anatomy import read_fields
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.conversion.routes import routed
+from gqa_convert.data.reading import DEMO
 from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
-from gqa_convert.evaluate.encoders import decoder_inputs, encoder_output, has_encoder
-from gqa_convert.evaluate.text import DEMO
-from gqa_convert.routes import routed
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from gqa_convert.hf import api
+from gqa_convert.hf.loading import DTYPES, pick_device
+from gqa_convert.tiny.model import encoder_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,34 +51,18 @@ def subject(model: str, *, trust_remote_code: bool = False) -> Subject:
         GQAConvertError: if it cannot be read or has no KV heads.
     """
     if model == DEMO and not Path(model).exists():
-        from gqa_convert.demo.embedded import CHECKPOINT
+        from gqa_convert.checkpoint.embedded import CHECKPOINT
 
         folder = CHECKPOINT
     else:
         folder = resolve_model(model)
     way = routed(Checkpoint.open(folder), trust_remote_code=trust_remote_code)
     _, fields = read_fields(way.checkpoint, trust_remote_code=trust_remote_code)
-    config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
+    config = api.load_config(folder, trust_remote_code=trust_remote_code)
     name = DEMO if model == DEMO else folder.resolve().name
     return Subject(
         name=name, folder=folder, config=config, query_heads=fields[0].query_heads, kv_heads=fields[0].kv_heads
     )
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        UsageError: if the device does not exist here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: not available here ({str(error).splitlines()[0]}).") from error
-    return found
 
 
 def load(made: Subject, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> Any:
@@ -99,9 +82,9 @@ def load(made: Subject, *, dtype: str = "auto", device: str = "auto", trust_remo
         raise UsageError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}.")
     where = pick_device(device)
     wanted: Any = DTYPES.get(dtype, "auto" if where.type == "cuda" else torch.float32)
-    cls: Any = transformers_api.model_class(made.config, folder=made.folder, trust_remote_code=trust_remote_code)
+    cls: Any = api.model_class(made.config, folder=made.folder, trust_remote_code=trust_remote_code)
     try:
-        with transformers_api.quiet():
+        with api.quiet():
             model, info = cls.from_pretrained(
                 made.folder, dtype=wanted, output_loading_info=True, local_files_only=True
             )
@@ -122,7 +105,7 @@ def load_tokenizer(made: Subject, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with transformers_api.quiet():
+        with api.quiet():
             return AutoTokenizer.from_pretrained(
                 made.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -187,3 +170,31 @@ def _cache_after(model: Any, length: int) -> Any:
     if cache is None or not hasattr(getattr(cache, "self_attention_cache", cache), "layers"):
         raise UnsupportedModelError(f"{type(model).__name__}: returns no cache of keys and values.")
     return cache
+
+
+def has_encoder(model: Any) -> bool:
+    """Whether a model's decoder reads an encoder's output through cross-attention."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def encoder_output(model: Any, batch: int, length: int) -> Any:
+    """Return random states (batch, length, width) as transformers' encoders return them.
+
+    No encoder is run, so that an encoder which reads sound or pictures is as good as one that reads text.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    parameter = next(model.parameters())
+    generator = torch.Generator(parameter.device).manual_seed(0)
+    shape = (batch, length, encoder_width(model.config))
+    states = torch.randn(*shape, dtype=parameter.dtype, device=parameter.device, generator=generator)
+    found: Any = BaseModelOutput(last_hidden_state=states)
+    found.attention_mask = found.router_logits = None  # which some families look for
+    return found
+
+
+def decoder_inputs(ids: Tensor, encoded: Any) -> dict[str, Any]:
+    """Return the arguments that make a model decode `ids` (batch, length); `encoded`: None without an encoder."""
+    if encoded is None:
+        return {"input_ids": ids}
+    return {"decoder_input_ids": ids, "encoder_outputs": encoded}

@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 
-from gqa_convert.anatomy.transformers_api import model_class
-from gqa_convert.calibrate.weights import whole_model
+from gqa_convert.checkpoint.provenance import read_provenance
+from gqa_convert.conversion.plan import ConvertPlan, plan
+from gqa_convert.conversion.routes import recorded_route
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, make_task
 from gqa_convert.evaluate.intervals import mean_per_token
 from gqa_convert.evaluate.scoring import score
-from gqa_convert.planning import ConvertPlan, plan
-from gqa_convert.routes import recorded_route
-from gqa_convert.verify import read_provenance
+from gqa_convert.hf.api import model_class
+from gqa_convert.hf.loading import DTYPES, pick_device
+from gqa_convert.hf.partial import whole_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +91,9 @@ def _original(made: ConvertPlan, first: models.Subject, settings: EvalSettings) 
         trust = settings.trust_remote_code
         return models.load(first, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
     config = made.anatomy.config
-    dtype = models.DTYPES.get(settings.dtype, torch.float32)
+    dtype = DTYPES.get(settings.dtype, torch.float32)
     model = whole_model(made.checkpoint, model_class(config), config, dtype=dtype)
-    return model.to(models.pick_device(settings.device))
+    return model.to(pick_device(settings.device))
 
 
 def _changed_by_layer(

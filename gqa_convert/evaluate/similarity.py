@@ -15,15 +15,15 @@ import torch
 
 from gqa_convert.anatomy.anatomy import dissect
 from gqa_convert.anatomy.blocks import layout_for, read_block, rotary_layouts
-from gqa_convert.blockplan import plan_blocks
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.conversion.block_plan import plan_blocks
+from gqa_convert.conversion.recipe import Recipe
+from gqa_convert.conversion.routes import routed
 from gqa_convert.heads import Grouping
 from gqa_convert.merge.apply import group_maps
 from gqa_convert.merge.moments import block_moments
 from gqa_convert.merge.options import MergeOptions
 from gqa_convert.merge.registry import get_method
-from gqa_convert.recipe import Recipe
-from gqa_convert.routes import routed
 
 if TYPE_CHECKING:
     from torch import Tensor

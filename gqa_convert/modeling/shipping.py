@@ -15,7 +15,7 @@ FILE = Path(__file__).with_name("modeling_gqa.py")
 TYPE_PREFIX = "gqa_"
 
 # Model types whose attention works with fewer KV heads once its projections are narrowed and its groups are counted:
-# each was run through the contract (`gqa_convert.proof`).
+# each was run through the contract (`gqa_convert.contract`).
 _SEQUENCE_TO_SEQUENCE = [
     "bart",
     "bigbird_pegasus",

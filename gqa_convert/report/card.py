@@ -9,7 +9,7 @@ from typing import Any
 
 from gqa_convert.console import size
 from gqa_convert.evaluate.files import read_json
-from gqa_convert.evaluate.frontier import SweepPoint
+from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
 
 _OURS = "<!-- written by gqa report -->"

@@ -9,8 +9,8 @@ from typing import Any
 
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.files import read_json
-from gqa_convert.evaluate.frontier import SweepPoint, from_json
-from gqa_convert.evaluate.uptrained import result_folder
+from gqa_convert.evaluate.sweep.points import SweepPoint, from_json
+from gqa_convert.evaluate.sweep.uptrained import result_folder
 
 METRICS = "metrics.jsonl"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gqa_convert.evaluate.frontier import SweepPoint, frontier
+from gqa_convert.evaluate.sweep.points import SweepPoint, frontier
 from gqa_convert.report.collect import Run
 
 COLORS = ("#2f7ed8", "#e0762f", "#3a9d5d", "#b455c8", "#c8a415", "#17a2b8", "#d14a61")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from gqa_convert.console import size
-from gqa_convert.evaluate.frontier import SweepPoint
+from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
 from gqa_convert.report.drawings import TITLES
 from gqa_convert.report.style import CSS

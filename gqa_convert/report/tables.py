@@ -8,7 +8,7 @@ from typing import Any
 
 from gqa_convert.console import size
 from gqa_convert.evaluate.decode.results import lengths
-from gqa_convert.evaluate.frontier import SweepPoint
+from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
 
 

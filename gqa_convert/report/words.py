@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gqa_convert.evaluate.frontier import SweepPoint
+from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
 
 

@@ -7,8 +7,8 @@ import sys
 
 import typer
 
-from gqa_convert.cli import _run
-from gqa_convert.uptrain.command import uptrain_command
+from gqa_convert.cli.main import run_command
+from gqa_convert.cli.uptrain import uptrain_command
 
 
 def _leave(code: int) -> None:
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(uptrain_command)
     try:
-        _run(app)
+        run_command(app)
     except SystemExit as end:
         code = end.code
         if isinstance(code, str):

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from gqa_convert.anatomy import transformers_api
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.batches import StepBatches
 from gqa_convert.errors import UsageError
+from gqa_convert.hf import api
 from gqa_convert.uptrain import optim
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.model import ScoredModel, Teacher, check_isolation, check_reads_text, load_model, set_dropout
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.plan import UptrainPlan
-from gqa_convert.uptrain.reach import freeze_unreached
+from gqa_convert.uptrain.unused_parameters import freeze_unreached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,11 @@ def build(
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.train.seed)
     tokenizer = load_tokenizer(made)
-    model_config = transformers_api.load_config(made.source, trust_remote_code=config.trust_remote_code)
+    model_config = api.load_config(made.source, trust_remote_code=config.trust_remote_code)
     if getattr(model_config, "is_encoder_decoder", False):
         check_reads_text(
             model_config.model_type,
-            transformers_api.model_class(model_config, folder=made.source, trust_remote_code=config.trust_remote_code),
+            api.model_class(model_config, folder=made.source, trust_remote_code=config.trust_remote_code),
         )
     with engine.main_first():
         data = prepare_data(
@@ -140,7 +140,7 @@ def load_tokenizer(made: UptrainPlan) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with transformers_api.quiet():
+        with api.quiet():
             return AutoTokenizer.from_pretrained(
                 made.source, trust_remote_code=made.config.trust_remote_code, local_files_only=True
             )

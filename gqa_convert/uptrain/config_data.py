@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from gqa_convert.budget import parse_count
+from gqa_convert.budget.arithmetic import parse_count
 from gqa_convert.data.named import source_named
 from gqa_convert.errors import UsageError
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.checkpoint.fingerprint import sampled_digest
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.checkpoint.sampled import sampled_digest
 from gqa_convert.errors import CheckpointError, OutputError, Preempted, UsageError
 from gqa_convert.uptrain.build import build, load_reference
 from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, disk_problem, open_checkpoint
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.evaluation import evaluate, evaluate_plain
-from gqa_convert.uptrain.finish import finish
+from gqa_convert.uptrain.export import finish
 from gqa_convert.uptrain.folder import run_folder
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.plan import UptrainPlan, resolve

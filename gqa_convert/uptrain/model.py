@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gqa_convert.anatomy import transformers_api
 from gqa_convert.errors import CheckpointError, UsageError
+from gqa_convert.hf import api
 from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, chunked_loss, hidden_cosine
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -28,10 +28,10 @@ def load_model(folder: Path, *, dtype: torch.dtype, attention: str, trust_remote
         CheckpointError: if weights are missing or do not fit.
         UsageError: if the model refuses the attention implementation.
     """
-    config = transformers_api.load_config(folder, trust_remote_code=trust_remote_code)
-    cls: Any = transformers_api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
+    config = api.load_config(folder, trust_remote_code=trust_remote_code)
+    cls: Any = api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
     try:
-        with transformers_api.quiet():
+        with api.quiet():
             model, info = cls.from_pretrained(
                 folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, local_files_only=True
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gqa_convert.budget_shape import peak_flops
+from gqa_convert.budget.shape import peak_flops
 from gqa_convert.uptrain.build import Parts
 from gqa_convert.uptrain.metrics import MetricsFile, chosen_trackers, flat_config
 from gqa_convert.uptrain.progress import Display

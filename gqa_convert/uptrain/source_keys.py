@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gqa_convert.anatomy.transformers_api import KeyMap
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.safetensors_file import TensorInfo
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
+from gqa_convert.hf.api import KeyMap
 
 _INDEX = "model.safetensors.index.json"
 

@@ -23,13 +23,13 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from gqa_convert.cli.show_bench import point_line, show_bench
 from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.contender import Contender
 from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.files import write_json
-from gqa_convert.evaluate.models import DTYPES, pick_device
-from gqa_convert.evaluate.show_bench import point_line, show_bench
 from gqa_convert.evaluate.sizes import parse_bytes, parse_count, parse_counts
+from gqa_convert.hf.loading import DTYPES, pick_device
 from gqa_convert.modeling import shipping
 
 

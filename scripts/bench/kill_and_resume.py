@@ -24,9 +24,9 @@ import torch
 import transformers
 
 from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore
-from gqa_convert.uptrain.loading import load_config
 from gqa_convert.uptrain.loop import uptrain
 from gqa_convert.uptrain.metrics import read_metrics
+from gqa_convert.uptrain.read_config import load_config
 
 
 def start(options: argparse.Namespace, output: Path, cache: Path) -> Any:

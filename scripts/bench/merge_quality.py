@@ -113,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def demo_text(folder: Path) -> Path:
     """Write the standard-library modules that the embedded model was trained on; one a line, as JSON."""
-    from gqa_convert.demo.text import collect, split
+    from gqa_convert.data.stdlib import collect, split
 
     path = folder / "stdlib-training-modules.jsonl"
     training, _ = split(collect())
@@ -124,7 +124,7 @@ def demo_text(folder: Path) -> Path:
 def convert_one(base: str, out: Path, name: str, groups: int, args: argparse.Namespace) -> dict[str, Any] | None:
     """Convert by one row; None where it makes no sense (no text, one group to search)."""
     from gqa_convert import convert
-    from gqa_convert.recipe import make_recipe
+    from gqa_convert.conversion.recipe import make_recipe
 
     chosen = dict(ROWS[name])
     calibrated = chosen.pop("calibrated", False)

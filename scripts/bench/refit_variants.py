@@ -80,10 +80,12 @@ def what_the_stream_lacks() -> Iterator[None]:
 @contextmanager
 def least_squares_afterwards() -> Iterator[None]:
     """Solve for o_proj once the steps are done."""
-    from gqa_convert.calibrate import choices, session
+    from gqa_convert.calibrate import session
+
+    real = session.refit_options
 
     def refit_options(recipe: Any) -> Any:
-        found = choices.refit_options(recipe)
+        found = real(recipe)
         return found and replace(found, least_squares=True)
 
     with patch.object(session, "refit_options", refit_options):
@@ -94,7 +96,7 @@ def least_squares_afterwards() -> Iterator[None]:
 def tokens_alike() -> Iterator[None]:
     """Count every calibration token alike, not by the attention that it receives."""
     from gqa_convert.calibrate import session
-    from gqa_convert.calibrate.attended import attention_received
+    from gqa_convert.calibrate.attention_received import attention_received
 
     with patch.object(session, "attention_received", lambda modules: attention_received(())):
         yield
@@ -179,8 +181,8 @@ def main() -> None:
 def one(base: str, name: str, groups: int, calibrate: str, settings: Any) -> tuple[dict[str, Any], Any]:
     """Convert by one variant and evaluate it."""
     from gqa_convert import convert
+    from gqa_convert.conversion.recipe import make_recipe
     from gqa_convert.evaluate.evaluation import evaluate
-    from gqa_convert.recipe import make_recipe
 
     change, chosen = VARIANTS[name]
     recipe = make_recipe(**{"preset": "best", "calibrate": calibrate, **chosen})

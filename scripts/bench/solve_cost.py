@@ -28,7 +28,7 @@ from typing import Any
 
 import measure
 
-_CONVERT = "from gqa_convert.cli import convert_main; convert_main()"
+_CONVERT = "from gqa_convert.cli.main import convert_main; convert_main()"
 STEPS, STEP_TOKENS = 300, 2048
 H100_FLOPS, H100_SHARE = 67e12, 0.4
 """Peak of an NVIDIA H100 SXM in float32, without tensor cores (its data sheet), and the share that is assumed."""
@@ -106,10 +106,10 @@ def solve_one(size: Size) -> dict[str, float]:
 
     from gqa_convert.anatomy.anatomy import dissect
     from gqa_convert.anatomy.blocks import find_blocks
+    from gqa_convert.anatomy.freedom import prove_freedom
     from gqa_convert.calibrate.solve import solve
     from gqa_convert.checkpoint.reader import Checkpoint
-    from gqa_convert.proof.freedom import prove_freedom
-    from gqa_convert.recipe import make_recipe
+    from gqa_convert.conversion.recipe import make_recipe
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

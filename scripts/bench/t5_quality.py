@@ -199,7 +199,7 @@ def rows(args: argparse.Namespace, answers: dict[str, Any], work: Path, done: di
 def convert_one(args: argparse.Namespace, name: str, groups: int, out: Path, work: Path) -> None:
     """Convert by one row; answers and moments are made once for all."""
     from gqa_convert import convert
-    from gqa_convert.recipe import make_recipe
+    from gqa_convert.conversion.recipe import make_recipe
 
     chosen = dict(ROWS[name])
     if chosen.pop("calibrated", False):

@@ -66,9 +66,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def one_run(options: argparse.Namespace, model: Path, output: Path, objective: str, steps: int) -> dict[str, Any]:
     """Train one model with one objective; returns its curve by step."""
-    from gqa_convert.uptrain.loading import parse_config
     from gqa_convert.uptrain.loop import uptrain
     from gqa_convert.uptrain.metrics import read_metrics
+    from gqa_convert.uptrain.read_config import parse_config
 
     result = uptrain(parse_config(settings(options, model, output, objective, steps)))
     evaluations = [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] == "evaluation"]
@@ -80,9 +80,9 @@ def one_run(options: argparse.Namespace, model: Path, output: Path, objective: s
 
 def converted(options: argparse.Namespace, start: str, out: Path) -> Path:
     """Convert by a merge method or a preset, calibrated on the training text where it can be."""
-    from gqa_convert.conversion import convert
+    from gqa_convert.conversion.execute import convert
+    from gqa_convert.conversion.recipe import PRESETS, make_recipe
     from gqa_convert.merge.registry import all_methods
-    from gqa_convert.recipe import PRESETS, make_recipe
 
     named = {"preset": start} if start in PRESETS else {"method": start}
     calibrated = start in PRESETS or start == "pca" or all_methods()[start].needs_statistics

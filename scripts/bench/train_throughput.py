@@ -38,7 +38,7 @@ def peak_memory() -> int:
 
 def ours(options: argparse.Namespace, work: Path, distil: str | None) -> dict[str, float]:
     from gqa_convert.uptrain import loop
-    from gqa_convert.uptrain.loading import parse_config
+    from gqa_convert.uptrain.read_config import parse_config
 
     marks: list[tuple[float, float]] = []
     real = loop.train_step
@@ -177,7 +177,7 @@ def main() -> None:
 def report(options: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> None:
     import torch
 
-    from gqa_convert.budget_shape import peak_flops, shape_of_folder
+    from gqa_convert.budget.shape import peak_flops, shape_of_folder
 
     shape = shape_of_folder(Path(options.model))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.device == "auto" else "cpu"

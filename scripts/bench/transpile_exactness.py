@@ -76,7 +76,7 @@ def measure(name: str, model_type: str, fields: dict[str, Any]) -> dict[str, Any
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from gqa_convert.modeling.transpile.rule import rule_for
-    from gqa_convert.proof.model import tiny_model
+    from gqa_convert.tiny.model import tiny_model
 
     config = CONFIG_MAPPING[model_type](**SMALL, **fields)
     rule = rule_for(config)
@@ -96,7 +96,7 @@ def measure(name: str, model_type: str, fields: dict[str, Any]) -> dict[str, Any
 
 def exactness(model: Any, groups: int) -> dict[str, Any]:
     """Largest differences between a source with averaged heads and its conversion, in float32."""
-    from gqa_convert.proof.tying import average_heads
+    from gqa_convert.contract.tying import average_heads
 
     averaged = copy.deepcopy(model)
     average_heads(averaged, groups)

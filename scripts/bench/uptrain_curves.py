@@ -28,8 +28,8 @@ OBJECTIVES = ("cross-entropy", "distillation", "both")
 def run(
     model: Path, output: Path, options: argparse.Namespace, tokens: int, distillation: dict[str, Any] | None
 ) -> Any:
-    from gqa_convert.uptrain.loading import parse_config
     from gqa_convert.uptrain.loop import uptrain
+    from gqa_convert.uptrain.read_config import parse_config
 
     settings = {
         "model": str(model),
@@ -133,9 +133,9 @@ def main() -> None:
 
 def converted_by(start: str, options: argparse.Namespace, out: Path) -> Path:
     """Convert the model by a merge method or a preset."""
-    from gqa_convert.conversion import convert
+    from gqa_convert.conversion.execute import convert
+    from gqa_convert.conversion.recipe import PRESETS, make_recipe
     from gqa_convert.merge.registry import all_methods
-    from gqa_convert.recipe import PRESETS, make_recipe
 
     named = {"preset": start} if start in PRESETS else {"method": start}
     calibrate = str(options.train) if start in PRESETS or all_methods()[start].needs_statistics else None

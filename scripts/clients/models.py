@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gqa_convert.conversion import convert
+from gqa_convert.conversion.execute import convert
 
 HEADS, GROUPS, VOCAB = 8, (4, 2, 1), 320
 IDS = [1, 17, 230, 44, 9, 101, 62, 305, 18, 250, 77, 5, 199, 33, 120, 264]

@@ -86,7 +86,7 @@ class Chain:
 
         def make(folder: Path) -> dict[str, Any]:
             from gqa_convert import convert
-            from gqa_convert.recipe import make_recipe
+            from gqa_convert.conversion.recipe import make_recipe
 
             data: dict[str, Any] = {}
             if arm.start in CALIBRATED:

@@ -10,8 +10,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from gqa_convert.demo.text import is_held_out
-from gqa_convert.uptrain import embedded
+from gqa_convert.data import stdlib
+from gqa_convert.data.stdlib import is_held_out
 
 _LARGEST = 400_000
 """Bytes of a module; larger ones are tables."""
@@ -19,12 +19,12 @@ _LARGEST = 400_000
 
 def stdlib_training() -> Iterator[str]:
     """The standard library's modules that are trained on."""
-    return embedded.training_texts()
+    return stdlib.training_texts()
 
 
 def stdlib_held_out() -> Iterator[str]:
     """The others."""
-    return embedded.held_out_texts()
+    return stdlib.held_out_texts()
 
 
 def installed_training() -> Iterator[str]:

@@ -69,9 +69,9 @@ def train(config: dict[str, Any], *, marks: list[int], keep_model: bool) -> dict
     Returns:
         `curve`: pairs of tokens and loss; `seconds` of work (see `stopwatch`) in steps.
     """
-    from gqa_convert.uptrain.loading import parse_config
     from gqa_convert.uptrain.loop import uptrain
     from gqa_convert.uptrain.metrics import read_metrics
+    from gqa_convert.uptrain.read_config import parse_config
 
     each = config["train"]["batch_sequences"] * config["data"]["context"]
     config = config | {"evaluation": config["evaluation"] | {"at_tokens": [mark * each for mark in marks]}}

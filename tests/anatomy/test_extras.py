@@ -11,12 +11,12 @@ import torch
 from gqa_convert import convert
 from gqa_convert.anatomy.blocks import block_state, layout_for, read_block, rotary_layouts
 from gqa_convert.anatomy.extras import moved_extras
+from gqa_convert.anatomy.freedom import _subject, prove_freedom
+from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.heads import Grouping
-from gqa_convert.proof.forward import logits
-from gqa_convert.proof.freedom import _subject, prove_freedom
-from gqa_convert.proof.model import text_inputs, tiny_model
-from gqa_convert.proof.tiny import tiny_config
-from gqa_convert.recipe import Recipe
+from gqa_convert.tiny.forward import logits
+from gqa_convert.tiny.model import text_inputs, tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 NORMS = {"q_norm.weight", "k_norm.weight"}
 

@@ -12,8 +12,8 @@ import transformers
 from factories import FAMILIES
 
 from gqa_convert import convert
-from gqa_convert.anatomy.transformers_api import KeyMap, build_on_meta, survey
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.hf.api import KeyMap, build_on_meta, survey
 
 
 def key_map(family: str) -> KeyMap:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gqa_convert.anatomy.rows import Rows
+from gqa_convert.anatomy.head_axis import Rows
 from gqa_convert.heads import Grouping
 from gqa_convert.merge.methods.mean import pool as mean
 

@@ -11,8 +11,8 @@ from gqa_convert import plan
 from gqa_convert.anatomy.kv_fields import KVField
 from gqa_convert.anatomy.stated import stated_heads
 from gqa_convert.errors import UsageError
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from gqa_convert.anatomy import transformers_api
 from gqa_convert.anatomy.anatomy import Anatomy, dissect
-from gqa_convert.anatomy.blocks import BlockNames, Freedom, find_blocks
+from gqa_convert.anatomy.block_names import BlockNames, Freedom
+from gqa_convert.anatomy.blocks import find_blocks
+from gqa_convert.anatomy.freedom import prove_freedom
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.proof.freedom import prove_freedom
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.sizes import TEXT_IDS
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.hf import api
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
+from gqa_convert.tiny.sizes import TEXT_IDS
 
 
 @dataclass
@@ -57,9 +58,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
         if key not in known:
             model = tiny_model(tiny_config(model_type, **sizes))
             folder = tmp_path_factory.mktemp(model_type)
-            with transformers_api.quiet():
+            with api.quiet():
                 model.save_pretrained(folder)
-            config = transformers_api.load_config(folder, trust_remote_code=False)
+            config = api.load_config(folder, trust_remote_code=False)
             known[key] = Saved(model, Checkpoint.open(folder), config)
         return known[key]
 

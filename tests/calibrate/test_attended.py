@@ -10,11 +10,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gqa_convert.calibrate import session
-from gqa_convert.calibrate.attended import attention_received
-from gqa_convert.calibrate.moments import InputMoments
+from gqa_convert.calibrate.attention_received import attention_received
+from gqa_convert.calibrate.hooks import part_of
+from gqa_convert.calibrate.input_statistics import InputMoments
 from gqa_convert.calibrate.solve import solve
-from gqa_convert.calibrate.watch import part_of
-from gqa_convert.recipe import Recipe
+from gqa_convert.conversion.recipe import Recipe
 
 
 def attention_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gqa_convert.calibrate.moments import InputMoments
-from gqa_convert.calibrate.statistics_file import read_statistics, statistics_store, write_statistics
-from gqa_convert.calibrate.stream import LayerStream
+from gqa_convert.calibrate.hooks import part_of, watching
+from gqa_convert.calibrate.input_statistics import InputMoments, read_statistics, statistics_store, write_statistics
+from gqa_convert.calibrate.layer_stream import LayerStream
 from gqa_convert.calibrate.tokens import batches
-from gqa_convert.calibrate.watch import part_of, watching
-from gqa_convert.calibrate.weights import PartialModel
+from gqa_convert.hf.partial import PartialModel
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text"])

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from gqa_convert.calibrate.descent import DescentOptions, _step_calls, descend, held_out, schedule, tensor_lr
-from gqa_convert.calibrate.lanes import LayerCall
+from gqa_convert.calibrate.hooks import BlockRecord, part_of, watching
+from gqa_convert.calibrate.layer_stream import LayerStream
 from gqa_convert.calibrate.least_squares import NormalEquations
 from gqa_convert.calibrate.parts import WholeModel
+from gqa_convert.calibrate.paused_forward import LayerCall
 from gqa_convert.calibrate.refit import RefitOptions, refit_block
 from gqa_convert.calibrate.residual import hidden_of, residual_scale
 from gqa_convert.calibrate.solve import solve
-from gqa_convert.calibrate.stream import LayerStream
 from gqa_convert.calibrate.tokens import batches
-from gqa_convert.calibrate.watch import BlockRecord, part_of, watching
+from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.errors import UsageError
-from gqa_convert.recipe import Recipe
 
 
 def test_least_squares_finds_the_truth():

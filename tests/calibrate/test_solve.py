@@ -9,10 +9,10 @@ import torch
 from gqa_convert.calibrate import activations, session
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.solve import SolvedLayers, solve
+from gqa_convert.conversion.recipe import Recipe
+from gqa_convert.conversion.tensors import merged_tensor
 from gqa_convert.errors import UsageError
 from gqa_convert.merge.registry import get_method
-from gqa_convert.merging import merged_tensor
-from gqa_convert.recipe import Recipe
 
 FAST = Recipe(method="pca", grouping="search", fold=True, max_context=32, calibrate="text", refit_tokens=64)
 REFIT = Recipe(**{**vars(FAST), "refit": True, "refit_steps": 30})
@@ -151,7 +151,7 @@ def test_norms_over_all_heads_are_pooled_too(case, tokens, work):
 
 
 def test_a_fold_needs_a_context(case, work, monkeypatch):
-    monkeypatch.setattr("gqa_convert.calibrate.choices.max_positions", lambda config: None)
+    monkeypatch.setattr("gqa_convert.calibrate.session.max_positions", lambda config: None)
     with pytest.raises(UsageError, match="--max-context"):
         solved(case("llama"), Recipe(method="pca", fold=True), None, work)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from gqa_convert.calibrate.activations import Spill, free_memory
+from gqa_convert.calibrate.layer_stream import LayerStream
 from gqa_convert.calibrate.parts import WholeModel, open_parts, streaming_fault
-from gqa_convert.calibrate.stream import LayerStream
-from gqa_convert.calibrate.weights import PartialModel, layer_paths
 from gqa_convert.errors import CheckpointError, UnsupportedModelError
-from gqa_convert.proof.forward import difference, logits
-from gqa_convert.proof.model import text_inputs
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.hf.partial import PartialModel, layer_paths
+from gqa_convert.tiny.forward import difference, logits
+from gqa_convert.tiny.model import text_inputs
+from gqa_convert.tiny.shrink import tiny_config
 
 FAMILIES = {
     "llama": {},
@@ -158,7 +158,9 @@ def test_a_family_that_cannot_be_streamed_is_held_whole(saved, monkeypatch):
 def test_the_fault_of_a_stream_is_found(monkeypatch):
     from transformers import LlamaForCausalLM
 
-    from gqa_convert.calibrate import stream
+    from gqa_convert.calibrate import layer_stream
 
-    monkeypatch.setattr(stream.LayerWindow, "run", lambda window, module=None: [call.args[0] for call in window.calls])
+    monkeypatch.setattr(
+        layer_stream.LayerWindow, "run", lambda window, module=None: [call.args[0] for call in window.calls]
+    )
     assert "off by" in (streaming_fault(LlamaForCausalLM, tiny_config("llama")) or "")

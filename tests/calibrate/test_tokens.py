@@ -6,13 +6,12 @@ import json
 import pytest
 import torch
 
-from gqa_convert.calibrate import encoder_inputs, self_text
-from gqa_convert.calibrate.documents import documents
-from gqa_convert.calibrate.encoder_inputs import document_rows, shorter
+from gqa_convert.calibrate import self_text, tokens
 from gqa_convert.calibrate.inputs import calibration_inputs, written_at_once
-from gqa_convert.calibrate.tokens import batches, calibration_tokens, token_hash, window_plan
+from gqa_convert.calibrate.tokens import batches, calibration_tokens, document_rows, shorter, token_hash, window_plan
+from gqa_convert.conversion.recipe import Recipe
+from gqa_convert.data.sampling import documents
 from gqa_convert.errors import HubError, UnsupportedModelError, UsageError
-from gqa_convert.recipe import Recipe
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -253,7 +252,7 @@ class Words:
 
 
 def test_rows_are_single_documents_between_their_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder_inputs, "load_tokenizer", lambda *_, **__: Words())
+    monkeypatch.setattr(tokens, "load_tokenizer", lambda *_, **__: Words())
     lines = ["a bb ccc dddd eeeee", "a", "bb " * 20]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     found = document_rows(str(tmp_path / "a.jsonl"), tmp_path, tokens=1000, length=12)
@@ -292,7 +291,7 @@ def test_inputs_of_a_recipe(saved, work, monkeypatch):
 
 def test_answers_are_written_once(saved, work, tmp_path, monkeypatch):
     source = saved("t5")
-    monkeypatch.setattr(encoder_inputs, "load_tokenizer", lambda *_, **__: Words())
+    monkeypatch.setattr(tokens, "load_tokenizer", lambda *_, **__: Words())
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "a bb ccc " * n}) + "\n" for n in (2, 3, 4)))
     recipe = Recipe(calibrate=str(tmp_path / "a.jsonl"), sequences=4, length=16)
     first = calibration_inputs(recipe, source.checkpoint, source.config, work=work)

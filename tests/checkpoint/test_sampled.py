@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from gqa_convert.checkpoint.fingerprint import sampled_digest
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.checkpoint.sampled import sampled_digest
 
 
 def folder(path: Path, weight: torch.Tensor) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gqa_convert.demo.embedded import CHECKPOINT
+from gqa_convert.checkpoint.embedded import CHECKPOINT
 from gqa_convert.demo.loss import held_out_loss
 from gqa_convert.demo.run import held_out_windows
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+from gqa_convert.checkpoint.embedded import CHECKPOINT
 from gqa_convert.demo import recovery
-from gqa_convert.demo.embedded import CHECKPOINT
 from gqa_convert.demo.run import DemoResult, run_demo
 from gqa_convert.errors import OutputError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa_convert.demo.text import collect, is_held_out, split
+from gqa_convert.data.stdlib import collect, is_held_out, split
 from gqa_convert.errors import UsageError
 
 
@@ -64,5 +64,5 @@ def test_no_sources_is_an_error(tmp_path: Path) -> None:
 
 
 def test_text_imports_no_torch() -> None:
-    code = "import sys, gqa_convert.demo.text, gqa_convert.demo.run; sys.exit('torch' in sys.modules)"
+    code = "import sys, gqa_convert.data.stdlib, gqa_convert.demo.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

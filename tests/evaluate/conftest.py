@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa_convert.conversion import convert
+from gqa_convert.conversion.execute import convert
 from tests.evaluate.tiny import write_lines, write_llama
 
 

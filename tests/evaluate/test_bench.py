@@ -6,12 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
-from gqa_convert.cli import app
+from gqa_convert.cli.main import app
 from gqa_convert.errors import UnsupportedModelError, UsageError
-from gqa_convert.evaluate.contenders import load_contenders
 from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.caches import filled_cache
-from gqa_convert.evaluate.decode.contender import Contender
+from gqa_convert.evaluate.decode.contender import Contender, load_contenders
 from gqa_convert.evaluate.decode.decoder import Decoder
 from gqa_convert.evaluate.decode.device import peak_memory, read_bandwidth
 from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread, conclusions, verdict
@@ -19,8 +18,8 @@ from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.decode.weights import bytes_read_per_step, weight_bytes
 from gqa_convert.evaluate.models import cache_bytes
 from gqa_convert.evaluate.sizes import parse_bytes, parse_counts
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 BYTES_PER_TOKEN = 2 * 2 * 4 * 8 * 4  # keys and values, layers, heads, head_dim, float32
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
-from gqa_convert.cli import app
+from gqa_convert.cli.main import app
+from gqa_convert.cli.show_bench import show_bench
 from gqa_convert.errors import UnsupportedModelError, UsageError
 from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.caches import cross_bytes_per_token, filled_cache
@@ -16,11 +17,9 @@ from gqa_convert.evaluate.decode.decoder import Decoder, prefill_seconds
 from gqa_convert.evaluate.decode.results import Point, conclusions
 from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.decode.weights import bytes_read_per_step, position_limit, weight_bytes
-from gqa_convert.evaluate.encoders import decoder_inputs, encoder_output
-from gqa_convert.evaluate.models import cache_bytes, cross_cache_bytes
-from gqa_convert.evaluate.show_bench import show_bench
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.evaluate.models import cache_bytes, cross_cache_bytes, decoder_inputs, encoder_output
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 FAMILIES = ("t5", "bart")
 STEP = {"t5": "decoder.block", "bart": "decoder.layers"}

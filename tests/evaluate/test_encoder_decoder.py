@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from gqa_convert.conversion import convert
+from gqa_convert.conversion.execute import convert
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.examples import span_examples
 from gqa_convert.evaluate.text import TokenStream
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.tiny.shrink import tiny_config
 from tests.evaluate.tiny import LINES, write_tokenizer
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from gqa_convert.cli import app
+from gqa_convert.cli.main import app
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.intervals import mean_per_token

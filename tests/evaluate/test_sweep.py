@@ -7,14 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from gqa_convert.cli import app
+from gqa_convert.cli.main import app
 from gqa_convert.errors import UsageError
-from gqa_convert.evaluate import sweep as sweep_module
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
-from gqa_convert.evaluate.frontier import SweepPoint, from_json, frontier, recommend
 from gqa_convert.evaluate.sensitivity import layer_costs
-from gqa_convert.evaluate.sweep import sweep
-from gqa_convert.evaluate.sweep_settings import SweepSettings
+from gqa_convert.evaluate.sweep import run as sweep_module
+from gqa_convert.evaluate.sweep.points import SweepPoint, from_json, frontier, recommend
+from gqa_convert.evaluate.sweep.run import sweep
+from gqa_convert.evaluate.sweep.settings import SweepSettings
 
 
 def point(groups: int, loss: float, high: float | None = None, variant: str = "mean") -> SweepPoint:

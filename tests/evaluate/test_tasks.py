@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gqa_convert.cli import app
+from gqa_convert.cli.main import app
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate

@@ -6,9 +6,10 @@ from typing import Any
 import datasets
 import pytest
 
+from gqa_convert.data import reading
+from gqa_convert.data.reading import read_documents
 from gqa_convert.errors import HubError, UsageError
-from gqa_convert.evaluate import text
-from gqa_convert.evaluate.text import Window, encode, read_documents, windows
+from gqa_convert.evaluate.text import Window, encode, windows
 from tests.evaluate.tiny import LINES, write_tokenizer
 
 
@@ -83,7 +84,7 @@ def test_a_hub_dataset_is_read_from_its_test_split(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_documents("owner/name", field="body") == ["one", "two", "three"]
-    monkeypatch.setattr(text, "_HUB_CHARACTERS", 4)
+    monkeypatch.setattr(reading, "_HUB_CHARACTERS", 4)
     assert read_documents("owner/name:part:validation", field="body") == ["one", "two"]
     assert asked == [("owner/name", None, "test"), ("owner/name", "part", "validation")]
     with pytest.raises(UsageError, match=r"--data .*no field 'text'.*have body"):

@@ -10,8 +10,8 @@ from gqa_convert import convert
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.sensitivity import layer_costs
 from gqa_convert.evaluate.similarity import head_similarity
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gqa_convert import convert
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 Make = Callable[..., Path]
 

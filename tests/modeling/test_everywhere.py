@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from gqa_convert import convert
+from gqa_convert.contract.kv_axes import KVAxes
 from gqa_convert.modeling import modeling_gqa, shipping
-from gqa_convert.proof.forward import difference, logits
-from gqa_convert.proof.kv_axes import KVAxes
-from gqa_convert.proof.model import text_inputs, tiny_model
-from gqa_convert.proof.overrides import KV_HEADS, SIDE_FILES
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.tiny.forward import difference, logits
+from gqa_convert.tiny.model import text_inputs, tiny_model
+from gqa_convert.tiny.overrides import KV_HEADS, SIDE_FILES
+from gqa_convert.tiny.shrink import tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from gqa_convert import convert, plan
+from gqa_convert.contract.kv_axes import KVAxes
+from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.modeling import shipping
-from gqa_convert.proof.forward import difference, logits
-from gqa_convert.proof.kv_axes import KVAxes
-from gqa_convert.proof.model import text_inputs, tiny_model
-from gqa_convert.proof.tiny import tiny_config
-from gqa_convert.recipe import Recipe
+from gqa_convert.tiny.forward import difference, logits
+from gqa_convert.tiny.model import text_inputs, tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 
 @pytest.mark.parametrize("model_type", ["t5", "bart", "bert", "gpt2", "opt"])

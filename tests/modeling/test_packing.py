@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gqa_convert.evaluate.decode.caches import filled_cache
-from gqa_convert.evaluate.encoders import decoder_inputs, encoder_output
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.evaluate.models import decoder_inputs, encoder_output
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 
 def step(model: Any, kind: str) -> torch.Tensor:

@@ -15,14 +15,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from gqa_convert import convert, plan
+from gqa_convert.contract.native import prove
+from gqa_convert.contract.remote_code import leave_inputs, meet_strangers
+from gqa_convert.conversion.inspect import inspect, verify_pair
+from gqa_convert.conversion.verify import verify_output
 from gqa_convert.errors import UnsupportedModelError, UsageError, VerificationError
-from gqa_convert.inspection import inspect, verify_pair
-from gqa_convert.proof.contract import prove
-from gqa_convert.proof.forward import cache_head_counts, cached_logits, difference, logits
-from gqa_convert.proof.model import text_inputs, tiny_model
-from gqa_convert.proof.shipped import leave_inputs, meet_strangers
-from gqa_convert.proof.tiny import tiny_config
-from gqa_convert.verify import verify_output
+from gqa_convert.tiny.forward import cache_head_counts, cached_logits, difference, logits
+from gqa_convert.tiny.model import text_inputs, tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 from tests.modeling.conftest import Make
 
 T5 = ("t5", "t5v1.1")

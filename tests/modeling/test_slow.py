@@ -12,15 +12,15 @@ import transformers
 from support import Command
 
 from gqa_convert import convert, plan
+from gqa_convert.anatomy.families import families
+from gqa_convert.contract.native import prove
+from gqa_convert.contract.run import run_all
+from gqa_convert.conversion.inspect import inspect, verify_pair
 from gqa_convert.errors import UnsupportedModelError
-from gqa_convert.families import families
-from gqa_convert.inspection import inspect, verify_pair
 from gqa_convert.modeling import shipping
-from gqa_convert.proof.contract import prove
-from gqa_convert.proof.forward import cache_head_counts, difference
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.run import run_all
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.tiny.forward import cache_head_counts, difference
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 from tests.modeling.conftest import Make
 
 

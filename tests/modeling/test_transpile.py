@@ -13,15 +13,15 @@ from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.contract.tying import average_heads
+from gqa_convert.conversion.inspect import inspect, verify_pair
+from gqa_convert.conversion.recipe import make_recipe
+from gqa_convert.conversion.routes import routed
 from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
-from gqa_convert.inspection import inspect, verify_pair
 from gqa_convert.modeling.transpile.rule import all_rules
-from gqa_convert.proof.forward import difference, logits
-from gqa_convert.proof.model import text_inputs, tiny_model
-from gqa_convert.proof.tiny import tiny_config
-from gqa_convert.proof.tying import average_heads
-from gqa_convert.recipe import make_recipe
-from gqa_convert.routes import routed
+from gqa_convert.tiny.forward import difference, logits
+from gqa_convert.tiny.model import text_inputs, tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 FAMILIES = ["gpt_neox", "gptj", "codegen", "gpt2", "opt"]
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from gqa_convert import convert
-from gqa_convert.proof.kv_axes import KVAxes
-from gqa_convert.proof.model import tiny_model
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.contract.kv_axes import KVAxes
+from gqa_convert.tiny.model import tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 END = 127

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread
-from gqa_convert.evaluate.frontier import SweepPoint, recommend
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
+from gqa_convert.evaluate.sweep.points import SweepPoint, recommend
 
 HOSTILE = '<script>alert("x")</script>'
 

@@ -38,7 +38,7 @@ def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path)
     from scales import SCALES
     from training import settings
 
-    from gqa_convert.uptrain.loading import parse_config
+    from gqa_convert.uptrain.read_config import parse_config
 
     scale = SCALES[name][family]
     made = settings(scale, family, model=tmp_path, output=tmp_path / "run", seed=0, start_step=scale.steps, steps=5)

@@ -6,7 +6,7 @@ from pathlib import Path
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.guards import Guards
-from gqa_convert.uptrain.loading import load_config
+from gqa_convert.uptrain.read_config import load_config
 
 
 def skip_step(number):

@@ -10,7 +10,7 @@ from pathlib import Path
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.engine import Engine
-from gqa_convert.uptrain.loading import load_config
+from gqa_convert.uptrain.read_config import load_config
 
 
 class ShardedEngine(Engine):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gqa_convert.cli import app
+from gqa_convert.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -44,7 +44,7 @@ def test_the_embedded_configuration_runs_as_its_comment_says(tmp_path):
     train = train.replace("configs/", f"{ROOT}/configs/") + " --profile --json --set budget.steps=6"
     shell = f'''
         python() {{ "{sys.executable}" "$@"; }}
-        gqa() {{ python -c "from gqa_convert.cli import main; main()" "$@"; }}
+        gqa() {{ python -c "from gqa_convert.cli.main import main; main()" "$@"; }}
         {convert} >&2 && {train} --set evaluation.tokens=1k
     '''
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ))

@@ -4,8 +4,8 @@ import pytest
 
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.config import ScheduleSection
-from gqa_convert.uptrain.loading import apply_overrides, load_config, parse_config
 from gqa_convert.uptrain.plan import plan_rows, resolve
+from gqa_convert.uptrain.read_config import apply_overrides, load_config, parse_config
 from gqa_convert.uptrain.schedule import Schedule
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.uptrain import loop, zero
 from gqa_convert.uptrain.guards import Guards
-from gqa_convert.uptrain.loading import parse_config
 from gqa_convert.uptrain.metrics import read_metrics
+from gqa_convert.uptrain.read_config import parse_config
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}

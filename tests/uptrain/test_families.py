@@ -8,15 +8,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gqa_convert import convert
+from gqa_convert.contract.remote_code import leave_inputs, meet_strangers
+from gqa_convert.conversion.inspect import verify_pair
 from gqa_convert.errors import UsageError
-from gqa_convert.inspection import verify_pair
-from gqa_convert.proof.forward import logits
-from gqa_convert.proof.model import text_inputs, tiny_model
-from gqa_convert.proof.shipped import leave_inputs, meet_strangers
-from gqa_convert.proof.tiny import tiny_config
+from gqa_convert.tiny.forward import logits
+from gqa_convert.tiny.model import text_inputs, tiny_model
+from gqa_convert.tiny.shrink import tiny_config
 from gqa_convert.uptrain import loop
-from gqa_convert.uptrain.loading import parse_config
 from gqa_convert.uptrain.model import can_skip_head
+from gqa_convert.uptrain.read_config import parse_config
 
 
 @pytest.fixture

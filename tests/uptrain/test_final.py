@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from gqa_convert.anatomy.transformers_api import KeyMap
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import VerificationError
-from gqa_convert.uptrain.final import both_spellings, write_final
+from gqa_convert.hf.api import KeyMap
+from gqa_convert.uptrain.export import both_spellings, write_final
 from gqa_convert.uptrain.source_keys import restore_keys
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from gqa_convert.uptrain import loop
-from gqa_convert.uptrain.loading import parse_config
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.model import check_isolation
+from gqa_convert.uptrain.read_config import parse_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 MANY = Path(__file__).parents[2] / "scripts" / "launch" / "many_gpus.sh"

@@ -12,7 +12,7 @@ from gqa_convert.uptrain.model import (
     set_dropout,
 )
 from gqa_convert.uptrain.objective import LossSpec
-from gqa_convert.uptrain.reach import freeze_unreached
+from gqa_convert.uptrain.unused_parameters import freeze_unreached
 
 
 def build(name, attention="sdpa", **more):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gqa_convert.uptrain import loop
-from gqa_convert.uptrain.loading import parse_config
 from gqa_convert.uptrain.metrics import read_metrics
+from gqa_convert.uptrain.read_config import parse_config
 
 LAUNCH = Path(__file__).parents[2] / "scripts" / "launch"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}

@@ -16,7 +16,7 @@ from torch import nn
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.model import ScoredModel
 from gqa_convert.uptrain.objective import LossSpec
-from gqa_convert.uptrain.reach import freeze_unreached
+from gqa_convert.uptrain.unused_parameters import freeze_unreached
 
 MANY = Path(__file__).parents[2] / "scripts" / "launch" / "many_gpus.sh"
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gqa_convert.errors import OutputError, Preempted, TrainingAborted, UsageError
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.checkpoints import CheckpointStore
-from gqa_convert.uptrain.loading import parse_config
 from gqa_convert.uptrain.metrics import read_metrics
+from gqa_convert.uptrain.read_config import parse_config
 
 
 def run(settings, **changes):
@@ -81,7 +81,7 @@ def test_stopped_by_a_signal_and_resumed_is_bitwise_the_same(settings, tmp_path,
 KILLER = """
 import os, signal, sys
 from gqa_convert.uptrain import loop
-from gqa_convert.uptrain.loading import load_config
+from gqa_convert.uptrain.read_config import load_config
 real = loop.train_step
 def train_step(parts, guards, at, **rest):
     if at == 13:

@@ -5,11 +5,11 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from gqa_convert import convert
+from gqa_convert.conversion.inspect import verify_pair
 from gqa_convert.errors import UsageError
-from gqa_convert.inspection import verify_pair
 from gqa_convert.uptrain import loop
-from gqa_convert.uptrain.loading import parse_config
 from gqa_convert.uptrain.metrics import read_metrics
+from gqa_convert.uptrain.read_config import parse_config
 
 
 @pytest.fixture(scope="module")

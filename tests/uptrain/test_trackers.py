@@ -13,8 +13,8 @@ import pytest
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.config import LogSection
-from gqa_convert.uptrain.loading import parse_config
 from gqa_convert.uptrain.metrics import chosen_trackers, read_metrics
+from gqa_convert.uptrain.read_config import parse_config
 from gqa_convert.uptrain.trackers import Trackers, run_identity, tracker_arguments
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gqa_convert.errors import UnsupportedModelError
-from gqa_convert.evaluate.encoders import decoder_inputs, encoder_output, has_encoder
+from gqa_convert.evaluate.models import decoder_inputs, encoder_output, has_encoder
 
 Pairs = list[tuple[Tensor, Tensor]]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from gqa_convert.evaluate import encoders, models
+from gqa_convert.evaluate import models
 from gqa_convert.evaluate.decode import weights
 from gqa_convert.evaluate.decode.caches import cross_bytes_per_token
 
@@ -23,7 +25,7 @@ class Contender:
     @property
     def has_encoder(self) -> bool:
         """Whether its decoder reads an encoder's output."""
-        return encoders.has_encoder(self.model)
+        return models.has_encoder(self.model)
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -58,3 +60,19 @@ class Contender:
         if limit is not None and source is not None and limit < source:
             return f"the encoder of {self.name} has {limit} positions"
         return ""
+
+
+def load_contenders(
+    folders: Sequence[str | Path], *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> list[Contender]:
+    """Load every folder or hub id into memory, the base first.
+
+    Raises:
+        GQAConvertError: if one cannot be loaded.
+    """
+    found = []
+    for folder in folders:
+        made = models.subject(str(folder), trust_remote_code=trust_remote_code)
+        model = models.load(made, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        found.append(Contender(name=made.name, query_heads=made.query_heads, kv_heads=made.kv_heads, model=model))
+    return found

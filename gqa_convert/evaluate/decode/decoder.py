@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gqa_convert.evaluate.decode.caches import filled_cache
 from gqa_convert.evaluate.decode.device import timed
-from gqa_convert.evaluate.encoders import decoder_inputs, encoder_output
-from gqa_convert.evaluate.models import cache_bytes, cross_cache_bytes
+from gqa_convert.evaluate.models import cache_bytes, cross_cache_bytes, decoder_inputs, encoder_output
 
 _WARM_UP = 3
 """Steps taken before timing, for which a static cache needs room."""

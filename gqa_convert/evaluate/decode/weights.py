@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gqa_convert.evaluate.decode.caches import filled_cache
-from gqa_convert.evaluate.encoders import decoder_inputs, encoder_output, has_encoder
+from gqa_convert.evaluate.models import decoder_inputs, encoder_output, has_encoder
 
 
 def weight_bytes(model: Any) -> int:

@@ -1,0 +1,1 @@
+"""Formulas of uptraining budgets: tokens, FLOPs, hours; no torch."""

@@ -1,0 +1,1 @@
+"""Every command, one file per job, and what its results look like on a terminal."""

@@ -1,0 +1,114 @@
+"""`gqa budget`: price an uptraining run before anything is loaded."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gqa_convert.budget.arithmetic import budget_rows
+from gqa_convert.errors import UsageError
+
+
+def budget_command(
+    model: Annotated[
+        str | None, typer.Argument(help="A model folder, or a known model's name (--list).", metavar="[MODEL]")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Share of the pretraining tokens [default: 0.05].")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens to train on (2B, 1.5T, ...); wins over --alpha.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Steps to train for; wins over --tokens and --alpha.")] = None,
+    pretraining: Annotated[str | None, typer.Option(help="Known model whose pretraining budget to take.")] = None,
+    pretraining_tokens: Annotated[str | None, typer.Option(help="Tokens of the pretraining.")] = None,
+    pretraining_steps: Annotated[str | None, typer.Option(help="Steps of the pretraining, of --batch-tokens.")] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="Tokens a step [default: as published, else 2M].")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a sequence [default: the model's].")] = None,
+    hardware: Annotated[str, typer.Option(help="Device name (h100, a100, ...) or its TFLOP/s.")] = "h100",
+    devices: Annotated[int, typer.Option(help="How many devices.")] = 8,
+    mfu: Annotated[float, typer.Option(help="Share of the devices' peak that training reaches.")] = 0.4,
+    distill: Annotated[bool, typer.Option("--distill", help="Add the forward passes of a teacher as large.")] = False,
+    list_known: Annotated[bool, typer.Option("--list", help="List the known pretraining budgets and devices.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Say what uptraining would cost: tokens, steps, FLOPs (attention included), hours, bytes, distillation."""
+    from gqa_convert.budget import arithmetic
+    from gqa_convert.budget.shape import known_model, shape_of_folder
+
+    if list_known:
+        _list(json)
+        return
+    if model is None:
+        raise UsageError("budget: name a model folder or a known model, or give --list.")
+    is_folder = Path(model).is_dir()
+    known = (
+        known_model(model if pretraining is None else pretraining)
+        if (pretraining is not None or not is_folder)
+        else None
+    )
+    shape = shape_of_folder(Path(model)) if is_folder else known_model(model).shape
+
+    def count(text: str | None) -> int | None:
+        return None if text is None else arithmetic.parse_count(text)
+
+    published = known.batch_tokens if known else None
+    batch = count(batch_tokens) or published or 2_097_152
+    before = count(pretraining_tokens)
+    if before is None and pretraining_steps is None and known:
+        before = known.tokens
+    length = arithmetic.horizon(
+        batch_tokens=batch,
+        steps=count(steps),
+        tokens=count(tokens),
+        alpha=alpha,
+        pretraining_tokens=before,
+        pretraining_steps=count(pretraining_steps),
+        pretraining_batch_tokens=published,
+    )
+    price = arithmetic.budget(
+        shape,
+        length,
+        context=context,
+        teacher=shape if distill else None,
+        hardware=hardware,
+        device_count=devices,
+        mfu=mfu,
+    )
+    if json:
+        typer.echo(jsonlib.dumps(price.to_json() | {"source": known.source if known else None}, indent=2))
+        return
+    _show(price, shape, before, known.source if known else None)
+
+
+def _show(price: Any, shape: Any, before: int | None, source: str | None) -> None:
+    from gqa_convert.console import console, key_value_table
+
+    rows = [("model", f"{shape.name}, {shape.parameters:,} parameters")]
+    if before is not None:
+        rows.append(("pretraining", f"{before:,} tokens" + (f" ({source})" if source else "")))
+    console().print(key_value_table(rows + budget_rows(price)))
+
+
+def _list(json: bool) -> None:
+    from rich.table import Table
+
+    from gqa_convert.budget.arithmetic import format_count
+    from gqa_convert.budget.shape import devices, known_models
+    from gqa_convert.console import console
+
+    models, hardware = known_models(), devices()
+    if json:
+        found = {
+            name: {"tokens": m.tokens, "batch_tokens": m.batch_tokens, "steps": m.steps, "source": m.source}
+            for name, m in models.items()
+        }
+        typer.echo(jsonlib.dumps({"models": found, "devices": hardware}, indent=2))
+        return
+    table = Table("model", "parameters", "tokens", "source", box=None, pad_edge=False)
+    for name, m in models.items():
+        table.add_row(name, format_count(m.shape.parameters), format_count(m.tokens), m.source)
+    console().print(table)
+    table = Table("device", "bf16 TFLOP/s", "source", box=None, pad_edge=False)
+    for name, entry in hardware.items():
+        table.add_row(name, str(entry["tflops"]), entry["source"])
+    console().print(table)

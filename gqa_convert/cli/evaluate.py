@@ -1,0 +1,258 @@
+"""`gqa eval`, `gqa bench`, `gqa sweep`: thin, and free of heavy imports until one of them runs."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gqa_convert.progress import counting
+
+Base = Annotated[
+    str, typer.Argument(help="The model before conversion: a folder, a hub id, or `demo`.", metavar="BASE")
+]
+Converted = Annotated[
+    list[str] | None, typer.Argument(help="Conversions of it: folders or hub ids.", metavar="CONVERTED...")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Held-out text: a file, a folder, a hub dataset `id[:configuration[:split]]` (split `test` by default), "
+        "or `demo` (the package's own held-out text).",
+    ),
+]
+Field = Annotated[str, typer.Option(help="Key of a .jsonl line that holds the text.")]
+Separator = Annotated[str, typer.Option(help="What stands between the documents of a plain text file.")]
+Context = Annotated[int | None, typer.Option(help="Tokens a window [default: the model's own, at most 2048].")]
+Stride = Annotated[
+    int | None, typer.Option(help="Tokens from one window to the next; CONTEXT: side by side [default: half of it].")
+]
+MaxWindows = Annotated[int | None, typer.Option(help="Score only this many windows, evenly spread.")]
+Special = Annotated[bool, typer.Option("--special/--no-special", help="Let the tokenizer add BOS and the like.")]
+Eos = Annotated[bool, typer.Option("--eos/--no-eos", help="End every document with EOS.")]
+BatchSize = Annotated[int, typer.Option(help="Windows run at a time.", min=1)]
+Dtype = Annotated[
+    str, typer.Option(help="auto (the checkpoint's own on a GPU, else float32), float32, bfloat16, float16.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+SaveTo = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JSON to this file.")]
+
+
+def eval_command(
+    base: Base,
+    converted: Converted = None,
+    data: Data = "demo",
+    field: Field = "text",
+    separator: Separator = "",
+    context: Context = None,
+    stride: Stride = None,
+    max_windows: MaxWindows = None,
+    special: Special = True,
+    eos: Eos = True,
+    batch_size: BatchSize = 8,
+    tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
+    tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    out: SaveTo = None,
+) -> None:
+    """Measure how much worse a converted model is on held-out text, and how much smaller."""
+    from gqa_convert.cli import show_evaluation
+    from gqa_convert.evaluate.evaluation import EvalSettings, evaluate, with_tasks
+
+    settings = EvalSettings(
+        data=data,
+        field=field,
+        separator=separator,
+        context=context,
+        stride=stride,
+        max_windows=max_windows,
+        special=special,
+        eos=eos,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    with counting("windows", quiet=json) as progress:
+        found = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
+    if tasks:
+        found = with_tasks(found, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
+    _save(found.to_json(), out)
+    _emit(found.to_json(), json, lambda: show_evaluation.show_evaluation(found))
+
+
+def bench_command(
+    base: Base,
+    converted: Converted = None,
+    batch: Annotated[str, typer.Option(help="Sequences decoded together: a list.")] = "1,8",
+    context: Annotated[str, typer.Option(help="Tokens in the cache: a list (8k is 8192).")] = "512,2k",
+    source_tokens: Annotated[
+        str, typer.Option(help="Tokens that the encoder has read, for models with one [default: as the context].")
+    ] = "",
+    cache: Annotated[str, typer.Option(help="dynamic, static, or both: a list.")] = "dynamic,static",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="eager; compile: torch.compile, with CUDA graphs on a GPU; graph: one CUDA graph, uncompiled."
+        ),
+    ] = "eager",
+    steps: Annotated[int, typer.Option(help="Tokens decoded a round.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed rounds a point.")] = 7,
+    prefill_tokens: Annotated[int, typer.Option(help="Leave prefill out where batch x context is more.")] = 4096,
+    memory: Annotated[str, typer.Option(help="Also say how many sequences fit in this much: 80GiB.")] = "",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+    out: SaveTo = None,
+) -> None:
+    """Measure how much faster and smaller a converted model decodes, and where it does not."""
+    from gqa_convert.cli import show_bench
+    from gqa_convert.evaluate.decode.bench import bench
+    from gqa_convert.evaluate.decode.contender import load_contenders
+    from gqa_convert.evaluate.decode.settings import BenchSettings
+    from gqa_convert.evaluate.sizes import parse_bytes, parse_count, parse_counts
+
+    settings = BenchSettings(
+        batches=parse_counts(batch, "--batch"),
+        contexts=parse_counts(context, "--context"),
+        caches=tuple(part.strip() for part in cache.split(",")),
+        mode=mode,
+        steps=steps,
+        rounds=rounds,
+        prefill_tokens=prefill_tokens,
+        memory=parse_bytes(memory, "--memory") if memory else None,
+        source_tokens=parse_count(source_tokens, "--source-tokens") if source_tokens else None,
+    )
+    contenders = load_contenders(
+        [base, *(converted or [])], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    with counting("points", quiet=json) as progress:
+        progress.total(len(settings.batches) * len(settings.contexts) * len(settings.caches))
+        found = bench(contenders, settings, on_point=lambda point: progress.advance())
+    _save(found.to_json(), out)
+    _emit(found.to_json(), json, lambda: show_bench.show_bench(found))
+
+
+def sweep_command(
+    model: Base,
+    groups: Annotated[str, typer.Option("--groups", "-g", help="KV-head counts: a list.")],
+    methods: Annotated[str, typer.Option(help="Merge methods or presets: a list; see `gqa methods`.")] = "mean",
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder [default: MODEL-sweep here].")] = None,
+    data: Data = "demo",
+    tolerance: Annotated[float, typer.Option(help="Loss rise that is acceptable, in nats per token.")] = 0.05,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(help="Text for methods that use statistics: a file, or `self`: the model's own."),
+    ] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Fit each layer to the original's after merging.")] = False,
+    allow_slow: Annotated[
+        bool, typer.Option("--allow-slow", help="Also families whose cache shrinks but that decode no faster.")
+    ] = False,
+    uptrain_tokens: Annotated[int, typer.Option(help="Uptrain every point on so many tokens first.", min=0)] = 0,
+    uptrain_config: Annotated[
+        Path | None, typer.Option(help="YAML of the uptraining (as for `gqa uptrain`): data, schedule, batch.")
+    ] = None,
+    benchmark: Annotated[bool, typer.Option("--bench/--no-bench", help="Also time decoding.")] = True,
+    batch: Annotated[str, typer.Option(help="Batches of the decode benchmark: a list.")] = "8",
+    cache_context: Annotated[str, typer.Option(help="Contexts of the decode benchmark: a list.")] = "2k",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity/--no-sensitivity", help="Also measure the cost of each layer alone.")
+    ] = True,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models/--no-keep-models", help="Keep the converted folders.")
+    ] = True,
+    field: Field = "text",
+    separator: Separator = "",
+    context: Context = None,
+    stride: Stride = None,
+    max_windows: MaxWindows = None,
+    special: Special = True,
+    eos: Eos = True,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json: AsJson = False,
+) -> None:
+    """Convert by every method to every number of groups, measure each, and recommend one. Goes on where it stopped."""
+    from gqa_convert.cli import show_sweep
+    from gqa_convert.evaluate.decode.settings import BenchSettings
+    from gqa_convert.evaluate.evaluation import EvalSettings
+    from gqa_convert.evaluate.sizes import parse_counts
+    from gqa_convert.evaluate.sweep.run import sweep
+    from gqa_convert.evaluate.sweep.settings import SweepSettings
+
+    timing = BenchSettings(
+        batches=parse_counts(batch, "--batch"),
+        contexts=parse_counts(cache_context, "--cache-context"),
+        caches=("static",),
+        prefill_tokens=0,
+    )
+    settings = SweepSettings(
+        groups=parse_counts(groups, "--groups"),
+        variants=tuple(part.strip() for part in methods.split(",")),
+        evaluation=EvalSettings(
+            data=data,
+            field=field,
+            separator=separator,
+            context=context,
+            stride=stride,
+            max_windows=max_windows,
+            special=special,
+            eos=eos,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        ),
+        benchmark=timing if benchmark else None,
+        tolerance=tolerance,
+        allow_slow=allow_slow,
+        calibrate=calibrate,
+        refit=refit,
+        sensitivity=sensitivity,
+        keep_models=keep_models,
+        uptrain_tokens=uptrain_tokens,
+        uptrain_config=uptrain_config,
+    )
+    folder = run or Path(f"{Path(model).name}-sweep")
+    with counting("points", quiet=json) as progress:
+
+        def report(point: Any, known: bool) -> None:
+            progress.advance()
+            progress.say(show_sweep.point_line(point, known))
+
+        found = sweep(model, folder, settings, on_point=report, on_total=progress.total)
+    _emit(found.to_json(), json, lambda: show_sweep.show_sweep(found))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the umbrella command."""
+    app.command("eval")(eval_command)
+    app.command("bench")(bench_command)
+    app.command("sweep")(sweep_command)
+
+
+def _save(value: Any, out: Path | None) -> None:
+    if out is None:
+        return
+    from gqa_convert.evaluate.files import write_json
+
+    write_json(out, value)
+
+
+def _emit(value: Any, as_json: bool, show: Any) -> None:
+    if as_json:
+        typer.echo(jsonlib.dumps(value, indent=2))
+    else:
+        show()

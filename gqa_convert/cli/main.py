@@ -1,0 +1,329 @@
+"""The command line: thin, and free of heavy imports until a command runs."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gqa_convert import __version__
+from gqa_convert.cli import evaluate as evaluate_commands
+from gqa_convert.cli import report as report_commands
+from gqa_convert.cli import show_conversion
+from gqa_convert.cli.budget import budget_command
+from gqa_convert.cli.uptrain import uptrain_command
+from gqa_convert.conversion.recipe import make_recipe
+from gqa_convert.errors import GQAConvertError
+from gqa_convert.progress import conversion_progress
+
+app = typer.Typer(
+    name="gqa",
+    help="Convert multi-head-attention checkpoints to grouped-query attention, and see what that costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder or a Hugging Face hub id.", metavar="MODEL")]
+Groups = Annotated[
+    int, typer.Option("--groups", "-g", help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention).")
+]
+CrossGroups = Annotated[
+    int | None, typer.Option(help="KV heads of cross-attention, where a model sets them apart. (default: as --groups)")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder to write [default: MODEL-gqa<GROUPS> beside it].")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="paper: mean of adjacent heads; fast: calibrated pca of searched groups; best: fast, then layers refitted."
+    ),
+]
+Method = Annotated[str | None, typer.Option(help="How heads are merged; `gqa methods` lists them. (default: mean)")]
+Seed = Annotated[int | None, typer.Option(help="Seed of sampling and of random heads. (default: 0)")]
+Grouping = Annotated[
+    str | None,
+    typer.Option(help="contiguous: adjacent heads; search: equal groups of least residual. (default: contiguous)"),
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to measure layers on: a file, a folder, a hub dataset `id[:configuration[:split]]`, or `self` "
+        "(sampled from the model).",
+        metavar="DATA",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Force = Annotated[bool, typer.Option(help="Replace an earlier conversion at --out.")]
+Verify = Annotated[
+    str,
+    typer.Option(
+        help="none; structure: keys, shapes, config against the target model; logits: also run both models (in memory)."
+    ),
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
+Route = Annotated[
+    str,
+    typer.Option(
+        help="For families without a KV-head setting. native: write another stock family that computes the same; "
+        "remote-code: ship modelling code; auto: native where that is exact."
+    ),
+]
+AllowSlow = Annotated[
+    bool,
+    typer.Option("--allow-slow", help="Also convert families whose cache shrinks but that decode no faster (BLOOM)."),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+
+def convert_command(
+    model: Model,
+    groups: Groups,
+    cross_groups: CrossGroups = None,
+    out: Out = None,
+    preset: Preset = None,
+    method: Method = None,
+    grouping: Grouping = None,
+    calibrate: Calibrate = None,
+    calibration_sequences: Annotated[int | None, typer.Option(help="Calibration sequences. (default: 128)")] = None,
+    calibration_length: Annotated[
+        int | None, typer.Option(help="Tokens of each, at most the model's context. (default: 2048)")
+    ] = None,
+    fold: Annotated[
+        bool | None, typer.Option("--fold/--no-fold", help="pca: let rotary pairs that hardly turn share freely.")
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Longest context that --fold keeps sound. (default: the config's)")
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Fit each layer to the original's attention output.")
+    ] = None,
+    refit_steps: Annotated[
+        int | None, typer.Option(help="Gradient steps a layer; 0: least squares of o_proj alone. (default: 300)")
+    ] = None,
+    refit_tokens: Annotated[int | None, typer.Option(help="Tokens of each step. (default: 2048)")] = None,
+    refit_lr: Annotated[float | None, typer.Option(help="Peak learning rate. (default: by width)")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep solved layers here, to resume or reuse. (default: beside --out, removed)")
+    ] = None,
+    flush: Annotated[
+        bool, typer.Option("--flush/--no-flush", help="Wait for the disk; without, a power cut may harm the output.")
+    ] = True,
+    seed: Seed = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    json: AsJson = False,
+    force: Force = False,
+    route: Route = "auto",
+    allow_slow: AllowSlow = False,
+    verify: Verify = "structure",
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+) -> None:
+    """Convert a checkpoint to grouped-query attention with GROUPS KV heads.
+
+    More groups are closer to the source; fewer are smaller and faster to decode. The source is never written to, and
+    the output appears whole or not at all.
+    """
+    from gqa_convert.conversion import execute, plan
+
+    recipe = make_recipe(
+        preset,
+        method=method,
+        grouping=grouping,
+        calibrate=calibrate,
+        sequences=calibration_sequences,
+        length=calibration_length,
+        fold=fold,
+        max_context=max_context,
+        refit=refit,
+        refit_steps=refit_steps,
+        refit_tokens=refit_tokens,
+        refit_lr=refit_lr,
+        seed=seed,
+    )
+    made = plan.plan(
+        model,
+        groups=groups,
+        cross_groups=cross_groups,
+        out=out,
+        recipe=recipe,
+        route=route,
+        allow_slow=allow_slow,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    if dry_run:
+        _emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
+        return
+    with conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
+        result = execute.execute(
+            made,
+            verify=verify,
+            force=force,
+            work=work,
+            flush=flush,
+            trust_remote_code=trust_remote_code,
+            on_bytes=on_bytes,
+            on_layer=on_layer,
+        )
+    described = {"out": str(result.out), "verified": result.verified, "checks": result.checks, "plan": made.to_json()}
+    _emit(described, json, lambda: show_conversion.show_result(result))
+
+
+app.command("convert")(convert_command)
+
+
+@app.command("plan")
+def plan_command(
+    model: Model,
+    groups: Groups,
+    cross_groups: CrossGroups = None,
+    out: Out = None,
+    preset: Preset = None,
+    method: Method = None,
+    route: Route = "auto",
+    allow_slow: AllowSlow = False,
+    json: AsJson = False,
+    trust_remote_code: Trust = False,
+    revision: Revision = None,
+) -> None:
+    """Print what converting would read, merge, edit and write. `gqa convert --dry-run` takes every option."""
+    from gqa_convert.conversion import plan
+
+    recipe = make_recipe(preset, method=method)
+    made = plan.plan(
+        model,
+        groups=groups,
+        cross_groups=cross_groups,
+        out=out,
+        recipe=recipe,
+        route=route,
+        allow_slow=allow_slow,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    _emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model, json: AsJson = False, trust_remote_code: Trust = False, revision: Revision = None
+) -> None:
+    """Say what a checkpoint is: head layout, legal group counts, cache cost."""
+    from gqa_convert.conversion import inspect
+
+    found = inspect.inspect(model, trust_remote_code=trust_remote_code, revision=revision)
+    _emit(found.to_json(), json, lambda: show_conversion.show_inspection(found))
+
+
+@app.command("verify")
+def verify_command(
+    source: Annotated[str, typer.Argument(help="The checkpoint that was converted.", metavar="SRC")],
+    converted: Annotated[Path, typer.Argument(help="The folder it was converted to.", metavar="DST")],
+    logits: Annotated[bool, typer.Option("--logits", help="Also load and run both models.")] = False,
+    json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Check a converted folder against its source: keys, shapes, bytes, merged values, and logits if asked."""
+    from gqa_convert.conversion import inspect
+
+    checks = inspect.verify_pair(source, converted, logits=logits, trust_remote_code=trust_remote_code)
+    _emit(checks, json, lambda: show_conversion.show_checks(converted, checks))
+
+
+@app.command("families")
+def families_command(
+    name: Annotated[str | None, typer.Argument(help="Only model types that contain this.")] = None,
+    json: AsJson = False,
+) -> None:
+    """List every model type of the installed transformers: whether it converts, and why not where it does not."""
+    from gqa_convert.anatomy import families
+
+    found = [family for family in families.families() if name is None or name in family.model_type]
+    _emit([family.to_json() for family in found], json, lambda: show_conversion.show_families(found))
+
+
+@app.command("methods")
+def methods_command(json: AsJson = False) -> None:
+    """List the merge methods."""
+    from gqa_convert.merge.registry import all_methods
+
+    found = list(all_methods().values())
+    described = [{"name": m.name, "title": m.title, "reference": m.reference} for m in found]
+    _emit(described, json, lambda: show_conversion.show_methods(found))
+
+
+@app.command("demo")
+def demo_command(
+    groups: Groups = 2,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Keep the converted model here, the uptrained one beside it.")
+    ] = None,
+    uptrain_seconds: Annotated[
+        float, typer.Option(min=0, help="About how long to uptrain after converting; 0: not at all.")
+    ] = 60.0,
+    json: AsJson = False,
+) -> None:
+    """Convert the small model that comes with the package, uptrain it, and show what was gained and lost."""
+    from gqa_convert.demo.run import run_demo
+
+    run_demo(out, groups=groups, uptrain_seconds=uptrain_seconds, json=json)
+
+
+evaluate_commands.register(app)
+report_commands.register(app)
+
+
+app.command("budget")(budget_command)
+app.command("uptrain")(uptrain_command)
+
+
+@app.callback(invoke_without_command=True)
+def umbrella(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Convert multi-head-attention checkpoints to grouped-query attention, and see what that costs."""
+    if version:
+        typer.echo(f"gqa-convert {__version__}")
+        raise typer.Exit
+
+
+def _emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        typer.echo(jsonlib.dumps(value, indent=2))
+    else:
+        show()
+
+
+_INTERRUPTED = 130
+"""How typer exits after Ctrl-C, without a word."""
+
+
+def run_command(run: Callable[[], Any]) -> None:
+    """Run a command; a `GQAConvertError` becomes one line on standard error and its exit code."""
+    try:
+        run()
+    except GQAConvertError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            typer.echo("interrupted.", err=True)
+        raise
+
+
+def main() -> None:
+    """Entry point of `gqa`."""
+    run_command(app)
+
+
+def convert_main() -> None:
+    """Entry point of `gqa-convert`: the same command as `gqa convert`."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command("gqa-convert")(convert_command)
+    run_command(single)

@@ -1,0 +1,92 @@
+"""Tables of the decode benchmark. Imports no torch."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from gqa_convert.console import size, wide_console
+from gqa_convert.evaluate.decode.results import Bench, Capacity, DecodeResult, Point, Spread, conclusions
+
+
+def milliseconds(spread: Spread) -> str:
+    """A time with its quartiles: `12.3 ms [12.1, 12.9]`."""
+    return f"{spread.median * 1e3:.3g} ms [{spread.low * 1e3:.3g}, {spread.high * 1e3:.3g}]"
+
+
+def times(spread: Spread | None) -> str:
+    """A ratio of times with its quartiles, `-` for the base."""
+    return "-" if spread is None else f"x {spread.median:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
+
+
+def point_line(point: Point) -> str:
+    """One line for progress."""
+    where = f"{point.cache} cache, {point.where}"
+    if point.skipped:
+        return f"{where}: left out, {point.skipped}"
+    return f"{where}: " + ", ".join(f"{m.name} {m.seconds.median * 1e3:.3g} ms" for m in point.models)
+
+
+def show_bench(found: Bench) -> None:
+    """Print a benchmark: one table a point, then what follows from it."""
+    out = wide_console()
+    for point in found.points:
+        if point.skipped:
+            out.print(point_line(point), highlight=False)
+            continue
+        mode = "" if point.mode == "eager" else f", {point.mode}"
+        title = f"{point.where}, {point.cache} cache{mode}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for model in point.models:
+            table.add_column(f"{model.name} ({model.kv_heads} of {model.query_heads})", justify="right")
+        for label, cells in _rows(point.models):
+            table.add_row(label, *cells)
+        out.print(table)
+        out.print()
+    for capacity in found.capacities:
+        out.print(
+            f"{capacity.name}: {capacity.sequences} sequences of {_tokens(capacity)} fit beside the weights in "
+            f"{size(capacity.memory_bytes)}",
+            highlight=False,
+        )
+    for line in conclusions(found):
+        out.print(f"- {line}", highlight=False)
+    out.print(
+        f"{found.dtype} on {found.device}; memory read at {found.bandwidth / 1e9:.1f} GB/s (measured); medians with "
+        f"quartiles of {found.rounds} interleaved rounds of {found.steps} tokens.",
+        highlight=False,
+        style="dim",
+    )
+
+
+def _tokens(capacity: Capacity) -> str:
+    read = "" if capacity.source_tokens is None else f" behind {capacity.source_tokens} of the encoder's"
+    return f"{capacity.context} tokens{read}"
+
+
+def _rows(models: tuple[DecodeResult, ...]) -> list[tuple[str, list[str]]]:
+    rows = [
+        ("time per token", [milliseconds(m.seconds) for m in models]),
+        ("of the base", [times(m.time_ratio) for m in models]),
+        ("tokens per second", [f"{m.tokens_per_second:,.1f}" for m in models]),
+        ("cache, measured", [f"{size(m.cache_bytes)} (x {m.cache_ratio:.4g})" for m in models]),
+        *_parts(models),
+        ("floor by bandwidth", [f"{m.floor_seconds * 1e3:.3g} ms ({m.floor_share:.0%} of the time)" for m in models]),
+        ("floor, of the base", [f"x {m.floor_ratio:.2f}" for m in models]),
+        ("peak memory", ["unknown" if m.peak_bytes is None else size(m.peak_bytes) for m in models]),
+    ]
+    if models[0].prefill_seconds is not None:
+        rows.append(("prefill", [milliseconds(m.prefill_seconds) for m in models if m.prefill_seconds]))
+        rows.append(("of the base", [times(m.prefill_ratio) for m in models]))
+    rows.append(("verdict", [m.verdict for m in models]))
+    return rows
+
+
+def _parts(models: tuple[DecodeResult, ...]) -> list[tuple[str, list[str]]]:
+    """The two caches of a model with an encoder, apart."""
+    if not any(model.cross_cache_bytes for model in models):
+        return []
+    return [
+        ("  own attention", [size(m.self_cache_bytes) for m in models]),
+        ("  cross-attention", [size(m.cross_cache_bytes) for m in models]),
+    ]

@@ -1,0 +1,148 @@
+"""Plans, results, inspections, families and methods on a terminal. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from gqa_convert.console import console, key_value_table, size
+
+if TYPE_CHECKING:
+    from gqa_convert.anatomy.families import Family
+    from gqa_convert.conversion.execute import ConvertResult
+    from gqa_convert.conversion.inspect import Inspection
+    from gqa_convert.conversion.plan import ConvertPlan
+    from gqa_convert.heads import HeadLayout
+    from gqa_convert.merge.registry import MergeMethod
+
+
+def layout(heads: HeadLayout) -> str:
+    """A head layout in words: `MHA (32 query heads, 32 KV heads of 128)`."""
+    return f"{heads.kind} ({heads.num_query_heads} query heads, {heads.num_kv_heads} KV heads of {heads.head_dim})"
+
+
+def _cache(before: int, after: int) -> str:
+    if not before:
+        return "unknown"
+    return f"{size(before)} -> {size(after)} per token ({after / before:.3g} of the source)"
+
+
+def recipe_words(made: ConvertPlan) -> str:
+    """The recipe in words: `pca of searched groups, calibrated on self, folded, refitted`."""
+    recipe = made.recipe
+    words = recipe.method + (" of searched groups" if recipe.grouping == "search" else "")
+    if recipe.calibrate is not None:
+        words += f", calibrated on {recipe.calibrate} ({recipe.sequences} x {recipe.length} tokens)"
+    if recipe.fold:
+        words += ", folded" + (f" for {recipe.max_context} tokens" if recipe.max_context else "")
+    if recipe.refit:
+        words += ", refitted" + (f" in {recipe.refit_steps} steps" if recipe.refit_steps else " by least squares")
+    return words
+
+
+def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
+    """The plan as label and value, for a table."""
+    rows = [
+        ("source", str(made.source)),
+        ("target", str(made.target)),
+        ("model", f"{made.model_type} ({made.class_name})"),
+        *([("becomes", made.becomes)] if made.becomes else []),
+        (
+            "heads",
+            f"{layout(made.layout_before)} -> {layout(made.layout_after)}"
+            + (f"; {made.cross_groups} KV heads in cross-attention" if made.cross_groups else ""),
+        ),
+        ("method", recipe_words(made)),
+        (
+            "tensors",
+            f"{made.merged_tensors} merged, {made.copied_tensors} copied as they are"
+            + (f", {made.rewritten_tensors} rewritten" if made.rewritten_tensors else "")
+            + (f", {made.solved_tensors} q, k, v, o tensors solved layer by layer" if made.solved_tensors else "")
+            + (f", {made.dropped_tensors} dropped" if made.dropped_tensors else ""),
+        ),
+        ("config.json", ", ".join(f"{key} = {value}" for key, value in made.config_edits.items()) or "unchanged"),
+        ("parameters", f"{made.parameters_in:,} -> {made.parameters_out:,}"),
+        ("weights", f"{size(made.bytes_in)} -> {size(made.bytes_out)}"),
+        (
+            "KV cache",
+            _cache(made.kv_cache_bytes_per_token_before, made.kv_cache_bytes_per_token_after),
+        ),
+        ("tensor parallel", f"up to {made.max_tensor_parallel} without replicating KV heads"),
+        ("working memory", f"{size(made.working_bytes)} at most beyond the libraries'"),
+    ]
+    return rows + [("note", note) for note in made.notes]
+
+
+def show_plan(made: ConvertPlan) -> None:
+    """Print a plan."""
+    console().print(key_value_table(plan_rows(made)))
+
+
+def show_result(result: ConvertResult) -> None:
+    """Print what a conversion did."""
+    out = console()
+    out.print(key_value_table([row for row in plan_rows(result.plan) if row[0] not in ("target", "working memory")]))
+    checked = result.checks
+    if checked:
+        logits = ""
+        if "logit_difference" in checked:
+            logits = f"; logits within {checked['logit_difference']:.2g} of the source with merged heads"
+        filled = type(result.plan.anatomy.target_model).__name__
+        out.print(f"verified: {checked['tensors']} tensors fill the {filled} of config.json{logits}")
+    out.print(f"[bold green]wrote[/] {result.out}", highlight=False)
+
+
+def show_inspection(found: Inspection) -> None:
+    """Print what a checkpoint is."""
+    rows = [
+        ("model", f"{found.model_type} ({found.class_name})"),
+        *([("becomes", found.becomes)] if found.becomes else []),
+        ("heads", layout(found.layout)),
+        ("parameters", f"{found.parameters:,}"),
+        ("weights", size(found.bytes)),
+        ("legal groups", ", ".join(map(str, found.legal_groups))),
+    ]
+    rows += [
+        (f"KV cache, {groups} groups", f"{size(cost)} per token" if cost is not None else f"refused: {reason}")
+        for groups, cost, reason in found.cache
+    ]
+    if found.slow:
+        rows.append(
+            ("note", "fewer groups make the KV cache smaller but decoding no faster: convert with --allow-slow")
+        )
+    if found.converted_from:
+        rows.append(("converted", f"by {found.converted_from}"))
+    console().print(key_value_table(rows))
+
+
+def show_checks(folder: Path, checks: Mapping[str, Any]) -> None:
+    """Print what verifying a pair found."""
+    rows = [(key.replace("_", " "), str(value)) for key, value in checks.items() if key != "differing"]
+    differing = list(checks.get("differing", ()))
+    if differing:
+        rows.append(("differing", f"{len(differing)} tensors (trained further?), first {differing[0]}"))
+    console().print(key_value_table(rows, title=f"{folder}"))
+
+
+def show_families(found: Sequence[Family]) -> None:
+    """Print model types with their class and reason."""
+    table = Table("model type", "class", "converts", "why", box=None, pad_edge=False)
+    for family in found:
+        table.add_row(family.model_type, family.kind, family.status, family.reason)
+    out = console()
+    out.print(table)
+    counts: dict[str, int] = {}
+    for family in found:
+        counts[family.status] = counts.get(family.status, 0) + 1
+    out.print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+
+
+def show_methods(found: Sequence[MergeMethod]) -> None:
+    """Print the merge methods."""
+    table = Table("method", "what", "source", box=None, pad_edge=False)
+    for method in found:
+        table.add_row(method.name, method.title, method.reference)
+    console().print(table)

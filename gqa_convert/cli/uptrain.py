@@ -1,0 +1,64 @@
+"""`gqa uptrain`: run, resume or just plan an uptraining."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from gqa_convert.uptrain.loop import UptrainResult
+
+
+def uptrain_command(
+    config: Annotated[Path, typer.Argument(help="A run's YAML; configs/ has documented ones.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: section.key=value. Can be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and train nothing.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Trace a few early steps into OUTPUT/profile.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Uptrain a converted checkpoint as CONFIG says; run it again to go on where it was stopped.
+
+    SIGTERM or SIGUSR1 saves and exits with code 75 at the next step.
+    """
+    from gqa_convert.uptrain.read_config import load_config
+
+    changes = [*(overrides or ()), *(["log.profile=true"] if profile else [])]
+    settings = load_config(config, changes)
+    if dry_run:
+        from gqa_convert.console import console, key_value_table
+        from gqa_convert.uptrain.plan import plan_rows, resolve
+
+        made = resolve(settings)
+        if json:
+            typer.echo(jsonlib.dumps(made.to_json(), indent=2))
+        else:
+            console().print(key_value_table(plan_rows(made)))
+        return
+    from gqa_convert.uptrain.loop import uptrain
+
+    _show(uptrain(settings, quiet=json), json)
+
+
+def _show(result: UptrainResult, json: bool) -> None:
+    import os
+
+    from gqa_convert.console import console
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if json:
+        typer.echo(jsonlib.dumps({**result.__dict__, "folder": str(result.folder)}, indent=2))
+        return
+    original = "" if result.reference_loss is None else f"; the original's is {result.reference_loss:.4f}"
+    out = console()
+    out.print(
+        f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token{original} "
+        f"({result.tokens:,} tokens, {result.seconds:,.0f} s in steps)",
+        highlight=False,
+    )
+    out.print(f"[bold green]wrote[/] {result.folder}", highlight=False)

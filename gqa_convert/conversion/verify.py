@@ -1,0 +1,265 @@
+"""Check a written checkpoint: its keys and shapes, its bytes against the source's, and what it computes.
+
+`structure` reads headers and configuration only. `logits` loads both models: the converted one must agree with the
+source in which every KV head was replaced by its group's merged head, which is the same function by construction, so
+any disagreement is a fault of layout, configuration or loading and not the cost of the merge. A conversion by mean must
+also agree with the source in which every KV head was replaced by the mean of the adjacent heads of its group, taken
+here anew from the loaded parameters, so that heads merged in the wrong groups or rows do not pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.anatomy.anatomy import check_target
+from gqa_convert.anatomy.kv_fields import get_path
+from gqa_convert.checkpoint.dtypes import torch_dtype
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.conversion.tensors import merged_tensor, one_thread
+from gqa_convert.errors import VerificationError
+from gqa_convert.heads import Grouping, merge_heads, split_heads
+from gqa_convert.hf import api
+from gqa_convert.hf.partial import whole_model
+from gqa_convert.merge.registry import get_method
+from gqa_convert.modeling.transpile.view import widened
+from gqa_convert.tiny.forward import logits
+from gqa_convert.tiny.model import text_inputs
+from gqa_convert.tiny.sizes import TEXT_IDS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gqa_convert.anatomy.anatomy import Anatomy
+    from gqa_convert.anatomy.shapes import ShapeDifference
+    from gqa_convert.conversion.plan import ConvertPlan
+LOGIT_TOLERANCE = 1e-4
+"""Largest accepted logit difference, as a share of the largest logit."""
+
+MEAN_TOLERANCE = 10 * LOGIT_TOLERANCE
+"""The same where means are taken anew: another order of summing may round to the other neighbour in half precision."""
+
+
+def verify_output(made: ConvertPlan, folder: Path, *, level: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Verify a folder written by following `made`.
+
+    Returns:
+        What was checked, with counts and the largest logit difference where models were run.
+
+    Raises:
+        VerificationError: naming the first thing that is not as planned.
+    """
+    if level == "none":
+        return {}
+    checks = verify_structure(made, folder, trust_remote_code=trust_remote_code)
+    if level == "logits":
+        checks |= verify_logits(made, folder, trust_remote_code=trust_remote_code)
+    return checks
+
+
+def verify_structure(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Check configuration, keys, shapes and dtypes without reading a weight. See `verify_output`."""
+    written = Checkpoint.open(folder)
+    config = api.load_config(folder, trust_remote_code=trust_remote_code)
+    expected = made.anatomy.target_config.model_type
+    if config.model_type != expected:
+        raise VerificationError(f"{folder / 'config.json'}: model_type is {config.model_type}, not {expected}.")
+    for kv_field in made.anatomy.changed_fields:
+        value = get_path(config, kv_field.path)
+        wanted = kv_field.wanted(made.groups)
+        if value != wanted and get_path(written.config, kv_field.path) != wanted:
+            raise VerificationError(f"{folder / 'config.json'}: {kv_field.name} reads {value}, not {wanted}.")
+    shapes = {key: info.shape for key, info in written.tensors.items()}
+    check_target(made.anatomy, shapes, made.checkpoint.tensors)
+    merged = {merge.key for merge in made.anatomy.merges}
+    for key, info in written.tensors.items():
+        source = made.checkpoint.tensors[key]
+        if info.dtype != source.dtype or (key not in merged and info.shape != source.shape):
+            raise VerificationError(f"{key}: {info.dtype} {info.shape} written, {source.dtype} {source.shape} planned.")
+    if written.total_bytes != made.bytes_out:
+        raise VerificationError(f"{folder}: {written.total_bytes} bytes of tensors, {made.bytes_out} planned.")
+    return {"tensors": len(shapes), "merged": len(merged), "bytes": written.total_bytes}
+
+
+def verify_logits(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Run both models in float32 and compare. Both are held in memory. See the module's docstring."""
+    converted = _load(made.anatomy.target_config, folder, trust_remote_code)
+    inputs = _inputs(converted)
+    checks = verify_transpiling(made.checkpoint, made.anatomy, inputs) if made.checkpoint.stored else {}
+    source = _source_model(made, trust_remote_code)
+    seen = _logits(made, converted, inputs)
+    scale = max(float(seen.abs().max()), 1e-30)
+    replaced = [(source.state_dict(), LOGIT_TOLERANCE, "the source")]
+    difference = made.anatomy.difference
+    if difference is not None:
+        replaced = [(difference.expand(converted.state_dict()), LOGIT_TOLERANCE, "the source with merged heads")]
+        if made.method == "mean" and made.blocks is None:
+            means = _with_means(made, difference, source.state_dict())
+            replaced.insert(0, (means, MEAN_TOLERANCE, "the source with the means of adjacent heads"))
+    worst = 0.0
+    for state, tolerance, what in replaced:
+        source.load_state_dict(state, strict=False)
+        worst = float((_logits(made, source, inputs) - seen).abs().max())
+        if not worst <= tolerance * scale:
+            raise VerificationError(f"{folder}: logits differ by {worst:.3g} at scale {scale:.3g} from {what}.")
+    return {"logit_difference": worst, "logit_scale": scale, **checks}
+
+
+def _source_model(made: ConvertPlan, trust_remote_code: bool) -> Any:
+    """The source in float32: as it is stored, or as the model of another family that it is converted as."""
+    import torch
+
+    if made.checkpoint.stored is None:
+        return _load(made.anatomy.config, made.source, trust_remote_code)
+    cls = api.model_class(made.anatomy.config)
+    return whole_model(made.checkpoint, cls, made.anatomy.config, dtype=torch.float32)
+
+
+def _logits(made: ConvertPlan, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    try:
+        return logits(model, inputs)
+    except Exception as error:
+        raise VerificationError(
+            f"{made.class_name}: cannot be run on text alone ({type(error).__name__}: {error}). Use --verify structure."
+        ) from error
+
+
+def _with_means(made: ConvertPlan, difference: ShapeDifference, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace every KV head in the source model's state by the mean of its group, in the precision of the file."""
+    import torch
+
+    merges = made.anatomy.merges
+    stored = {merge.name: torch_dtype(made.checkpoint.tensors[merge.key].dtype) for merge in merges}
+    usual = next(iter(stored.values()))
+    means = dict(state)
+    for name, rows in difference.rows.items():
+        merged = rows.merge(state[name], _mean_of_adjacent)
+        means[name] = rows.expand(merged.to(stored.get(name, usual)).float())
+    for name, names in difference.stacks.items():
+        index, size = difference.stack_of(name)
+        start = index - index % size
+        mean = torch.stack([state[other] for other in names[start : start + size]]).mean(dim=0)
+        means[name] = mean.to(stored.get(names[index // size], usual)).float()
+    return means
+
+
+def _mean_of_adjacent(x: Tensor, grouping: Grouping, dim: int) -> Tensor:
+    heads = split_heads(x, grouping.num_groups * grouping.group_size, dim)
+    return merge_heads(heads.unflatten(dim, (grouping.num_groups, grouping.group_size)).mean(dim=dim + 1), dim)
+
+
+def _load(config: Any, folder: Path, trust_remote_code: bool) -> Any:
+    import torch
+    from transformers import PreTrainedModel
+
+    cls = api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
+    # Not the class's own: Qwen2.5-Omni's, which reads voices too, cannot return what was missing.
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    with api.quiet():
+        model, info = load(cls, folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise VerificationError(f"{folder}: loading reports {kind.replace('_', ' ')}: {sorted(info[kind])[:3]}")
+    return model.eval()
+
+
+def _inputs(model: Any) -> dict[str, Tensor]:
+    """Random ids, and random encoder features for a decoder that listens or sees.
+
+    Ids come from the lower half of the vocabulary: those that stand for an image or a sound usually lie at its end.
+    """
+    text = model.config.get_text_config(decoder=True)
+    return text_inputs(model, vocabulary=int(getattr(text, "vocab_size", None) or 2 * TEXT_IDS) // 2)
+
+
+def compare_weights(made: ConvertPlan, folder: Path) -> dict[str, Any]:
+    """Compare every tensor of a converted folder with the source's bytes, or with the merge computed again.
+
+    Returns:
+        Counts of `identical` (copied byte for byte) and `merged` (as the plan's method gives them) tensors, and the
+        keys of `differing` ones (a checkpoint that was trained further differs everywhere).
+    """
+    written = Checkpoint.open(folder)
+    merges = {merge.key: merge for merge in made.anatomy.merges}
+    identical = as_merged = 0
+    differing: list[str] = []
+    for key, same in _compare(made, written):
+        if not same:
+            differing.append(key)
+        elif key in merges:
+            as_merged += 1
+        else:
+            identical += 1
+    return {"identical": identical, "merged": as_merged, "differing": differing}
+
+
+def _compare(made: ConvertPlan, written: Checkpoint) -> Iterator[tuple[str, bool]]:
+    import torch
+
+    method = get_method(made.method)
+    merges = {merge.key: merge for merge in made.anatomy.merges}
+    for key in written.tensors:
+        seen = written.tensor(key)
+        if key in merges:
+            with one_thread():
+                expected = merged_tensor(made.checkpoint, merges[key], method, made.seed)
+        else:
+            expected = made.checkpoint.tensor(key)
+        same = seen.shape == expected.shape and seen.dtype == expected.dtype
+        yield key, same and torch.equal(_bits(seen), _bits(expected))
+
+
+def _bits(x: Tensor) -> Tensor:
+    import torch
+
+    return x.contiguous().flatten().view(torch.uint8)
+
+
+def verify_transpiling(view: Checkpoint, anatomy: Anatomy, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Run the stored model and the view of it with all its heads, in float32, one after the other.
+
+    The view must compute the same before its tensors are rounded to the stored dtype; what rounding adds is reported.
+
+    Returns:
+        `transpiling_difference` and `transpiling_rounding`: largest logit differences without and with rounding.
+
+    Raises:
+        VerificationError: if the view computes something else.
+    """
+    assert view.stored is not None
+    expected = _stored_logits(view.stored, inputs)
+    scale = max(float(expected.abs().max()), 1e-30)
+    exact, rounded = (
+        float((_view_logits(each, anatomy, inputs) - expected).abs().max()) for each in (widened(view), view)
+    )
+    if not exact <= LOGIT_TOLERANCE * scale:
+        raise VerificationError(
+            f"{view.folder}: written as {anatomy.model_type}, its logits differ by {exact:.3g} at scale {scale:.3g}."
+        )
+    return {"transpiling_difference": exact, "transpiling_rounding": rounded}
+
+
+def _stored_logits(stored: Checkpoint, inputs: dict[str, Tensor]) -> Tensor:
+    import torch
+
+    config = api.load_config(stored.folder, trust_remote_code=False)
+    cls: Any = api.model_class(config)
+    with api.quiet():
+        model = cls.from_pretrained(stored.folder, dtype=torch.float32, local_files_only=True).eval()
+    return _text_logits(model, inputs)
+
+
+def _view_logits(view: Checkpoint, anatomy: Anatomy, inputs: dict[str, Tensor]) -> Tensor:
+    import torch
+
+    cls = api.model_class(anatomy.config)
+    return _text_logits(whole_model(view, cls, anatomy.config, dtype=torch.float32), inputs)
+
+
+def _text_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    import torch
+
+    with torch.no_grad():
+        found: Tensor = model(**inputs, use_cache=False).logits
+    return found

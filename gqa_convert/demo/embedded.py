@@ -1,8 +1,0 @@
-"""Where the embedded default is."""
-
-from __future__ import annotations
-
-from pathlib import Path
-
-CHECKPOINT = Path(__file__).parent / "checkpoint"
-"""The embedded default checkpoint: Llama architecture, 8 query heads with a KV head each."""

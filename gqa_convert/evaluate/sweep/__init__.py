@@ -1,0 +1,1 @@
+"""Sweeps: one model at several group counts, and the point to choose."""

@@ -1,0 +1,294 @@
+"""Convert a model in many ways, measure every result, and say which to take.
+
+Everything lives in a run folder, one folder a point. A point that is finished under the same settings is not done
+again, so an interrupted sweep goes on where it stopped, and a longer list of groups only adds to it. A point that fails
+is recorded with its reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.checkpoint.fingerprint import sampled_digest
+from gqa_convert.checkpoint.provenance import source_identity
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.conversion.execute import execute
+from gqa_convert.conversion.plan import plan
+from gqa_convert.conversion.recipe import Recipe
+from gqa_convert.errors import UnsupportedModelError, UsageError
+from gqa_convert.evaluate import models
+from gqa_convert.evaluate.decode.bench import bench
+from gqa_convert.evaluate.decode.contender import load_contenders
+from gqa_convert.evaluate.evaluation import evaluate
+from gqa_convert.evaluate.files import read_json, write_json
+from gqa_convert.evaluate.sensitivity import layer_costs
+from gqa_convert.evaluate.similarity import head_similarity
+from gqa_convert.evaluate.sweep.points import Recommendation, SweepPoint, from_json, frontier, recommend
+from gqa_convert.evaluate.sweep.settings import SweepSettings
+from gqa_convert.evaluate.sweep.uptrained import FOLDER, result_folder, uptrain_point
+from gqa_convert.modeling import shipping
+
+SUMMARY = "sweep.json"
+POINT = "point.json"
+SENSITIVITY = "sensitivity.json"
+SIMILARITY = "similarity.json"
+SENSITIVITY_WINDOWS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A finished sweep."""
+
+    folder: Path
+    base: dict[str, Any]
+    points: tuple[SweepPoint, ...]
+    recommendation: Recommendation
+
+    def to_json(self) -> dict[str, Any]:
+        """The sweep as JSON values, with both frontiers."""
+        return {
+            "format": 1,
+            "kind": "sweep",
+            "base": self.base,
+            "points": [point.to_json() for point in self.points],
+            "frontier": {
+                "cache": frontier(self.points, lambda p: p.cache_bytes_per_token),
+                "time": frontier(self.points, lambda p: p.time_ratio),
+            },
+            "recommendation": asdict(self.recommendation),
+            "versions": {name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
+        }
+
+
+def sweep(
+    model: str,
+    run: Path,
+    settings: SweepSettings,
+    *,
+    on_point: Callable[[SweepPoint, bool], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
+) -> Sweep:
+    """Run a sweep, or go on with one.
+
+    Args:
+        model: the original: a folder, a hub id, or `demo`.
+        run: the run folder; made if missing.
+        settings: what to try and how to measure it.
+        on_point: called after each point, with True if it was there already.
+        on_total: called once with the number of points.
+
+    Raises:
+        UsageError: if a variant or setting is unknown.
+        GQAConvertError: if the original itself cannot be read or measured.
+    """
+    recipes = {variant: settings.recipe(variant) for variant in settings.variants}
+    subject = models.subject(model, trust_remote_code=settings.evaluation.trust_remote_code)
+    wrong = [g for g in settings.groups if subject.kv_heads % g]
+    if wrong:
+        raise UsageError(f"--groups {wrong[0]}: does not divide the {subject.kv_heads} KV heads of {subject.name}.")
+    if not settings.allow_slow and min(settings.groups) < subject.kv_heads:
+        shipping.check_faster(str(subject.config.model_type))
+    if on_total is not None:
+        on_total(len(recipes) * len(settings.groups))
+    opened = Checkpoint.open(subject.folder)
+    identity = source_identity(opened) | {"weights": sampled_digest(opened)}
+    base = _base(subject, run, settings, identity)
+    points: list[SweepPoint] = []
+    for variant, recipe in recipes.items():
+        for groups in settings.groups:
+            point, known = _point(subject, run, settings, variant, recipe, groups, identity)
+            points.append(point)
+            write_json(run / SUMMARY, _summary(run, base, points, settings).to_json())
+            if on_point is not None:
+                on_point(point, known)
+    found = _summary(run, base, points, settings)
+    if settings.sensitivity:
+        _sensitivity(subject, run, settings, found)
+        _similarity(subject, run, settings, identity)
+    return found
+
+
+def _summary(run: Path, base: dict[str, Any], points: Sequence[SweepPoint], settings: SweepSettings) -> Sweep:
+    return Sweep(folder=run, base=base, points=tuple(points), recommendation=recommend(points, settings.tolerance))
+
+
+def _fingerprint(*parts: Any) -> str:
+    versions = [installed_version(name) for name in ("gqa-convert", "torch", "transformers")]
+    return hashlib.sha256(json.dumps([versions, *parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _stamp(text: str | None) -> list[int]:
+    """What tells a file of text from what was there before under the same name; nothing for what is no file."""
+    file = Path(text) if text else None
+    if file is None or not file.is_file():
+        return []
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _base(subject: models.Subject, run: Path, settings: SweepSettings, identity: dict[str, Any]) -> dict[str, Any]:
+    """The original's own figures, and what it was measured on."""
+    key = _fingerprint(identity, asdict(settings.evaluation), _stamp(settings.evaluation.data))
+    known = read_json(run / "base.json")
+    if known and known.get("fingerprint") == key:
+        kept: dict[str, Any] = known
+        return kept
+    found = evaluate(subject.folder, [], settings.evaluation).to_json()
+    found |= {"fingerprint": key, "folder": str(subject.folder.resolve())}
+    found["base"]["name"] = subject.name
+    write_json(run / "base.json", found)
+    return found
+
+
+def _point(
+    subject: models.Subject,
+    run: Path,
+    settings: SweepSettings,
+    variant: str,
+    recipe: Recipe,
+    groups: int,
+    identity: dict[str, Any],
+) -> tuple[SweepPoint, bool]:
+    name = f"{variant}-g{groups}"
+    folder = run / "points" / name
+    benchmark = None if settings.benchmark is None else asdict(settings.benchmark)
+    trained = [settings.uptrain_tokens, settings.uptrain_config.read_text() if settings.uptrain_config else ""]
+    texts = [_stamp(settings.evaluation.data), _stamp(recipe.calibrate)]
+    key = _fingerprint(identity, recipe.to_json(), groups, asdict(settings.evaluation), benchmark, trained, texts)
+    known = read_json(folder / POINT)
+    if known and known.get("fingerprint") == key and known["point"]["status"] == "done":
+        return from_json(known["point"]), True
+    start = _fingerprint(identity, recipe.to_json(), _stamp(recipe.calibrate), groups, trained)
+    try:
+        measured = _measure(subject, folder, settings, name, variant, recipe, groups, start)
+    except Exception as error:  # whatever a model's own code may raise: the other points go on
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        measured = {
+            "point": SweepPoint(name=name, variant=variant, groups=groups, status="failed", error=why).to_json()
+        }
+    write_json(folder / POINT, {"fingerprint": key, "recipe": recipe.to_json()} | measured)
+    return from_json(measured["point"]), False
+
+
+def _measure(
+    subject: models.Subject,
+    folder: Path,
+    settings: SweepSettings,
+    name: str,
+    variant: str,
+    recipe: Recipe,
+    groups: int,
+    start: str,
+) -> dict[str, Any]:
+    trust = settings.evaluation.trust_remote_code
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "model"
+    started = time.perf_counter()
+    made = plan(
+        subject.folder,
+        groups=groups,
+        out=target,
+        recipe=recipe,
+        allow_slow=settings.allow_slow,
+        trust_remote_code=trust,
+    )
+    execute(made, force=True, trust_remote_code=trust)
+    seconds = time.perf_counter() - started
+    if settings.uptrain_tokens and settings.uptrain_config is not None:
+        target = uptrain_point(
+            target, folder / FOLDER, config=settings.uptrain_config, tokens=settings.uptrain_tokens, key=start
+        )
+    elif (folder / FOLDER).exists():
+        shutil.rmtree(folder / FOLDER)
+    evaluation = evaluate(subject.folder, [target], settings.evaluation)
+    compared = evaluation.converted[0]
+    compared = replace(compared, model=replace(compared.model, name=name))
+    measured = bench_json = None
+    if settings.benchmark is not None:
+        contenders = load_contenders(
+            [subject.folder, target],
+            dtype=settings.evaluation.dtype,
+            device=settings.evaluation.device,
+            trust_remote_code=trust,
+        )
+        contenders[0] = replace(contenders[0], name=subject.name)
+        contenders[1] = replace(contenders[1], name=name)
+        measured = bench(contenders, settings.benchmark)
+        bench_json = measured.to_json()
+    point = SweepPoint(
+        name=name,
+        variant=variant,
+        groups=groups,
+        status="done",
+        loss_difference=compared.loss_difference,
+        interval=compared.loss_difference_interval,
+        kl=compared.kl,
+        top1_agreement=compared.top1_agreement,
+        parameters=compared.model.parameters,
+        cache_bytes_per_token=compared.model.kv_cache_bytes_per_token,
+        cache_ratio=compared.model.kv_cache_bytes_per_token / evaluation.base.kv_cache_bytes_per_token,
+        time_ratio=_time_ratio(measured),
+        convert_seconds=seconds,
+        uptrained_tokens=settings.uptrain_tokens,
+    )
+    if not settings.keep_models:
+        shutil.rmtree(folder / "model")
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    evaluation = replace(evaluation, base=replace(evaluation.base, name=subject.name), converted=(compared,))
+    return {"point": point.to_json(), "evaluation": evaluation.to_json(), "bench": bench_json}
+
+
+def _time_ratio(measured: Any) -> float | None:
+    """The ratio of decode times at the point with the largest cache that was run."""
+    if measured is None:
+        return None
+    run = [point for point in measured.points if point.models]
+    if not run:
+        return None
+    heaviest = max(run, key=lambda point: point.batch * point.context)
+    return float(heaviest.models[1].time_ratio.median)
+
+
+def _sensitivity(subject: models.Subject, run: Path, settings: SweepSettings, found: Sweep) -> None:
+    """Measure the layers of the recommended point, else of the one of least loss that lost anything at all."""
+    evaluation = replace(
+        settings.evaluation,
+        max_windows=min(settings.evaluation.max_windows or SENSITIVITY_WINDOWS, SENSITIVITY_WINDOWS),
+    )
+    done = [p for p in found.points if p.status == "done" and p.groups < subject.kv_heads]
+    done.sort(key=lambda p: (p.name != found.recommendation.name, p.loss_difference))
+    key = _fingerprint([read_json(run / "points" / p.name / POINT) for p in done], asdict(evaluation))
+    known = read_json(run / SENSITIVITY)
+    if known and known.get("fingerprint") == key:
+        return
+    for point in done:
+        folder = result_folder(run / "points" / point.name)
+        costs = layer_costs(subject.folder, folder, evaluation) if folder.is_dir() else []
+        if costs:
+            layers = [cost.to_json() for cost in costs]
+            write_json(run / SENSITIVITY, {"fingerprint": key, "point": point.name, "layers": layers})
+            return
+
+
+def _similarity(subject: models.Subject, run: Path, settings: SweepSettings, identity: dict[str, Any]) -> None:
+    """Compare the heads of the groups; left out for an architecture whose heads cannot be aligned."""
+    groups = [g for g in settings.groups if g < subject.kv_heads]
+    key = _fingerprint(identity, max(groups, default=0))
+    known = read_json(run / SIMILARITY)
+    if not groups or (known and known.get("fingerprint") == key):
+        return
+    try:
+        layers = head_similarity(subject.folder, max(groups), trust_remote_code=settings.evaluation.trust_remote_code)
+    except UnsupportedModelError as error:
+        write_json(run / SIMILARITY, {"fingerprint": key, "groups": max(groups), "layers": [], "why": str(error)})
+        return
+    made = [layer.to_json() for layer in layers]
+    write_json(run / SIMILARITY, {"fingerprint": key, "groups": max(groups), "layers": made})

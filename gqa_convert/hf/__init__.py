@@ -1,0 +1,1 @@
+"""All that meets transformers beyond its public classes: private calls, loading, single layers."""

@@ -1,0 +1,1 @@
+"""Tiny random models of an architecture: what anatomy, conversion and the contract try things on."""

@@ -1,0 +1,234 @@
+"""The result: again a plain transformers folder, complete with what came along with the converted model.
+
+Weights are written by transformers itself under the keys of the source; config.json stays the source's own text, with
+both spellings of rotary settings and dtype, since readers of either kind fall back to defaults without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gqa_convert.checkpoint.config_json import edit_json
+from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
+from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
+from gqa_convert.checkpoint.staging import staged_output
+from gqa_convert.checkpoint.writer import write_text
+from gqa_convert.errors import VerificationError
+from gqa_convert.hf import api
+from gqa_convert.uptrain import optim
+from gqa_convert.uptrain.build import Parts
+from gqa_convert.uptrain.source_keys import restore_keys
+from gqa_convert.uptrain.state import gather_weights
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_final(
+    model: Any,
+    weights: dict[str, Tensor],
+    *,
+    source: Path,
+    target: Path,
+    uptraining: dict[str, Any],
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the trained model, atomically; an earlier one at `target` is replaced.
+
+    Args:
+        model: the transformers model, for its keys and configuration.
+        weights: its state dict, on the CPU.
+        source: the converted folder that training started from.
+        target: folder to make.
+        uptraining: what `gqa_convert.json` says under that name.
+        trust_remote_code: whether the folder's own code may run.
+
+    Raises:
+        OutputError: if it cannot be written.
+        VerificationError: if keys or shapes are not those of the source.
+    """
+    checkpoint = Checkpoint.open(source)
+    needed = checkpoint.total_bytes
+    with staged_output(target, force=True, source=source, needed_bytes=needed) as stage:
+        with api.quiet():
+            model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
+        restore_keys(stage, checkpoint, _key_map(source, trust_remote_code))
+        for relative in checkpoint.side_files:
+            (stage / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, stage / relative)
+        write_text(stage / CONFIG, checkpoint.config_text)
+        _check(checkpoint, Checkpoint.open(stage))
+        write_text(stage / CONFIG, both_spellings(source, checkpoint.config_text, trust_remote_code=trust_remote_code))
+        if not _same_settings(source, stage, trust_remote_code):
+            write_text(stage / CONFIG, checkpoint.config_text)
+        write_provenance(stage / PROVENANCE, {**(checkpoint.provenance or {}), "uptraining": uptraining})
+
+
+def _key_map(source: Path, trust_remote_code: bool) -> api.KeyMap:
+    """Of the source's model, built anew: an engine may have replaced the class and shapes of the trained one."""
+    config = api.load_config(source, trust_remote_code=trust_remote_code)
+    cls = api.model_class(config, folder=source, trust_remote_code=trust_remote_code)
+    return api.KeyMap(api.build_on_meta(cls, config))
+
+
+def _tied(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Let parameters that are one in the model be one tensor again: only then are they written once."""
+    first: dict[int, str] = {}
+    tied = dict(weights)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner in weights:
+            tied[name] = weights[owner]
+    return tied
+
+
+def _cast(weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Give every tensor the dtype it has in the source; tensors without a namesake there get the commonest one."""
+    found = [info.dtype for info in checkpoint.tensors.values()]
+    common = _DTYPES.get(max(set(found), key=found.count))
+    cast: dict[str, Tensor] = {}
+    done: dict[tuple[int, Any], Tensor] = {}
+    for name, value in weights.items():
+        info = checkpoint.tensors.get(name)
+        dtype = common if info is None else _DTYPES.get(info.dtype)
+        if dtype is None or not value.is_floating_point():
+            dtype = value.dtype
+        cast[name] = done.setdefault((id(value), dtype), value.to(dtype))
+    return cast
+
+
+def _check(source: Checkpoint, written: Checkpoint) -> None:
+    shapes = {key: info.shape for key, info in source.tensors.items()}
+    for key, info in written.tensors.items():
+        if shapes.get(key) != info.shape:
+            raise VerificationError(
+                f"{key}: written with shape {list(info.shape)}, the source has {shapes.get(key, 'no such tensor')}."
+            )
+    # A tied tensor that the source holds twice is written once.
+    tied = bool(source.config.get("tie_word_embeddings", True))
+    missing = [key for key in shapes if key not in written.tensors and not (tied and _is_table(key))]
+    if missing:
+        raise VerificationError(f"{missing[0]}: in the source, but not among the tensors written.")
+
+
+def _is_table(key: str) -> bool:
+    return key.endswith(("lm_head.weight", "embed_tokens.weight", "embed_in.weight", "embed_out.weight", "wte.weight"))
+
+
+def both_spellings(folder: Path, text: str, *, trust_remote_code: bool = False) -> str:
+    """Add to a config.json the spelling of rotary settings and dtype that it lacks; nothing else changes."""
+    found = json.loads(text.removeprefix("\ufeff"))
+    edits: dict[tuple[str, ...], Any] = {}
+    after: dict[tuple[str, ...], str] = {}
+    known = api.load_config(folder, trust_remote_code=trust_remote_code)
+    for path, section, config in _sections(found, known):
+        for new, old in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
+            if old in section and new not in section and isinstance(section[old], str):
+                edits[(*path, new)], after[(*path, new)] = section[old], old
+        rope = section.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in section:
+            edits[(*path, "rope_theta")], after[(*path, "rope_theta")] = rope["rope_theta"], "rope_parameters"
+            kind = rope.get("rope_type", "default")
+            if kind != "default" and "rope_scaling" not in section:
+                rest = {key: value for key, value in rope.items() if key != "rope_theta"}
+                edits[(*path, "rope_scaling")], after[(*path, "rope_scaling")] = rest, "rope_parameters"
+        elif "rope_theta" in section and rope is None:
+            standard = getattr(config, "rope_parameters", None)
+            if isinstance(standard, dict) and "rope_theta" in standard:
+                edits[(*path, "rope_parameters")] = dict(standard)
+                after[(*path, "rope_parameters")] = "rope_theta"
+    return edit_json(text, edits, after=after)
+
+
+def _sections(found: dict[str, Any], known: Any) -> list[tuple[tuple[str, ...], dict[str, Any], Any]]:
+    """The root and the nested text configuration."""
+    sections: list[tuple[tuple[str, ...], dict[str, Any], Any]] = [((), found, known)]
+    if isinstance(found.get("text_config"), dict):
+        sections.append((("text_config",), found["text_config"], getattr(known, "text_config", None)))
+    return sections
+
+
+def _same_settings(source: Path, stage: Path, trust_remote_code: bool) -> bool:
+    """Whether transformers reads the same configuration from both folders."""
+    before = api.load_config(source, trust_remote_code=trust_remote_code).to_dict()
+    after = api.load_config(stage, trust_remote_code=trust_remote_code).to_dict()
+    ignored = {"_name_or_path", "rope_theta", "rope_scaling", "torch_dtype"}
+
+    def plain(values: Any) -> Any:
+        if isinstance(values, dict):
+            return {key: plain(value) for key, value in values.items() if key not in ignored}
+        return values
+
+    return bool(plain(before) == plain(after))
+
+
+_PREFIXES = ("_orig_mod.", "module.")
+
+
+def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: float) -> Path:
+    """Gather the weights on the main process and write `<output>/final`. Called by every process.
+
+    Raises:
+        OutputError: if it cannot be written; checkpoints are there to try again from.
+        VerificationError: if what was written is not what the source promised.
+    """
+    target = output / "final"
+    plain = parts.plain
+    if parts.plan.config.train.parameters == "lora":
+        plain = optim.merged_model(plain)
+        weights = gather_weights(plain)
+    else:
+        weights = {_plain_name(name): value for name, value in gather_weights(parts.scoring_model()).items()}
+    if parts.engine.is_main:
+        write_final(
+            plain,
+            weights,
+            source=parts.plan.source,
+            target=target,
+            uptraining=provenance(parts, losses, seconds),
+            trust_remote_code=parts.plan.config.trust_remote_code,
+        )
+    parts.engine.wait()
+    return target
+
+
+def _plain_name(name: str) -> str:
+    """The transformers model's own name of a parameter of the wrapped one."""
+    for prefix in _PREFIXES:
+        name = name.replace(prefix, "")
+    return name.removeprefix("model.")
+
+
+def provenance(parts: Parts, losses: dict[str, float], seconds: float) -> dict[str, Any]:
+    """What `gqa_convert.json` says of the training. Names no path: they mean nothing elsewhere."""
+    plan = parts.plan
+    config = plan.config.model_dump(mode="json")
+    for section, key in (("data", "cache"), ("data", "source"), ("data", "held_out_source"), ("log", "project")):
+        config[section].pop(key, None)
+    source = plan.config.data.source
+    config["data"]["source"] = {"kind": source.kind, "names": [Path(path).name for path in source.paths]}
+    if source.kind == "hub":
+        config["data"]["source"] = source.model_dump(mode="json")
+    for key in ("model", "output", "expect", "checkpoints", "log", "evaluation"):
+        config.pop(key, None)
+    distillation = config["objective"].get("distillation")
+    if distillation:
+        distillation["teacher"] = Path(distillation["teacher"]).name
+    return {
+        "config": config,
+        "steps": plan.horizon.steps,
+        "tokens": plan.horizon.tokens,
+        "alpha": plan.horizon.alpha,
+        "flops": plan.budget.flops,
+        "held_out_loss": losses,
+        "seconds": round(seconds, 1),
+        "engine": parts.engine.name,
+        "processes": parts.engine.processes,
+        "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers", "accelerate")},
+    }

@@ -1,0 +1,43 @@
+"""The run over all families outlives the families."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from importlib.resources import files
+
+from gqa_convert.contract import run
+from gqa_convert.contract.native import Record
+
+
+def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch):
+    def pretend(name, folder):
+        if name == "crashes":
+            os._exit(3)
+        if name == "hangs":
+            time.sleep(60)
+        return Record(name, proven=True)
+
+    monkeypatch.setattr(run, "prove", pretend)
+    records = {r.model_type: r for r in run.run_all(["fine", "crashes", "hangs", "too"], jobs=2, timeout=2.0)}
+    assert records["fine"].proven
+    assert records["too"].proven
+    assert "exit code 3" in records["crashes"].reason
+    assert records["hangs"].reason == "took longer than 2 s"
+
+
+def test_the_document_says_what_it_holds_for():
+    records = [Record("b", proven=True), Record("a", refused=True, reason="no heads"), Record("c", reason="broken")]
+    document = run.document(records)
+    assert document["counts"] == {"model_types": 3, "proven": 1, "refused": 1}
+    assert [entry["model_type"] for entry in document["families"]] == ["a", "b", "c"]
+    assert document["versions"]["transformers"]
+    json.dumps(document)
+
+
+def test_the_recorded_run_proves_nearly_all_families():
+    record = json.loads(files("gqa_convert.contract").joinpath("record.json").read_text())
+    assert record["counts"]["proven"] >= 185
+    assert record["counts"]["proven"] == sum(entry["proven"] for entry in record["families"])
+    assert all(entry["reason"] for entry in record["families"] if not entry["proven"])
