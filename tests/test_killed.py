@@ -105,7 +105,7 @@ def run_command(source: Path, out: Path, force: bool, seconds: float | None) -> 
     """Convert by the command line in a process of its own; otherwise as `Worker.run`."""
     arguments = [str(source), "--groups", "2", "--out", str(out), *(["--force"] if force else [])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "gqa_convert.cli.main", "convert", *arguments], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "gqa_convert.cli", "convert", *arguments], stdout=subprocess.DEVNULL
     )
     if seconds is not None:
         time.sleep(seconds)
