@@ -39,7 +39,10 @@ class Family:
 
 
 def record() -> dict[str, Any]:
-    """Return the recorded run of the contract: versions, and a result for each family; empty if there is none."""
+    """Return what the recorded run of the contract showed: versions, proven names, and reasons of the others.
+
+    Empty if there is none. The whole record, with every check, is in the repository (`scripts/contract/record.json`).
+    """
     path = files("gqa_convert.contract").joinpath(RECORD)
     if not path.is_file():
         return {}
@@ -50,30 +53,33 @@ def record() -> dict[str, Any]:
 def families() -> tuple[Family, ...]:
     """Return every generative model type that the installed transformers knows, sorted by name."""
     recorded = record()
-    results = {entry["model_type"]: entry for entry in recorded.get("families", ())}
-    made_with = recorded.get("versions", {}).get("transformers", "")
-    return tuple(_family(name, results.get(name), made_with) for name in api.survey())
+    proven, unproven = frozenset(recorded.get("proven", ())), recorded.get("unproven", {})
+    version = recorded.get("versions", {}).get("transformers", "")
+
+    def result(name: str) -> str | None:
+        return "" if name in proven else unproven.get(name)
+
+    return tuple(_family(name, result(name), version) for name in api.survey())
 
 
-def _family(model_type: str, result: dict[str, Any] | None, made_with: str) -> Family:
+def _family(model_type: str, failure: str | None, version: str) -> Family:
+    """One family; `failure` says why the contract did not hold with that version ("": it held; None: never tried)."""
     refused = family_facts.refused_families().get(model_type)
     if refused is not None and not rules_for(model_type):
         status = "nested" if refused[0] == "N" else "refused"
         return Family(model_type=model_type, kind=refused[0], status=status, reason=refused[1])
     without_setting = shipping.ships(model_type) or rules_for(model_type)
     kind = "C" if without_setting else "B" if model_type in family_facts.FUSED_LAYOUTS else "A"
-    if result is None:
+    if failure is None:
         return Family(model_type=model_type, kind=kind, status="untried", reason="not in the recorded run")
-    if result.get("proven"):
+    if not failure:
         note = (
             family_facts.ONLY_MQA.get(model_type, "")
             or family_facts.ONLY_EVEN.get(model_type, "")
             or _route_note(model_type)
         )
-        return Family(
-            model_type=model_type, kind=kind, status="proven", reason=note or f"contract held with {made_with}"
-        )
-    return Family(model_type=model_type, kind=kind, status="unproven", reason=str(result.get("reason", "")))
+        return Family(model_type=model_type, kind=kind, status="proven", reason=note or f"contract held with {version}")
+    return Family(model_type=model_type, kind=kind, status="unproven", reason=failure)
 
 
 def _route_note(model_type: str) -> str:

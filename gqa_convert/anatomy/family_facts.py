@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from gqa_convert.anatomy.head_axis import Layout
 from gqa_convert.modeling import shipping
 
 Path = tuple[str, ...]
@@ -37,7 +38,7 @@ JSON_ALIASES = ("n_head_kv", "num_attention_groups", "multi_query_group_num", "n
 # Fused projections: how q, k and v lie in the rows of the source and of the target.
 #   concat    all q heads, then all k heads, then all v heads
 #   per_head  [q k v] for each head in turn (MHA only)
-FUSED_LAYOUTS: dict[str, tuple[str, str]] = {
+FUSED_LAYOUTS: dict[str, tuple[Layout, Layout]] = {
     "phi3": ("concat", "concat"),
     "phi4_multimodal": ("concat", "concat"),
     "dbrx": ("concat", "concat"),
@@ -52,7 +53,7 @@ FUSED_LAYOUTS: dict[str, tuple[str, str]] = {
 }
 
 
-def fused_layouts(model_type: str, query_heads: int, kv_heads: int) -> tuple[str, str] | None:
+def fused_layouts(model_type: str, query_heads: int, kv_heads: int) -> tuple[Layout, Layout] | None:
     """Return how q, k and v lie in fused rows of the source and of the target; None if that is not known.
 
     The shipped modelling file has them one after the other wherever there are fewer KV heads than query heads.

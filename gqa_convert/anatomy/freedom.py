@@ -22,6 +22,7 @@ from gqa_convert.heads import Grouping, divisors
 from gqa_convert.hf import api
 from gqa_convert.tiny.forward import difference as logit_difference
 from gqa_convert.tiny.forward import logits
+from gqa_convert.tiny.key_shift import shifted_keys, shifted_outputs
 from gqa_convert.tiny.model import text_inputs, tiny_model
 from gqa_convert.tiny.shrink import shrink
 
@@ -82,12 +83,11 @@ class _Subject:
             self.model.load_state_dict(kept)
 
 
-def prove_freedom(config: Any, values: dict[str, Any] | None = None) -> Freedom:
+def prove_freedom(config: Any) -> Freedom:
     """Return what may be changed in the attention of `config`'s architecture.
 
     Args:
         config: the configuration of the model to be converted.
-        values: its config.json as parsed; by default the configuration's own.
 
     Raises:
         UnsupportedModelError: if no attention blocks are recognised in a tiny model of it.
@@ -99,7 +99,7 @@ def prove_freedom(config: Any, values: dict[str, Any] | None = None) -> Freedom:
     freedom = _key_freedom(subject, freedom)
     extras = _extras(subject, freedom)
     freedom = replace(freedom, permutable=extras is not None, extras=extras or ())
-    return replace(freedom, shift_invariant=not any("sink" in name for name in subject.model.state_dict()))
+    return replace(freedom, shift_invariant=_shift_invariant(subject))
 
 
 def _subject(config: Any) -> _Subject:
@@ -226,6 +226,34 @@ def _sign_change(block: AttentionBlock) -> AttentionBlock:
         b_k=None if block.b_k is None else block.b_k * signs,
         b_q=None if block.b_q is None else block.b_q * on_q,
     )
+
+
+def _shift_invariant(subject: _Subject) -> bool:
+    """True if a vector added to all of a head's keys changes nothing, as the softmax of a row of scores is the same.
+
+    Not so where a score stands beside those of keys (an attention sink), or is bent before the softmax (a soft cap).
+    The vector is added where attention is computed, after any rotation; in code that keeps that to itself, to what the
+    key projection gives. What cannot be tried counts as not invariant.
+    """
+    with shifted_keys(subject.model) as calls:
+        seen = logits(subject.model, subject.inputs)
+    if not calls():
+        with shifted_outputs((subject.model.get_submodule(names.k), _key_rows(names)) for names in subject.blocks):
+            seen = logits(subject.model, subject.inputs)
+    return logit_difference(seen, subject.before) <= TOLERANCE
+
+
+def _key_rows(names: BlockNames) -> Callable[[Tensor], Tensor]:
+    """Return a mask (X,) of what a key projection gives: 1 where it is keys."""
+
+    def mask(out: Tensor) -> Tensor:
+        if names.fused is None:
+            return out.new_ones(out.shape[-1])
+        rows = replace(names.fused.with_heads(names.kv_heads), dim=0)
+        q, k, v = rows.split(out.new_zeros(out.shape[-1]))
+        return rows.join(q, k + 1, v)
+
+    return mask
 
 
 def _extras(subject: _Subject, freedom: Freedom) -> tuple[HeadExtra, ...] | None:

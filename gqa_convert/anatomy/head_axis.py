@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from gqa_convert.heads import Grouping, merge_heads, split_heads
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Pool = Callable[[Tensor, Grouping, int], Tensor]
+
+
+Layout = Literal["heads", "concat", "per_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,14 @@ class Rows:
     heads: int
     groups: int
     head_dim: int
-    layout: str = "heads"
-    target_layout: str = "heads"
+    layout: Layout = "heads"
+    target_layout: Layout = "heads"
     query_heads: int = 0
+
+    def __post_init__(self) -> None:
+        for layout in (self.layout, self.target_layout):
+            if layout not in get_args(Layout):
+                raise ValueError(f"{layout!r}: no layout of heads; one of {', '.join(get_args(Layout))} is.")
 
     @property
     def size(self) -> int:

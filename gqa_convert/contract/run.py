@@ -1,6 +1,6 @@
 """Run the contract on every generative family of the installed transformers and record what it found.
 
-    python -m gqa_convert.contract.run --out gqa_convert/contract/record.json
+    python -m gqa_convert.contract.run --out scripts/contract/record.json --summary gqa_convert/contract/record.json
 
 Each family runs in a process of its own with a time limit, so that one that crashes or hangs costs only itself.
 """
@@ -37,6 +37,10 @@ def main(
         Path | None, typer.Option(help="JSON file to write, or to bring up to date for the named families.")
     ] = None,
     families: Annotated[list[str] | None, typer.Argument(help="Model types; all of them if none is named.")] = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option(help="Also write what the package ships: which are proven, why others are not."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Families to run at a time.")] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds a family may take.")] = 120.0,
 ) -> None:
@@ -50,9 +54,11 @@ def main(
         f"{len(records)} model types: {proven} proven, {refused} refused by the converter, "
         f"{len(records) - proven - refused} not proven, in {time.perf_counter() - started:.0f} s"
     )
-    if out is not None:
-        kept = _kept(out, records) if families else []
-        out.write_text(json.dumps(document(records + kept), indent=1) + "\n", encoding="utf-8")
+    if out is not None and families:
+        records += _kept(out, records)
+    for path, values in ((out, document(records)), (summary, summarised(document(records)))):
+        if path is not None:
+            path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _kept(out: Path, records: list[Record]) -> list[Record]:
@@ -84,6 +90,17 @@ def document(records: list[Record]) -> dict[str, Any]:
             "refused": sum(record.refused for record in records),
         },
         "families": [record.to_json() for record in sorted(records, key=lambda record: record.model_type)],
+    }
+
+
+def summarised(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return of a run's JSON what `gqa families` shows: versions, counts, proven names, and reasons of the others."""
+    families = recorded["families"]
+    return {
+        "versions": recorded["versions"],
+        "counts": recorded["counts"],
+        "proven": [family["model_type"] for family in families if family["proven"]],
+        "unproven": {family["model_type"]: family["reason"] for family in families if not family["proven"]},
     }
 
 

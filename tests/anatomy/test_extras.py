@@ -96,3 +96,12 @@ def test_tied_heads_that_lie_apart_are_found_and_merged_without_a_change(
     converted = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     inputs = text_inputs(model)
     torch.testing.assert_close(logits(converted, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "invariant"),
+    [("llama", True), ("t5", True), ("bloom", True), ("gpt_oss", False), ("gemma2", False)],
+    ids=["", "own code", "fused", "sinks", "soft cap"],
+)
+def test_a_vector_on_all_keys_is_lost_unless_something_stands_beside_the_scores(model_type: str, invariant: bool):
+    assert prove_freedom(tiny_config(model_type)).shift_invariant == invariant
