@@ -100,18 +100,18 @@ def dissect(
     source_model = api.build_on_meta(cls, config)
     target_model = api.build_on_meta(target_cls, target_config)
     difference = ShapeDifference(source_model, target_model, fields, groups) if changed else None
-    found = Finder(checkpoint, difference) if difference else None
+    finder = Finder(checkpoint, difference) if difference else None
     return Anatomy(
         model_type=str(config.model_type),
         class_name=cls.__name__,
         groups=groups,
         fields=fields,
         changed_fields=changed,
-        head_dim=(found.head_dim if found else 0) or _config_head_dim(config, fields[0]),
+        head_dim=(finder.head_dim if finder else 0) or _config_head_dim(config, fields[0]),
         edits=edits,
-        merges=tuple(found.merges) if found else (),
-        dropped=tuple(found.dropped) if found else (),
-        notes=tuple(found.notes) if found else (),
+        merges=tuple(finder.merges) if finder else (),
+        dropped=tuple(finder.dropped) if finder else (),
+        notes=tuple(finder.notes) if finder else (),
         config=config,
         target_config=target_config,
         target_model=target_model,

@@ -245,11 +245,11 @@ def _read_projection(get: Get, names: BlockNames, part: str) -> tuple[Any, Any, 
             return None
         cut = replace(names.fused, dim=0).split(fused)
         return tuple(split_heads(x, n) for x, n in zip(cut, counts, strict=True))  # type: ignore[return-value]
-    found = [_float(get(f"{path}.{part}")) for path in (names.q, names.k, names.v)]
-    if all(x is None for x in found):
+    parameters = [_float(get(f"{path}.{part}")) for path in (names.q, names.k, names.v)]
+    if all(x is None for x in parameters):
         return None
     return tuple(  # type: ignore[return-value]
-        None if x is None else split_heads(x, n) for x, n in zip(found, counts, strict=True)
+        None if x is None else split_heads(x, n) for x, n in zip(parameters, counts, strict=True)
     )
 
 

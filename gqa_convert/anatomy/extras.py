@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 def candidates(difference: ShapeDifference, blocks: Sequence[BlockNames]) -> list[list[HeadExtra]]:
     """Return what could be a per-head parameter, for each the ways in which heads could lie in it, likeliest first."""
-    found: dict[str, dict[HeadExtra, None]] = defaultdict(dict)
+    ways_by_name: dict[str, dict[HeadExtra, None]] = defaultdict(dict)
     for block in blocks:
         for extra in _candidates(difference, block):
-            found[extra.name][extra] = None
-    return [list(ways) for ways in found.values()]
+            ways_by_name[extra.name][extra] = None
+    return [list(ways) for ways in ways_by_name.values()]
 
 
 def _candidates(difference: ShapeDifference, block: BlockNames) -> Iterator[HeadExtra]:

@@ -46,8 +46,8 @@ def record() -> dict[str, Any]:
     path = files("gqa_convert.contract").joinpath(RECORD)
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return recorded
 
 
 def families() -> tuple[Family, ...]:

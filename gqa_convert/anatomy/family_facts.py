@@ -58,10 +58,10 @@ def fused_layouts(model_type: str, query_heads: int, kv_heads: int) -> tuple[Lay
 
     The shipped modelling file has them one after the other wherever there are fewer KV heads than query heads.
     """
-    found = FUSED_LAYOUTS.get(model_type.removeprefix(shipping.TYPE_PREFIX))
-    if found is None or not shipping.is_shipped(model_type) or query_heads == kv_heads:
-        return found
-    return found[1], found[1]
+    layouts = FUSED_LAYOUTS.get(model_type.removeprefix(shipping.TYPE_PREFIX))
+    if layouts is None or not shipping.is_shipped(model_type) or query_heads == kv_heads:
+        return layouts
+    return layouts[1], layouts[1]
 
 
 # transformers stores one KV head for these or as many as there are query heads, nothing between.

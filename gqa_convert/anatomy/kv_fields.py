@@ -136,8 +136,8 @@ def _per_layer_paths(raw: Mapping[str, Any]) -> list[Path]:
 
 
 def _json_at(values: Mapping[str, Any], prefix: Path) -> Mapping[str, Any]:
-    found = get_path(values, prefix) if prefix else values
-    return found if isinstance(found, Mapping) else {}
+    section = get_path(values, prefix) if prefix else values
+    return section if isinstance(section, Mapping) else {}
 
 
 def _query_heads(owner: Any, name: str, kv_heads: int) -> int:

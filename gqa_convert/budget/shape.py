@@ -72,8 +72,8 @@ class KnownModel:
 
 @cache
 def _tables() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
-    return found
+    tables: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
+    return tables
 
 
 def known_models() -> dict[str, KnownModel]:
@@ -83,8 +83,8 @@ def known_models() -> dict[str, KnownModel]:
 
 def devices() -> dict[str, dict[str, Any]]:
     """Return common devices: peak dense bf16 TFLOP/s, the text by which the driver names them, and a source."""
-    found: dict[str, dict[str, Any]] = _tables()["devices"]
-    return found
+    devices: dict[str, dict[str, Any]] = _tables()["devices"]
+    return devices
 
 
 def peak_flops(device_name: str) -> float | None:

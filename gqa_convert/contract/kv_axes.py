@@ -125,8 +125,8 @@ class KVAxes:
 
 def _place(name: str) -> tuple[str, int, str]:
     """Cut a name at its last module index, `a.norms.3.weight` -> (`a.norms`, 3, `weight`); index -1 if it has none."""
-    found = STACKED.fullmatch(name)
-    return (found[1], int(found[2]), found[3]) if found else (name, -1, "")
+    match = STACKED.fullmatch(name)
+    return (match[1], int(match[2]), match[3]) if match else (name, -1, "")
 
 
 def _differing(a: Tensor, b: Tensor) -> int:

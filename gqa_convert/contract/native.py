@@ -169,9 +169,9 @@ class _Contract:
 
         out = self.folder / "converted"
         convert(self.folder / "mha", groups=self.groups, out=out, **self.route)
-        expected, found = read_tensors(self.folder / "gqa"), read_tensors(out)
-        self.check("same_keys", expected.keys() == found.keys(), _first(expected.keys() ^ found.keys()))
-        unlike = [key for key, tensor in expected.items() if not same_bits(tensor, found[key])]
+        expected, written = read_tensors(self.folder / "gqa"), read_tensors(out)
+        self.check("same_keys", expected.keys() == written.keys(), _first(expected.keys() ^ written.keys()))
+        unlike = [key for key, tensor in expected.items() if not same_bits(tensor, written[key])]
         self.check("tied_heads_exact", not unlike, _first(unlike))
         want, got = (_said(path / "config.json") for path in (self.folder / "gqa", out))
         self.check("config_same", want == got, _first(key for key in want | got if want.get(key) != got.get(key)))

@@ -47,9 +47,9 @@ class Record:
 
     def close(self, name: str, a: Tensor, b: Tensor, bound: float) -> None:
         """Check that two results agree within `bound` of their scale."""
-        found = difference(a, b)
-        self.numbers[name] = max(float(f"{found:.1e}"), self.numbers.get(name, 0.0))
-        self.check(name, found <= bound, f"differs by {found:.1e} of scale")
+        distance = difference(a, b)
+        self.numbers[name] = max(float(f"{distance:.1e}"), self.numbers.get(name, 0.0))
+        self.check(name, distance <= bound, f"differs by {distance:.1e} of scale")
 
 
 class Broken(Exception):

@@ -37,19 +37,21 @@ def meet_strangers(folders: Sequence[Path], cache: Path) -> list[str]:
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, str(_SCRIPT), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     end = (done.stderr.strip().splitlines() or ["no result"])[-1][:300]
-    return [_wrong(each) for each in found] + [end] * (len(folders) - len(found))
+    return [_wrong(each) for each in answers] + [end] * (len(folders) - len(answers))
 
 
-def _wrong(found: dict[str, Any]) -> str:
-    if "error" in found:
-        return str(found["error"])
-    if found["module"] != "transformers_modules":
-        return f"{found['class']} came from {found['module']}, not from the folder"
-    if found["troubles"]:
-        return f"{found['class']}: {found['troubles']}"[:200]
-    return "" if found["difference"] <= TOLERANCE else f"{found['class']}: logits differ by {found['difference']:.1e}"
+def _wrong(answer: dict[str, Any]) -> str:
+    if "error" in answer:
+        return str(answer["error"])
+    if answer["module"] != "transformers_modules":
+        return f"{answer['class']} came from {answer['module']}, not from the folder"
+    if answer["troubles"]:
+        return f"{answer['class']}: {answer['troubles']}"[:200]
+    return (
+        "" if answer["difference"] <= TOLERANCE else f"{answer['class']}: logits differ by {answer['difference']:.1e}"
+    )
 
 
 def eager_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:

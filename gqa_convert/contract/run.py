@@ -69,11 +69,11 @@ def _kept(out: Path, records: list[Record]) -> list[Record]:
     """
     if not out.exists():
         return []
-    found = json.loads(out.read_text(encoding="utf-8"))
-    if found["versions"] != _versions():
-        raise UsageError(f"{out}: was recorded with {found['versions']}. Run all families again.")
+    earlier = json.loads(out.read_text(encoding="utf-8"))
+    if earlier["versions"] != _versions():
+        raise UsageError(f"{out}: was recorded with {earlier['versions']}. Run all families again.")
     new = {record.model_type for record in records}
-    return [Record(**entry) for entry in found["families"] if entry["model_type"] not in new]
+    return [Record(**entry) for entry in earlier["families"] if entry["model_type"] not in new]
 
 
 def _versions() -> dict[str, str]:
@@ -191,8 +191,10 @@ def _meet_strangers(records: list[Record], root: Path) -> None:
     shipped = [record for record in records if record.proven and shipping.ships(record.model_type)]
     if not shipped:
         return
-    found = meet_strangers([root / record.model_type / "converted" for record in shipped], root / "modules")
-    for record, troubles in zip(shipped, found, strict=True):
+    troubles_by_family = meet_strangers(
+        [root / record.model_type / "converted" for record in shipped], root / "modules"
+    )
+    for record, troubles in zip(shipped, troubles_by_family, strict=True):
         record.checks["loads_without_gqa_convert"] = record.proven = not troubles
         record.reason = troubles and f"loads_without_gqa_convert: {troubles}"
         typer.echo(f"without gqa_convert: {_line(record)}")

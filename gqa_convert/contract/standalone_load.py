@@ -21,10 +21,10 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     for folder in sys.argv[1:]:
         try:
-            found = meet(Path(folder))
+            answer = meet(Path(folder))
         except Exception as error:  # what one folder does wrong says nothing about the next
-            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        sys.stdout.write(json.dumps(found) + "\n")
+            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        sys.stdout.write(json.dumps(answer) + "\n")
 
 
 def meet(folder: Path) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def meet(folder: Path) -> dict[str, Any]:
     import torch
     import transformers
 
-    found = json.loads((folder / "config.json").read_text())
-    auto = next(name for name in found["auto_map"] if name != "AutoConfig")
+    config = json.loads((folder / "config.json").read_text())
+    auto = next(name for name in config["auto_map"] if name != "AutoConfig")
     saved = torch.load(folder / "inputs.pt", weights_only=True)
     expected = saved.pop("logits")
     model, info = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, output_loading_info=True)

@@ -87,22 +87,26 @@ class _Contract:
         loaded, info = both
         troubles = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         self.record.check("reload_clean", not troubles, str(troubles)[:200])
-        found = type(loaded).__name__
-        self.record.check("becomes_target", found == self.rule.target_class, f"{found}, not {self.rule.target_class}")
+        class_name = type(loaded).__name__
+        self.record.check(
+            "becomes_target", class_name == self.rule.target_class, f"{class_name}, not {self.rule.target_class}"
+        )
         return loaded.eval()
 
-    def same(self, name: str, expected: Any, found: Any, groups: int) -> None:
+    def same(self, name: str, expected: Any, converted: Any, groups: int) -> None:
         """Check that two models compute the same: at once, padded on the left, step by step, and in `generate`."""
         full = logits(expected, self.inputs)
         self.record.check("finite", bool(full.isfinite().all()), "logits are not finite")
-        self.record.close(name, full, logits(found, self.inputs), SAME_FUNCTION)
+        self.record.close(name, full, logits(converted, self.inputs), SAME_FUNCTION)
         padded, real = self.padded()
-        self.record.close("left_padding", logits(expected, padded)[real], logits(found, padded)[real], SAME_FUNCTION)
-        stepped, cache = cached_logits(found, self.inputs)
+        self.record.close(
+            "left_padding", logits(expected, padded)[real], logits(converted, padded)[real], SAME_FUNCTION
+        )
+        stepped, cache = cached_logits(converted, self.inputs)
         self.record.close("cached_decode_equals_full_forward", full, stepped, SAME_DECODE)
         held = cache_head_counts(cache)
         self.record.check("cache_holds_groups", set(held) == {groups}, f"cache layers hold {held} heads, not {groups}")
-        written = [self.generate(model, padded) for model in (expected, found)]
+        written = [self.generate(model, padded) for model in (expected, converted)]
         self.record.check("generate_same_tokens", written[0] == written[1], f"{written[0]} and {written[1]}")
 
     def padded(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -121,8 +125,8 @@ class _Contract:
         written: Tensor = model.generate(
             **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
         )
-        found: list[list[int]] = written[:, padded["input_ids"].shape[1] :].tolist()
-        return found
+        new_ids: list[list[int]] = written[:, padded["input_ids"].shape[1] :].tolist()
+        return new_ids
 
     def tied_heads_exact(self) -> None:
         """Tied heads merge to themselves, bit for bit: written for all heads, they give what all heads gave."""

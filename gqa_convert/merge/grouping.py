@@ -117,10 +117,10 @@ def search_grouping(
         groups = _local(adjacent, cached, max_evaluations, random.Random(seed))
     if cached.total(groups) >= contiguous_cost:
         groups = adjacent.members
-    found = Grouping(tuple(sorted(tuple(sorted(group)) for group in groups)))
+    grouping = Grouping(tuple(sorted(tuple(sorted(group)) for group in groups)))
     return SearchResult(
-        grouping=found,
-        cost=cached.total(found.members),
+        grouping=grouping,
+        cost=cached.total(grouping.members),
         contiguous_cost=contiguous_cost,
         evaluations=len(cached.known),
         exact=exact or num_groups == 1 or size == 1,
@@ -198,13 +198,13 @@ def _greedy(adjacent: Grouping, pair: list[list[float]]) -> list[list[int]]:
 def _swaps(groups: list[list[int]], pair: list[list[float]]) -> list[tuple[float, int, int, int, int]]:
     """Every swap of two heads of different groups as (predicted change, group, place, group, place), best first."""
     near = [[sum(pair[h][i] for i in group) for group in groups] for h in range(len(pair))]
-    found = []
+    swaps = []
     for a, b in itertools.combinations(range(len(groups)), 2):
         for x, i in enumerate(groups[a]):
             for y, j in enumerate(groups[b]):
                 change = near[i][b] + near[j][a] - near[i][a] - near[j][b] - 2 * pair[i][j]
-                found.append((change, a, x, b, y))
-    return sorted(found)
+                swaps.append((change, a, x, b, y))
+    return sorted(swaps)
 
 
 def _descend_predicted(groups: list[list[int]], pair: list[list[float]]) -> None:

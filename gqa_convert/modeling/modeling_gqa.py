@@ -98,10 +98,10 @@ def share_kv_heads(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if the model has no decoder attention, or its heads cannot share that many KV heads.
     """
-    found = decoder_attention(model)
-    if not found:
+    modules = decoder_attention(model)
+    if not modules:
         raise ValueError(f"{type(model).__name__}: it has no decoder whose attention could share KV heads.")
-    for path, module in found.items():
+    for path, module in modules.items():
         field = CROSS_FIELD if is_cross(path, module) else SELF_FIELD
         heads, groups = query_heads(module), getattr(model.config, field, None)
         if groups is None or groups == heads:
@@ -205,8 +205,8 @@ class CopiedLayer:
         self._layer, self._size = layer, size
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.__dict__["_layer"], name)
-        return repeat_kv(found, self._size) if name in ("keys", "values") else found
+        value = getattr(self.__dict__["_layer"], name)
+        return repeat_kv(value, self._size) if name in ("keys", "values") else value
 
 
 class FoldedCache:
@@ -266,8 +266,8 @@ class _Functions:
 
     @staticmethod
     def get_interface(name: str, default: Any) -> Any:
-        found = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-        return _packing_sdpa if found is sdpa_attention_forward else found
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+        return _packing_sdpa if function is sdpa_attention_forward else function
 
 
 def _packing_sdpa(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
@@ -325,9 +325,9 @@ def __getattr__(name: str) -> Any:
     native = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if not isinstance(native, type) or not issubclass(native, (PreTrainedConfig, PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = _config_class(native) if issubclass(native, PreTrainedConfig) else _model_class(native)
-    globals()[name] = made
-    return made
+    cls = _config_class(native) if issubclass(native, PreTrainedConfig) else _model_class(native)
+    globals()[name] = cls
+    return cls
 
 
 def grouped_class(native: type) -> Any:

@@ -172,8 +172,8 @@ def class_named(name: str, folder: Path | None = None) -> Any:
     from gqa_convert.modeling import modeling_gqa
 
     try:
-        found: type = getattr(modeling_gqa, name)
-        return found
+        cls: type = getattr(modeling_gqa, name)
+        return cls
     except AttributeError as error:
         where = f"{folder / 'config.json'}: " if folder else ""
         raise UnsupportedModelError(f"{where}architectures names {name!r}, which is no GQA class.") from error

@@ -93,8 +93,8 @@ def _encoder_outputs(output: Any, arguments: dict[str, Any], decoded: str) -> An
 
 
 def _logits_of(output: Any) -> Tensor:
-    found: Tensor = output.logits
-    return found
+    logits: Tensor = output.logits
+    return logits
 
 
 def cache_head_counts(cache: Any) -> list[int]:

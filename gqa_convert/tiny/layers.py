@@ -21,13 +21,13 @@ def per_layer_lists(fields: dict[str, Any], depth: int) -> dict[str, list[Any]]:
 
 def index_lists(fields: dict[str, Any], depth: int) -> dict[str, list[int]]:
     """Return the lists of `fields` that hold layer numbers, ascending."""
-    found: dict[str, list[int]] = {}
+    lists: dict[str, list[int]] = {}
     for name, value in fields.items():
         if not (isinstance(value, list) and value and INDEX_LIST.fullmatch(name)):
             continue
         if all(type(i) is int and 0 <= i < depth for i in value) and value == sorted(set(value)):
-            found[name] = value
-    return found
+            lists[name] = value
+    return lists
 
 
 def choose_layers(fields: dict[str, Any], depth: int, at_least: int) -> list[int]:

@@ -31,15 +31,15 @@ def model_class(config: Any, architectures: list[str] | None = None) -> Any:
     for name in architectures or config.architectures or ():
         if shipping.is_shipped(config.model_type):
             return shipping.class_named(name)
-        found = getattr(transformers, name, None)
-        if found is not None:
-            return found
+        cls = getattr(transformers, name, None)
+        if cls is not None:
+            return cls
     native = config.model_type.removeprefix(shipping.TYPE_PREFIX)
     for names in mapping_names():
         entry = names.get(native)
         if entry is not None:
-            found = getattr(transformers, entry if isinstance(entry, str) else entry[0])
-            return found if native == config.model_type else shipping.grouped_class(found)
+            cls = getattr(transformers, entry if isinstance(entry, str) else entry[0])
+            return cls if native == config.model_type else shipping.grouped_class(cls)
     raise UnsupportedModelError(
         f"{config.model_type}: transformers {transformers.__version__} has no class that generates with it."
     )

@@ -14,17 +14,17 @@ _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "tie_word_
 def common(source: Source, *, model_type: str, architecture: str) -> dict[str, Any]:
     """The fields that mean the same in every family: identity, vocabulary, token ids, dtype, tokenizer."""
     config, values = source.config, source.values
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": config.vocab_size,
     }
-    found |= {name: getattr(config, name) for name in _KEPT if getattr(config, name, None) is not None}
+    fields |= {name: getattr(config, name) for name in _KEPT if getattr(config, name, None) is not None}
     dtype = values.get("dtype") or values.get("torch_dtype")
     if dtype:
-        found |= {"dtype": dtype, "torch_dtype": dtype}
+        fields |= {"dtype": dtype, "torch_dtype": dtype}
     tokenizer = values.get("tokenizer_class") or _tokenizer_class(str(values.get("model_type", config.model_type)))
-    return found | ({"tokenizer_class": tokenizer} if tokenizer else {})
+    return fields | ({"tokenizer_class": tokenizer} if tokenizer else {})
 
 
 def _tokenizer_class(model_type: str) -> str | None:
@@ -46,12 +46,12 @@ def rotary(parameters: Mapping[str, Any], factor: float) -> dict[str, Any]:
     own = {name: value for name, value in parameters.items() if name not in ("rope_theta", "partial_rotary_factor")}
     own.setdefault("rope_type", "default")
     theta = parameters["rope_theta"]
-    found: dict[str, Any] = {
+    rope: dict[str, Any] = {
         "rope_theta": theta,
         "partial_rotary_factor": factor,
         "rope_parameters": {"rope_theta": theta, "partial_rotary_factor": factor, **own},
     }
-    return found if own["rope_type"] == "default" else found | {"rope_scaling": own}
+    return rope if own["rope_type"] == "default" else rope | {"rope_scaling": own}
 
 
 def rotary_share(rotary_dim: int, head_dim: int) -> float:

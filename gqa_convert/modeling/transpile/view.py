@@ -68,9 +68,9 @@ class Computed:
     def __call__(self) -> Tensor:
         """Read what is stored and return the tensor."""
         assert self.part.make is not None
-        made = self.part.make(*(read_tensor(info) for info in self.stored))
-        assert tuple(made.shape) == self.part.shape, f"{self.part.key}: {tuple(made.shape)}, not {self.part.shape}"
-        return made.to(torch_dtype(self.dtype)).contiguous()
+        tensor = self.part.make(*(read_tensor(info) for info in self.stored))
+        assert tuple(tensor.shape) == self.part.shape, f"{self.part.key}: {tuple(tensor.shape)}, not {self.part.shape}"
+        return tensor.to(torch_dtype(self.dtype)).contiguous()
 
     @property
     def working_bytes(self) -> int:
