@@ -7,6 +7,7 @@ family's classes are made when a model of it is first asked for.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -69,9 +70,16 @@ class _OnDemand(dict[str, Any]):
 
 
 def _offer(configuration_auto: Any) -> None:
+    """Put the lookup in the place of transformers' own, which has no public way for classes made on demand."""
     mapping = getattr(configuration_auto, "CONFIG_MAPPING", None)
     known = getattr(mapping, "_extra_content", None)
-    if mapping is not None and isinstance(known, dict) and not isinstance(known, _OnDemand):
+    if mapping is None or not isinstance(known, dict):
+        warnings.warn(
+            "gqa-convert: this version of transformers keeps registered model types in another way, so converted T5, "
+            "BART, GPT-2 and their like load only with trust_remote_code=True.",
+            stacklevel=2,
+        )
+    elif not isinstance(known, _OnDemand):
         mapping._extra_content = _OnDemand(known)
 
 

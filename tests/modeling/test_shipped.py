@@ -233,3 +233,12 @@ def test_logits_are_verified_whatever_the_encoder_takes(make: Make, name: str, t
     save_file(state | {wrong: state[wrong].flip(0).contiguous()}, file, {"format": "pt"})
     with pytest.raises(VerificationError, match="logits differ"):
         verify_output(done.plan, done.out, level="logits")
+
+
+def test_a_transformers_that_registers_otherwise_is_said_aloud() -> None:
+    from types import SimpleNamespace
+
+    from gqa_convert.modeling import auto
+
+    with pytest.warns(UserWarning, match="only with trust_remote_code=True"):
+        auto._offer(SimpleNamespace(CONFIG_MAPPING=object()))
