@@ -136,6 +136,9 @@ def test_light_modules_import_nothing_heavy_at_their_top(name: str) -> None:
     "arguments",
     [
         ["gqa-convert", "--help"],
+        ["gqa-convert", "--version"],
+        ["gqa", "plan", "-h"],
+        ["gqa", "families", "--help"],
         ["gqa", "--help"],
         ["gqa", "--version"],
         ["gqa", "convert", "--help"],

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gqa_convert.budget.arithmetic import budget_rows
+from gqa_convert.cli.options import AsJson
 from gqa_convert.errors import UsageError
 
 
@@ -16,20 +17,20 @@ def budget_command(
     model: Annotated[
         str | None, typer.Argument(help="A model folder, or a known model's name (--list).", metavar="[MODEL]")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Share of the pretraining tokens [default: 0.05].")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Share of the pretraining tokens (default: 0.05)")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens to train on (2B, 1.5T, ...); wins over --alpha.")] = None,
     steps: Annotated[str | None, typer.Option(help="Steps to train for; wins over --tokens and --alpha.")] = None,
     pretraining: Annotated[str | None, typer.Option(help="Known model whose pretraining budget to take.")] = None,
     pretraining_tokens: Annotated[str | None, typer.Option(help="Tokens of the pretraining.")] = None,
     pretraining_steps: Annotated[str | None, typer.Option(help="Steps of the pretraining, of --batch-tokens.")] = None,
-    batch_tokens: Annotated[str | None, typer.Option(help="Tokens a step [default: as published, else 2M].")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens a sequence [default: the model's].")] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="Tokens per step (default: as published, else 2M)")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per sequence (default: the model's)")] = None,
     hardware: Annotated[str, typer.Option(help="Device name (h100, a100, ...) or its TFLOP/s.")] = "h100",
     devices: Annotated[int, typer.Option(help="How many devices.")] = 8,
     mfu: Annotated[float, typer.Option(help="Share of the devices' peak that training reaches.")] = 0.4,
     distill: Annotated[bool, typer.Option("--distill", help="Add the forward passes of a teacher as large.")] = False,
     list_known: Annotated[bool, typer.Option("--list", help="List the known pretraining budgets and devices.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Say what uptraining would cost: tokens, steps, FLOPs (attention included), hours, bytes, distillation."""
     from gqa_convert.budget import arithmetic

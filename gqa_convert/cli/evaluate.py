@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gqa_convert.cli.options import (
+    AllowSlow,
+    AsJson,
+    Base,
+    BatchSize,
+    Calibrate,
+    Context,
+    Converted,
+    Data,
+    Device,
+    Dtype,
+    Eos,
+    Field,
+    MaxWindows,
+    SaveTo,
+    Separator,
+    Special,
+    Stride,
+    Trust,
+    emit,
+    save,
+)
 from gqa_convert.progress import counting
-
-Base = Annotated[
-    str, typer.Argument(help="The model before conversion: a folder, a hub id, or `demo`.", metavar="BASE")
-]
-Converted = Annotated[
-    list[str] | None, typer.Argument(help="Conversions of it: folders or hub ids.", metavar="CONVERTED...")
-]
-Data = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        "-d",
-        help="Held-out text: a file, a folder, a hub dataset `id[:configuration[:split]]` (split `test` by default), "
-        "or `demo` (the package's own held-out text).",
-    ),
-]
-Field = Annotated[str, typer.Option(help="Key of a .jsonl line that holds the text.")]
-Separator = Annotated[str, typer.Option(help="What stands between the documents of a plain text file.")]
-Context = Annotated[int | None, typer.Option(help="Tokens a window [default: the model's own, at most 2048].")]
-Stride = Annotated[
-    int | None, typer.Option(help="Tokens from one window to the next; CONTEXT: side by side [default: half of it].")
-]
-MaxWindows = Annotated[int | None, typer.Option(help="Score only this many windows, evenly spread.")]
-Special = Annotated[bool, typer.Option("--special/--no-special", help="Let the tokenizer add BOS and the like.")]
-Eos = Annotated[bool, typer.Option("--eos/--no-eos", help="End every document with EOS.")]
-BatchSize = Annotated[int, typer.Option(help="Windows run at a time.", min=1)]
-Dtype = Annotated[
-    str, typer.Option(help="auto (the checkpoint's own on a GPU, else float32), float32, bfloat16, float16.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-SaveTo = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JSON to this file.")]
 
 
 def eval_command(
@@ -86,8 +74,8 @@ def eval_command(
         found = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
     if tasks:
         found = with_tasks(found, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
-    _save(found.to_json(), out)
-    _emit(found.to_json(), json, lambda: show_evaluation.show_evaluation(found))
+    save(found.to_json(), out)
+    emit(found.to_json(), json, lambda: show_evaluation.show_evaluation(found))
 
 
 def bench_command(
@@ -96,7 +84,7 @@ def bench_command(
     batch: Annotated[str, typer.Option(help="Sequences decoded together: a list.")] = "1,8",
     context: Annotated[str, typer.Option(help="Tokens in the cache: a list (8k is 8192).")] = "512,2k",
     source_tokens: Annotated[
-        str, typer.Option(help="Tokens that the encoder has read, for models with one [default: as the context].")
+        str, typer.Option(help="Tokens that the encoder has read, for models with one (default: as the context)")
     ] = "",
     cache: Annotated[str, typer.Option(help="dynamic, static, or both: a list.")] = "dynamic,static",
     mode: Annotated[
@@ -105,8 +93,8 @@ def bench_command(
             help="eager; compile: torch.compile, with CUDA graphs on a GPU; graph: one CUDA graph, uncompiled."
         ),
     ] = "eager",
-    steps: Annotated[int, typer.Option(help="Tokens decoded a round.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Timed rounds a point.")] = 7,
+    steps: Annotated[int, typer.Option(help="Tokens decoded per round.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Timed rounds per point.")] = 7,
     prefill_tokens: Annotated[int, typer.Option(help="Leave prefill out where batch x context is more.")] = 4096,
     memory: Annotated[str, typer.Option(help="Also say how many sequences fit in this much: 80GiB.")] = "",
     dtype: Dtype = "auto",
@@ -139,25 +127,20 @@ def bench_command(
     with counting("points", quiet=json) as progress:
         progress.total(len(settings.batches) * len(settings.contexts) * len(settings.caches))
         found = bench(contenders, settings, on_point=lambda point: progress.advance())
-    _save(found.to_json(), out)
-    _emit(found.to_json(), json, lambda: show_bench.show_bench(found))
+    save(found.to_json(), out)
+    emit(found.to_json(), json, lambda: show_bench.show_bench(found))
 
 
 def sweep_command(
     model: Base,
     groups: Annotated[str, typer.Option("--groups", "-g", help="KV-head counts: a list.")],
     methods: Annotated[str, typer.Option(help="Merge methods or presets: a list; see `gqa methods`.")] = "mean",
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder [default: MODEL-sweep here].")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder (default: MODEL-sweep here)")] = None,
     data: Data = "demo",
     tolerance: Annotated[float, typer.Option(help="Loss rise that is acceptable, in nats per token.")] = 0.05,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(help="Text for methods that use statistics: a file, or `self`: the model's own."),
-    ] = None,
+    calibrate: Calibrate = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit each layer to the original's after merging.")] = False,
-    allow_slow: Annotated[
-        bool, typer.Option("--allow-slow", help="Also families whose cache shrinks but that decode no faster.")
-    ] = False,
+    allow_slow: AllowSlow = False,
     uptrain_tokens: Annotated[int, typer.Option(help="Uptrain every point on so many tokens first.", min=0)] = 0,
     uptrain_config: Annotated[
         Path | None, typer.Option(help="YAML of the uptraining (as for `gqa uptrain`): data, schedule, batch.")
@@ -233,7 +216,7 @@ def sweep_command(
             progress.say(show_sweep.point_line(point, known))
 
         found = sweep(model, folder, settings, on_point=report, on_total=progress.total)
-    _emit(found.to_json(), json, lambda: show_sweep.show_sweep(found))
+    emit(found.to_json(), json, lambda: show_sweep.show_sweep(found))
 
 
 def register(app: typer.Typer) -> None:
@@ -241,18 +224,3 @@ def register(app: typer.Typer) -> None:
     app.command("eval")(eval_command)
     app.command("bench")(bench_command)
     app.command("sweep")(sweep_command)
-
-
-def _save(value: Any, out: Path | None) -> None:
-    if out is None:
-        return
-    from gqa_convert.evaluate.files import write_json
-
-    write_json(out, value)
-
-
-def _emit(value: Any, as_json: bool, show: Any) -> None:
-    if as_json:
-        typer.echo(jsonlib.dumps(value, indent=2))
-    else:
-        show()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +9,32 @@ from typing import Annotated, Any
 
 import typer
 
-from gqa_convert import __version__
 from gqa_convert.cli import evaluate as evaluate_commands
 from gqa_convert.cli import report as report_commands
 from gqa_convert.cli import show_conversion
 from gqa_convert.cli.budget import budget_command
+from gqa_convert.cli.options import (
+    SETTINGS,
+    AllowSlow,
+    AsJson,
+    Calibrate,
+    CrossGroups,
+    DryRun,
+    Force,
+    Grouping,
+    Groups,
+    Method,
+    Model,
+    Out,
+    Preset,
+    Revision,
+    Route,
+    Seed,
+    Trust,
+    Verify,
+    Version,
+    emit,
+)
 from gqa_convert.cli.uptrain import uptrain_command
 from gqa_convert.conversion.recipe import make_recipe
 from gqa_convert.errors import GQAConvertError
@@ -26,59 +46,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings=SETTINGS,
 )
-
-Model = Annotated[str, typer.Argument(help="A checkpoint folder or a Hugging Face hub id.", metavar="MODEL")]
-Groups = Annotated[
-    int, typer.Option("--groups", "-g", help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention).")
-]
-CrossGroups = Annotated[
-    int | None, typer.Option(help="KV heads of cross-attention, where a model sets them apart. (default: as --groups)")
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Folder to write [default: MODEL-gqa<GROUPS> beside it].")
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="paper: mean of adjacent heads; fast: calibrated pca of searched groups; best: fast, then layers refitted."
-    ),
-]
-Method = Annotated[str | None, typer.Option(help="How heads are merged; `gqa methods` lists them. (default: mean)")]
-Seed = Annotated[int | None, typer.Option(help="Seed of sampling and of random heads. (default: 0)")]
-Grouping = Annotated[
-    str | None,
-    typer.Option(help="contiguous: adjacent heads; search: equal groups of least residual. (default: contiguous)"),
-]
-Calibrate = Annotated[
-    str | None,
-    typer.Option(
-        help="Text to measure layers on: a file, a folder, a hub dataset `id[:configuration[:split]]`, or `self` "
-        "(sampled from the model).",
-        metavar="DATA",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Force = Annotated[bool, typer.Option(help="Replace an earlier conversion at --out.")]
-Verify = Annotated[
-    str,
-    typer.Option(
-        help="none; structure: keys, shapes, config against the target model; logits: also run both models (in memory)."
-    ),
-]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
-Route = Annotated[
-    str,
-    typer.Option(
-        help="For families without a KV-head setting. native: write another stock family that computes the same; "
-        "remote-code: ship modelling code; auto: native where that is exact."
-    ),
-]
-AllowSlow = Annotated[
-    bool,
-    typer.Option("--allow-slow", help="Also convert families whose cache shrinks but that decode no faster (BLOOM)."),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 
 def convert_command(
@@ -104,7 +73,7 @@ def convert_command(
         bool | None, typer.Option("--refit/--no-refit", help="Fit each layer to the original's attention output.")
     ] = None,
     refit_steps: Annotated[
-        int | None, typer.Option(help="Gradient steps a layer; 0: least squares of o_proj alone. (default: 300)")
+        int | None, typer.Option(help="Gradient steps per layer; 0: least squares of o_proj alone. (default: 300)")
     ] = None,
     refit_tokens: Annotated[int | None, typer.Option(help="Tokens of each step. (default: 2048)")] = None,
     refit_lr: Annotated[float | None, typer.Option(help="Peak learning rate. (default: by width)")] = None,
@@ -115,7 +84,7 @@ def convert_command(
         bool, typer.Option("--flush/--no-flush", help="Wait for the disk; without, a power cut may harm the output.")
     ] = True,
     seed: Seed = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: DryRun = False,
     json: AsJson = False,
     force: Force = False,
     route: Route = "auto",
@@ -123,6 +92,7 @@ def convert_command(
     verify: Verify = "structure",
     trust_remote_code: Trust = False,
     revision: Revision = None,
+    version: Version = False,
 ) -> None:
     """Convert a checkpoint to grouped-query attention with GROUPS KV heads.
 
@@ -158,7 +128,7 @@ def convert_command(
         revision=revision,
     )
     if dry_run:
-        _emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
+        emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
         return
     with conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
         result = execute.execute(
@@ -172,7 +142,7 @@ def convert_command(
             on_layer=on_layer,
         )
     described = {"out": str(result.out), "verified": result.verified, "checks": result.checks, "plan": made.to_json()}
-    _emit(described, json, lambda: show_conversion.show_result(result))
+    emit(described, json, lambda: show_conversion.show_result(result))
 
 
 app.command("convert")(convert_command)
@@ -207,7 +177,7 @@ def plan_command(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    _emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
+    emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
 
 
 @app.command("inspect")
@@ -218,7 +188,7 @@ def inspect_command(
     from gqa_convert.conversion import inspect
 
     found = inspect.inspect(model, trust_remote_code=trust_remote_code, revision=revision)
-    _emit(found.to_json(), json, lambda: show_conversion.show_inspection(found))
+    emit(found.to_json(), json, lambda: show_conversion.show_inspection(found))
 
 
 @app.command("verify")
@@ -233,7 +203,7 @@ def verify_command(
     from gqa_convert.conversion import inspect
 
     checks = inspect.verify_pair(source, converted, logits=logits, trust_remote_code=trust_remote_code)
-    _emit(checks, json, lambda: show_conversion.show_checks(converted, checks))
+    emit(checks, json, lambda: show_conversion.show_checks(converted, checks))
 
 
 @app.command("families")
@@ -245,7 +215,7 @@ def families_command(
     from gqa_convert.anatomy import families
 
     found = [family for family in families.families() if name is None or name in family.model_type]
-    _emit([family.to_json() for family in found], json, lambda: show_conversion.show_families(found))
+    emit([family.to_json() for family in found], json, lambda: show_conversion.show_families(found))
 
 
 @app.command("methods")
@@ -255,7 +225,7 @@ def methods_command(json: AsJson = False) -> None:
 
     found = list(all_methods().values())
     described = [{"name": m.name, "title": m.title, "reference": m.reference} for m in found]
-    _emit(described, json, lambda: show_conversion.show_methods(found))
+    emit(described, json, lambda: show_conversion.show_methods(found))
 
 
 @app.command("demo")
@@ -284,20 +254,8 @@ app.command("uptrain")(uptrain_command)
 
 
 @app.callback(invoke_without_command=True)
-def umbrella(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
+def umbrella(version: Version = False) -> None:
     """Convert multi-head-attention checkpoints to grouped-query attention, and see what that costs."""
-    if version:
-        typer.echo(f"gqa-convert {__version__}")
-        raise typer.Exit
-
-
-def _emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
-    if as_json:
-        typer.echo(jsonlib.dumps(value, indent=2))
-    else:
-        show()
 
 
 _INTERRUPTED = 130
@@ -324,6 +282,6 @@ def main() -> None:
 
 def convert_main() -> None:
     """Entry point of `gqa-convert`: the same command as `gqa convert`."""
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
     single.command("gqa-convert")(convert_command)
     run_command(single)

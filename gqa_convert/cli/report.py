@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from gqa_convert.cli.options import AsJson
+
 
 def report_command(
     run: Annotated[Path, typer.Argument(help="Run folder of `gqa sweep`, or one with JSON of eval and bench.")],
@@ -18,7 +20,7 @@ def report_command(
     push_to_hub: Annotated[str, typer.Option(help="Upload the recommended model to this repository.")] = "",
     point: Annotated[str, typer.Option(help="Upload this point instead.")] = "",
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Write one page with the verdict, tables and plots of a run, and the model cards."""
     from gqa_convert.console import console

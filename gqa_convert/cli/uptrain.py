@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gqa_convert.cli.options import AsJson, DryRun
+
 if TYPE_CHECKING:
     from gqa_convert.uptrain.loop import UptrainResult
 
@@ -17,9 +19,9 @@ def uptrain_command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: section.key=value. Can be repeated.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and train nothing.")] = False,
+    dry_run: DryRun = False,
     profile: Annotated[bool, typer.Option("--profile", help="Trace a few early steps into OUTPUT/profile.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Uptrain a converted checkpoint as CONFIG says; run it again to go on where it was stopped.
 
@@ -57,7 +59,7 @@ def _show(result: UptrainResult, json: bool) -> None:
     original = "" if result.reference_loss is None else f"; the original's is {result.reference_loss:.4f}"
     out = console()
     out.print(
-        f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats a token{original} "
+        f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats per token{original} "
         f"({result.tokens:,} tokens, {result.seconds:,.0f} s in steps)",
         highlight=False,
     )
