@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gqa_convert.contract import run
 from gqa_convert.contract.native import Record
+from gqa_convert.hf import api
 
 
 def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch):
@@ -48,3 +49,9 @@ def test_the_package_ships_what_the_whole_record_says():
     shipped = json.loads(files("gqa_convert.contract").joinpath("record.json").read_text())
     assert shipped == run.summarised(whole)
     assert whole["counts"]["proven"] == sum(entry["proven"] for entry in whole["families"])
+
+
+def test_the_record_knows_every_type_of_the_release_that_it_was_made_with():
+    shipped = json.loads(files("gqa_convert.contract").joinpath("record.json").read_text())
+    if shipped["versions"]["transformers"] == api.version():
+        assert {*shipped["proven"], *shipped["unproven"]} == set(api.survey())
