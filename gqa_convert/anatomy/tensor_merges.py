@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from gqa_convert.anatomy.head_axis import Rows
 from gqa_convert.anatomy.shapes import ShapeDifference, index_of
+from gqa_convert.checkpoint.dtypes import FLOATS
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.safetensors_file import TensorInfo
 from gqa_convert.errors import CheckpointError, UnsupportedModelError
 from gqa_convert.hf import api
 from gqa_convert.hf.api import KeyMap
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _PACKED = ("qweight", "weight_packed", "absmax", "qzeros")
 
 
@@ -170,7 +170,7 @@ class Finder:
 
     def _checked(self, raw_key: str) -> TensorInfo:
         info = self.checkpoint.tensors[raw_key]
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise UnsupportedModelError(
                 f"{raw_key}: its dtype is {info.dtype}, so keys and values are quantised and cannot be averaged. "
                 "Convert the unquantised checkpoint, then quantise the result."

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.checkpoint.dtypes import BITS, FLOATS
 from gqa_convert.errors import UsageError
 
 _FILE = Path(__file__).with_name("pretraining_budgets.json")
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 _TARGET_SHARE = 114 / 512
 """Decoder tokens for one encoder token in T5's span corruption: 512 input tokens go with 114 target tokens."""
@@ -157,7 +157,7 @@ def shape_of_folder(folder: Path) -> ModelShape:
     vocab = text.get("vocab_size", 0)
     tables = [key for key, info in checkpoint.tensors.items() if tuple(info.shape) == (vocab, hidden)]
     encoder = sum(count for key, count in sizes.items() if key.startswith(("encoder.", "model.encoder.")))
-    dtypes = [_DTYPE_BYTES.get(info.dtype, 2) for info in checkpoint.tensors.values()]
+    dtypes = [BITS[info.dtype] // 8 if info.dtype in FLOATS else 2 for info in checkpoint.tensors.values()]
     total = sum(sizes.values())
     return ModelShape(
         name=folder.resolve().name,

@@ -40,6 +40,9 @@ BITS: dict[str, int] = {
 }
 """Bits of one element, for every format that safetensors 0.8 knows. A format missing here can still be copied."""
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Formats that heads can be merged in."""
+
 _TORCH_NAMES: dict[str, str] = {
     "BOOL": "bool",
     "U8": "uint8",

@@ -10,11 +10,10 @@ import os
 from pathlib import Path
 
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.checkpoint.resolve import SAFE_INDEX
 from gqa_convert.checkpoint.safetensors_file import TensorInfo
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
 from gqa_convert.hf.api import KeyMap
-
-_INDEX = "model.safetensors.index.json"
 
 
 def restore_keys(stage: Path, source: Checkpoint, key_map: KeyMap) -> None:
@@ -47,7 +46,7 @@ def restore_keys(stage: Path, source: Checkpoint, key_map: KeyMap) -> None:
         weight_map |= {tensor.key: shard.name for tensor in tensors}
         total += sum(tensor.nbytes for tensor in tensors)
     if written.is_sharded:
-        write_index(stage / _INDEX, weight_map, total, sum(p.numel() for p in key_map.names.values()))
+        write_index(stage / SAFE_INDEX, weight_map, total, sum(p.numel() for p in key_map.names.values()))
 
 
 def _renamed(written: Checkpoint, source: Checkpoint, key_map: KeyMap) -> dict[str, str]:

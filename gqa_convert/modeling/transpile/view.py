@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.checkpoint.dtypes import BITS, torch_dtype
+from gqa_convert.checkpoint.dtypes import BITS, FLOATS, torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint, read_tensor
 from gqa_convert.checkpoint.safetensors_file import TensorInfo
 from gqa_convert.errors import UnsupportedModelError
@@ -19,8 +19,6 @@ from gqa_convert.modeling.transpile.rule import Part, Rule, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def transpiled(checkpoint: Checkpoint, rule: Rule, config: Any, names: Mapping[str, str]) -> Checkpoint:
@@ -124,7 +122,7 @@ def _tensor(source: Source, part: Part) -> TensorInfo:
         return replace(home, key=part.key)
     stored = [source.info(name) for name in part.sources]
     for name, info in zip((*part.sources, part.home), (*stored, home), strict=True):
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise UnsupportedModelError(
                 f"{info.key}: its dtype is {info.dtype}, so {name} is quantised and cannot be rewritten. "
                 "Convert the unquantised checkpoint, then quantise the result."
