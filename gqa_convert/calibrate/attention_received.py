@@ -75,6 +75,7 @@ def _measuring(real: Callable[..., Any], attended: Attended) -> Callable[..., An
     def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not attended.watches(module):
             return real(module, query, key, value, *args, **kwargs)
+        # out_t = sum_s a_ts v_s, so d(sum_t out_t)/d v_s = sum_t a_ts: the attention that key s receives.
         with torch.enable_grad():
             leaf = value.detach().requires_grad_()
             out, weights = real(module, query.detach(), key.detach(), leaf, *args, **kwargs)

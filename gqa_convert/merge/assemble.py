@@ -49,17 +49,22 @@ def assemble(moments: BlockMoments, grouping: Grouping, maps: Sequence[GroupMaps
     block = moments.block.permuted(grouping)
     size = (grouping.num_groups, grouping.group_size)
     w_k, w_v = block.w_k.unflatten(0, size), block.w_v.unflatten(0, size)
+    # Shared heads: k_g = sum_r E_r k_r, v_g = sum_r E_r v_r, where E_r (encode) is the map of the group's r-th head.
     keys = _share([m.keys for m in maps], w_k, block.b_k)
     values = _share([m.values for m in maps], w_v, block.b_v)
+    # Where maps lose size, shared heads get the members' mean square back (and their readers the inverse).
     if maps[0].rescale and block.freedom == "full":
         keys = keys.scaled(_key_scale(moments, w_k, keys.weight))
     if maps[0].rescale and block.value_gauge == "full":
         scale_G = _ratio(w_v.square().sum((1, 2, 3)) / size[1], values.weight.square().sum((1, 2)))
         values = values.scaled(scale_G[:, None].expand(-1, block.w_v.shape[1]))
     r = block.queries_per_kv
+    # k_r is approximated by D_r k_g (decode), v_r by D_r v_g: q becomes D_r^T q, and W_O becomes W_O D_r.
     key_decode_HDD, value_decode_HDD = (m.decode.flatten(0, 1).repeat_interleave(r, dim=0) for m in (keys, values))
     b_o = block.b_o
     if b_o is not None and moments.values_centred:
+        # The constant part that sharing loses, mean_r - D_r (sum_s E_s mean_s), passes through attention whole (rows
+        # sum to 1) and goes into b_O.
         mean_GRD = moments.values.mean[list(grouping.order)].unflatten(0, size)
         shared_GD = torch.einsum("grde,gre->gd", values.encode, mean_GRD)
         lost_GRD = mean_GRD - torch.einsum("grde,ge->grd", values.decode, shared_GD)

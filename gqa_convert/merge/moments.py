@@ -137,6 +137,7 @@ class BlockMoments:
 
 def psd_root(form_KSS: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square root of positive semidefinite matrices (K, S, S), and its pseudo-inverse."""
+    # F = V diag(l) V^T; F^(1/2) = V diag(sqrt l) V^T; eigenvalues that are rounding count as zero.
     values, vectors = torch.linalg.eigh(form_KSS)
     floor = values.amax(-1, keepdim=True).clamp_min(0) * 1e-13 if values.shape[-1] else values
     kept = values > floor
@@ -188,10 +189,13 @@ def _centred(block: AttentionBlock) -> bool:
 
 def _values(block: AttentionBlock, inputs: Statistics | None, options: MergeOptions) -> RealMoments:
     k = block.num_kv_heads
+    # Cov[v_h, v_g] = W_h C W_g^T, with C = Cov[x]
     projected, mean = _project(block.w_v, block.b_v, inputs)
     gram = _blocks(projected, block.w_v)
     if not _centred(block):
+        # E[v_h v_g^T] = Cov[v_h, v_g] + E[v_h] E[v_g]^T
         gram = gram + torch.einsum("ka,lb->klab", mean, mean)
+    # An error e of head k adds W_O e to the output of each of its query heads: it costs e^T (sum_r W_O^T W_O) e.
     form = torch.einsum("okra,okrb->kab", *[block.w_o.unflatten(1, (k, -1))] * 2)
     return _real(gram, mean, form if options.weighted else None)
 
@@ -203,19 +207,24 @@ def _keys(
     first, second = ([pair[i] for pair in pairs] for i in (0, 1))
     k = block.num_kv_heads
     projected, mean = _project(block.w_k, block.b_k, inputs)
+    # Turning pairs as complex numbers, k = k_1 + i k_2: rotation by position is a factor of modulus 1, so that
+    # E[k_h conj(k_g)] is the same at every position: W_h C W_g^H + mean_h conj(mean_g).
     half_PKX = torch.complex(projected[:, first], projected[:, second]).transpose(0, 1)
     keys_PKX = torch.complex(block.w_k[:, first], block.w_k[:, second]).transpose(0, 1)
     mean_PK = torch.complex(mean[:, first], mean[:, second]).T
     gram_PKK = half_PKX @ keys_PKX.mH + mean_PK[:, :, None] * mean_PK[:, None].conj()
 
+    # A score's error is Re(conj(q) e) per pair, averaged over relative rotations: half of E|q|^2 |e|^2, with
+    # E|q|^2 = diag(W_q C W_q^T + mean mean^T), summed over the query heads of a KV head.
     projected_q, mean_q = _project(block.w_q, block.b_q, queries)
     power_HD = (projected_q * block.w_q).sum(-1) + mean_q.square()
     power_KD = power_HD.unflatten(0, (k, -1)).sum(1)
     weight_PK = (power_KD[:, first] + power_KD[:, second]).T / 2
 
+    # Dims that do not turn: covariance of keys, in the form sum_r E[q q^T] of the queries that read them.
     dims = list(static_dims)
     gram = _blocks(projected[:, dims], block.w_k[:, dims])
-    if not block.shift_invariant:
+    if not block.shift_invariant:  # else the softmax takes a constant part of the keys away
         gram = gram + torch.einsum("ka,lb->klab", mean[:, dims], mean[:, dims])
     form_HSS = projected_q[:, dims] @ block.w_q[:, dims].transpose(1, 2)
     form_HSS = form_HSS + mean_q[:, dims, None] * mean_q[:, None, dims]
