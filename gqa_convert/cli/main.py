@@ -23,6 +23,8 @@ from gqa_convert.cli.options import (
     Force,
     Grouping,
     Groups,
+    Measure,
+    MeasuredOn,
     Method,
     Model,
     Out,
@@ -90,6 +92,8 @@ def convert_command(
     route: Route = "auto",
     allow_slow: AllowSlow = False,
     verify: Verify = "structure",
+    measure: Measure = None,
+    data: MeasuredOn = None,
     trust_remote_code: Trust = False,
     revision: Revision = None,
     version: Version = False,
@@ -141,8 +145,20 @@ def convert_command(
             on_bytes=on_bytes,
             on_layer=on_layer,
         )
-    described = {"out": str(result.out), "verified": result.verified, "checks": result.checks, "plan": made.to_json()}
-    emit(described, json, lambda: show_conversion.show_result(result))
+    quality = None
+    if measure is not False:
+        from gqa_convert.evaluate.quality import measure_conversion
+
+        insist = bool(measure) or data is not None
+        quality = measure_conversion(made, result.out, data=data, insist=insist, trust_remote_code=trust_remote_code)
+    described: dict[str, Any] = {
+        "out": str(result.out),
+        "verified": result.verified,
+        "checks": result.checks,
+        "plan": made.to_json(),
+    }
+    described["quality"] = None if quality is None else quality.to_json()
+    emit(described, json, lambda: show_conversion.show_result(result, quality))
 
 
 app.command("convert")(convert_command)

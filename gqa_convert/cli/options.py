@@ -49,6 +49,16 @@ Calibrate = Annotated[
         metavar="DATA",
     ),
 ]
+Measure = Annotated[
+    bool | None,
+    typer.Option(
+        "--measure/--no-measure",
+        help="Score a held-out sample before and after. (default: where that takes seconds and half the free memory)",
+    ),
+]
+MeasuredOn = Annotated[
+    str | None, typer.Option("--data", "-d", help="Held-out text for --measure. (default: text that the model writes)")
+]
 Force = Annotated[bool, typer.Option(help="Replace an earlier conversion at --out.")]
 Verify = Annotated[
     str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from gqa_convert.conversion.execute import ConvertResult
     from gqa_convert.conversion.inspect import Inspection
     from gqa_convert.conversion.plan import ConvertPlan
+    from gqa_convert.evaluate.quality import Quality
     from gqa_convert.heads import HeadLayout
     from gqa_convert.merge.registry import MergeMethod
 
@@ -81,8 +83,8 @@ def show_plan(made: ConvertPlan) -> None:
     console().print(key_value_table(plan_rows(made)))
 
 
-def show_result(result: ConvertResult) -> None:
-    """Print what a conversion did."""
+def show_result(result: ConvertResult, quality: Quality | None = None) -> None:
+    """Print what a conversion did, what it cost where that was measured, and what to do next."""
     out = console()
     out.print(key_value_table([row for row in plan_rows(result.plan) if row[0] not in ("target", "working memory")]))
     checked = result.checks
@@ -93,6 +95,29 @@ def show_result(result: ConvertResult) -> None:
         filled = type(result.plan.anatomy.target_model).__name__
         out.print(f"verified: {checked['tensors']} tensors fill the {filled} of config.json{logits}")
     out.print(f"[bold green]wrote[/] {result.out}", highlight=False)
+    for line in quality_lines(result, quality):
+        out.print(line, highlight=False, markup=False)
+
+
+def quality_lines(result: ConvertResult, quality: Quality | None) -> list[str]:
+    """What a conversion cost in words, and the next command where one is needed."""
+    if quality is None:
+        return ["quality: not measured. See what it cost: gqa eval " + f"{result.plan.source} {result.out} --data TEXT"]
+    if quality.rise is None:
+        lines = [f"quality: {quality.verdict}."]
+        if quality.reason != "nothing was merged":
+            lines.append(f"next: gqa eval {result.plan.source} {result.out} --data TEXT")
+        return lines
+    before, after = (math.exp(min(loss, 700.0)) for loss in (quality.loss_before or 0.0, quality.loss_after or 0.0))
+    lines = [
+        f"quality: perplexity {before:.4g} -> {after:.4g} ({quality.rise:+.3f} nats per token, same first choice "
+        f"{quality.agreement or 0.0:.0%}) on {quality.tokens} tokens of {quality.sample}: {quality.verdict}."
+    ]
+    if not quality.usable:
+        recipe = result.plan.recipe
+        better = "" if recipe.refit else "gqa-convert --preset best --calibrate TEXT (minutes to hours), then "
+        lines.append(f"next: {better}gqa uptrain (configs/ has documented runs).")
+    return lines
 
 
 def show_inspection(found: Inspection) -> None:

@@ -1,0 +1,192 @@
+"""What a conversion cost, measured right after it: a short held-out sample scored by the source and by the result.
+
+Done without being asked only where it is nearly free; elsewhere what it would take is said, and nothing is run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.calibrate.self_text import self_tokens
+from gqa_convert.evaluate import examples as ex
+from gqa_convert.evaluate import models
+from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
+from gqa_convert.evaluate.intervals import mean_per_token
+from gqa_convert.evaluate.scoring import score
+from gqa_convert.evaluate.text import TokenStream
+from gqa_convert.hf.loading import pick_device
+
+if TYPE_CHECKING:
+    from gqa_convert.conversion.plan import ConvertPlan
+
+SECONDS = 20.0
+"""Longest measurement that is made unasked, as estimated."""
+MEMORY_SHARE = 0.5
+"""Share of the free memory that it may take, as estimated."""
+
+_WINDOWS, _LENGTH = 12, 64  # of text that the source writes: many short ones cost the fewest steps
+_DATA_WINDOWS, _DATA_CONTEXT = 8, 256  # of text that the user names
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+
+_VERDICTS = (
+    (0.02, "as good as the source on this sample"),
+    (0.1, "close to the source"),
+    (0.3, "clearly worse than the source: train it further before it is used"),
+    (math.inf, "not usable as it is: train it further, or merge better"),
+)
+"""Rise of the loss in nats per token up to which each verdict holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What was measured: nats per token; `reason` says why nothing was, and the figures are None then."""
+
+    sample: str = ""
+    tokens: int = 0
+    loss_before: float | None = None
+    loss_after: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def rise(self) -> float | None:
+        """Nats per token by which the loss went up; None if it was not measured."""
+        if self.loss_before is None or self.loss_after is None:
+            return None
+        return self.loss_after - self.loss_before
+
+    @property
+    def verdict(self) -> str:
+        """The figures in words."""
+        if self.rise is None:
+            return f"not measured ({self.reason})"
+        return next(words for most, words in _VERDICTS if self.rise <= most)
+
+    @property
+    def usable(self) -> bool | None:
+        """Whether the verdict asks for no more training; None if it was not measured."""
+        return None if self.rise is None else self.rise <= _VERDICTS[1][0]
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values, with the perplexities that follow from them."""
+        perplexities = {
+            name.replace("loss", "perplexity"): None if value is None else math.exp(min(value, 700.0))
+            for name, value in (("loss_before", self.loss_before), ("loss_after", self.loss_after))
+        }
+        return asdict(self) | perplexities | {"verdict": self.verdict}
+
+
+def measure_conversion(
+    plan: ConvertPlan,
+    out: Path,
+    *,
+    data: str | None = None,
+    insist: bool = False,
+    seconds: float = SECONDS,
+    trust_remote_code: bool = False,
+) -> Quality:
+    """Score the source and its conversion on a held-out sample.
+
+    Args:
+        plan: the conversion that was made.
+        out: the folder it wrote.
+        data: text to score, named as for `gqa eval`; by default text that the source writes (decoder-only models).
+        insist: measure whatever it takes.
+        seconds: longest measurement to make otherwise, as estimated.
+        trust_remote_code: allow the model's own Python code to run.
+
+    Returns:
+        The figures, or the reason why there are none.
+
+    Raises:
+        GQAConvertError: if `data` cannot be read or a model cannot be loaded.
+    """
+    if plan.groups == plan.layout_before.num_kv_heads and not plan.cross_groups and not plan.recipe.uses_blocks:
+        return Quality(reason="nothing was merged")
+    if data is None and getattr(plan.anatomy.config, "is_encoder_decoder", False):
+        return Quality(reason="an encoder-decoder writes no text from nothing: name some with --data")
+    if not any((plan.source / name).is_file() for name in _TOKENIZER_FILES):
+        return Quality(reason="the folder has no tokenizer")
+    if not insist:
+        reason = _too_dear(plan, seconds)
+        if reason:
+            return Quality(reason=reason)
+    started = time.perf_counter()
+    if data is None:
+        return _on_own_text(plan, out, started, trust_remote_code)
+    return _on_data(plan, out, data, started, trust_remote_code)
+
+
+def _on_own_text(plan: ConvertPlan, out: Path, started: float, trust: bool) -> Quality:
+    device = str(pick_device("auto"))
+    ids = self_tokens(plan.source, sequences=_WINDOWS, length=_LENGTH, device=device, seed=1, trust_remote_code=trust)
+    subjects = [models.subject(str(folder), trust_remote_code=trust) for folder in (plan.source, out)]
+    before, after = (models.load(subject, trust_remote_code=trust) for subject in subjects)
+    stream = TokenStream(ids.flatten().tolist(), [0] * ids.numel())
+    sample = ex.causal_examples(stream, context=_LENGTH, stride=_LENGTH)
+    first, second, _ = score(before, after, sample)
+    assert second is not None
+    kl, agreement = mean_per_token(second.kl, second.tokens), mean_per_token(second.agree, second.tokens)
+    return Quality(
+        sample="text that the source wrote",
+        tokens=sum(first.tokens),
+        loss_before=mean_per_token(first.loss, first.tokens).value,
+        loss_after=mean_per_token(second.loss, second.tokens).value,
+        kl=kl.value,
+        agreement=agreement.value,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _on_data(plan: ConvertPlan, out: Path, data: str, started: float, trust: bool) -> Quality:
+    longest = models.subject(str(plan.source), trust_remote_code=trust).max_context or _DATA_CONTEXT
+    settings = EvalSettings(
+        data=data, context=min(longest, _DATA_CONTEXT), max_windows=_DATA_WINDOWS, trust_remote_code=trust
+    )
+    evaluation = evaluate(plan.source, [out], settings)
+    (comparison,) = evaluation.converted
+    return Quality(
+        sample=evaluation.data,
+        tokens=evaluation.tokens,
+        loss_before=evaluation.base.loss,
+        loss_after=comparison.model.loss,
+        kl=comparison.kl,
+        agreement=comparison.top1_agreement,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _too_dear(plan: ConvertPlan, most_seconds: float) -> str:
+    """Why a measurement is not made unasked; empty if it may be."""
+    import psutil
+
+    memory = 4 * (plan.parameters_in + plan.parameters_out)
+    free = psutil.virtual_memory().available
+    if pick_device("auto").type == "cpu" and memory > MEMORY_SHARE * free:
+        return f"both models take {memory / 2**30:.1f} GiB in float32, of {free / 2**30:.1f} GiB that are free"
+    seconds = estimated_seconds(plan.parameters_in)
+    if seconds > most_seconds:
+        return f"it would take about {seconds:,.0f} s here"
+    return ""
+
+
+def estimated_seconds(parameters: int) -> float:
+    """About how long measuring on the model's own text takes here, after a trial of the processor (or GPU)."""
+    import torch
+
+    device = pick_device("auto")
+    size = 1024
+    matrix = torch.ones(size, size, device=device)
+    matrix @ matrix
+    started = time.perf_counter()
+    (matrix @ matrix).sum().item()
+    rate = 2 * size**3 / (time.perf_counter() - started)
+    tokens = _WINDOWS * _LENGTH
+    # Small products reach perhaps a third of that rate; writing passes over all weights once per step besides.
+    return 3 * (3 * 2 * parameters * tokens / rate) + _LENGTH * 4 * parameters / 2e10 + 8 * 4 * parameters / 1e9
