@@ -45,7 +45,7 @@ Calibrate = Annotated[
     str | None,
     typer.Option(
         help="Text to measure layers on: a file, a folder, a hub dataset `id:configuration:split` (the last two may be "
-        "left out), or `self` (sampled from the model).",
+        "left out), `demo` (this Python's own modules), or `self` (sampled from the model).",
         metavar="DATA",
     ),
 ]

@@ -11,6 +11,8 @@ from typing import Any
 
 from gqa_convert.data.documents import SourceSpec, hub_rows, open_corpus, source_files
 from gqa_convert.data.named import reading, source_named
+from gqa_convert.data.reading import DEMO
+from gqa_convert.data.stdlib import training_texts
 from gqa_convert.errors import HubError, UsageError
 
 SEPARATOR = "<|endoftext|>"
@@ -25,14 +27,19 @@ def documents(data: str, *, seed: int = 0) -> Iterator[str]:
     """Yield the documents of `data` in an order drawn from `seed`, each once.
 
     Args:
-        data: a file, a folder or a hub dataset (read as a stream), as `gqa_convert.data.named.source_named` takes them;
-            the text in the field `text`.
+        data: a file, a folder or a hub dataset (read as a stream), as `gqa_convert.data.named.source_named` takes them,
+            the text in the field `text`; or `demo`: what the embedded model was trained on, the standard library's
+            modules but for those that `gqa eval --data demo` measures on.
         seed: for the order.
 
     Raises:
         UsageError: if there is nothing to read, or a row has no text.
         HubError: if a hub dataset cannot be read.
     """
+    if data == DEMO and not Path(data).exists():
+        texts = list(training_texts())
+        random.Random(seed).shuffle(texts)
+        return iter(texts)
     spec = source_named(data)
     if spec.kind == "hub":
         return _hub(data, spec, seed)
