@@ -54,7 +54,12 @@ class Parts:
 
 
 def build(
-    made: UptrainPlan, engine: Engine, *, tell: Callable[[str], None], data_state: dict[str, Any] | None
+    made: UptrainPlan,
+    engine: Engine,
+    *,
+    tell: Callable[[str], None],
+    data_state: dict[str, Any] | None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Parts:
     """Load and prepare everything.
 
@@ -63,8 +68,10 @@ def build(
         engine: started.
         tell: told of long work.
         data_state: of the checkpoint to resume from.
+        stopped: asked now and then during long work; True ends it.
 
     Raises:
+        Preempted: if `stopped` says so.
         GQAConvertError: whatever is wrong with data, model, or their fit.
     """
     config = made.config
@@ -78,10 +85,12 @@ def build(
             model_config.model_type,
             api.model_class(model_config, folder=made.source, trust_remote_code=config.trust_remote_code),
         )
-    with engine.main_first():
-        data = prepare_data(
-            config, tokenizer, model_config, tell=tell if engine.is_main else lambda _: None, state=data_state
-        )
+
+    def prepare(first: bool) -> TrainingData:
+        said = tell if engine.is_main else lambda _: None
+        return prepare_data(config, tokenizer, model_config, tell=said, state=data_state, stopped=stopped, check=first)
+
+    data = engine.main_first(prepare)
     batches = StepBatches(
         data.blocks,
         data.collate,

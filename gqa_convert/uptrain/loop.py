@@ -21,7 +21,7 @@ from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.plan import UptrainPlan, resolve
 from gqa_convert.uptrain.progress import Display
 from gqa_convert.uptrain.recorder import Recorder
-from gqa_convert.uptrain.resume import check_same_run, checkpoint_state
+from gqa_convert.uptrain.resume import check_same_run, checkpoint_state, unusable
 from gqa_convert.uptrain.state import load_training_state, save_training_state
 from gqa_convert.uptrain.step import StepResult, train_step
 from gqa_convert.uptrain.stopping import StopRequest, stop_on_signals
@@ -92,7 +92,13 @@ class _Run:
         state = found.state() if found else None
         if state:
             check_same_run(state, self.made, self.weights)
-        self.parts = build(self.made, self.engine, tell=self.display.tell, data_state=state["data"] if state else None)
+        self.parts = build(
+            self.made,
+            self.engine,
+            tell=self.display.tell,
+            data_state=state["data"] if state else None,
+            stopped=lambda: bool(self.stop),
+        )
         try:
             self.recorder = Recorder(
                 self.parts, self.output, self.display, resumed=int(state["step"]) if state else None
@@ -129,8 +135,8 @@ class _Run:
                 )
             return None
         if wanted != "auto":
-            return open_checkpoint(Path(wanted))
-        return self.store.newest(self.display.tell)
+            return open_checkpoint(Path(wanted), fault=unusable)
+        return self.store.newest(self.display.tell, fault=unusable)
 
     def _resume(self, found: SavedCheckpoint, state: dict[str, Any]) -> None:
         load_training_state(found.folder, self.parts.model, self.parts.optimizer)
