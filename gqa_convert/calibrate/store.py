@@ -1,8 +1,8 @@
 """Results of finished layers on disk, so that an interrupted run goes on where it stopped.
 
-One safetensors file per layer, written under another name and renamed, in a folder named after a hash of everything that
-the result depends on. Each file carries SHA-256 sums of its tensors and of what describes them; one that is damaged, if
-by a single bit, or was made from anything else, counts as absent.
+One safetensors file per layer, written under another name and renamed, in a folder named after a hash of everything
+that the result depends on. Each file carries SHA-256 sums of its tensors and of what describes them; one that is
+damaged, if by a single bit, or was made from anything else, counts as absent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What to say of a text or parquet file that cannot be read: the file, the line, and what is wrong there.
 
-`datasets` reads files in blocks of megabytes and complains in the words of the library beneath it. A text file is looked
-at again here, line by line, once something is known to be wrong with it.
+`datasets` reads files in blocks of megabytes and complains in the words of the library beneath it. A text file is
+looked at again here, line by line, once something is known to be wrong with it.
 """
 
 from __future__ import annotations

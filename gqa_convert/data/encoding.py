@@ -49,7 +49,7 @@ class Encoder:
         """Refuse a token id that the model has no embedding for. Raises like the class."""
         if self.limit is not None and largest is not None and largest >= self.limit:
             raise UsageError(
-                f"data: the tokenizer gives token id {largest:,}, and the model's vocabulary ends at {self.limit - 1:,}. "
+                f"data: the tokenizer gives token id {largest:,}, the model's vocabulary ends at {self.limit - 1:,}. "
                 "Put the original's tokenizer files beside the weights."
             )
 
@@ -64,9 +64,16 @@ class Encoder:
 
     def encode(self, texts: list[str]) -> list[Ids]:
         """Encode a batch of documents; one that is empty afterwards is an empty array."""
-        rows = self.tokenizer(
-            texts, add_special_tokens=self.special_tokens, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        try:
+            rows = self.tokenizer(
+                texts, add_special_tokens=self.special_tokens, return_attention_mask=False, verbose=False
+            )["input_ids"]
+        except Exception as error:  # every tokenizer library has its own
+            words = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"data: the tokenizer cannot encode the text ({type(error).__name__}: {words}). Put the original's "
+                "tokenizer files beside the weights."
+            ) from error
         eos = self.tokenizer.eos_token_id
         encoded = []
         for row in rows:

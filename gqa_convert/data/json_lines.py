@@ -64,9 +64,8 @@ class JsonRows:
         if self._column in row or "text" in row:
             self._column_seen = True
         elif not self._column_seen:
-            raise UsageError(
-                f"data: {self._file}, {where}: has no field {self._column!r}; it has {', '.join(map(str, row)) or 'none'}."
-            )
+            present = ", ".join(map(str, row)) or "none"
+            raise UsageError(f"data: {self._file}, {where}: has no field {self._column!r}; it has {present}.")
         return {self._column: None, **row} if "text" not in row else dict(row)
 
     def state_dict(self) -> dict[str, Any]:

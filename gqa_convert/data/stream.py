@@ -58,7 +58,7 @@ class StreamedBlocks:
         self._blocks: list[Block] = []
         self._digests: dict[int, str] = {}
         self._expected: str | None = None
-        start = {"window": 0, "epoch": 0, "slot": 0, "shard": None, "ids": [], "documents": []}
+        start: dict[str, Any] = {"window": 0, "epoch": 0, "slot": 0, "shard": None, "ids": [], "documents": []}
         try:
             self._restore(state or start)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:

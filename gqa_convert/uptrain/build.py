@@ -16,7 +16,15 @@ from gqa_convert.hf import api
 from gqa_convert.uptrain import optim
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.engine import Engine
-from gqa_convert.uptrain.model import ScoredModel, Teacher, check_isolation, check_reads_text, load_model, set_dropout
+from gqa_convert.uptrain.model import (
+    ScoredModel,
+    Teacher,
+    check_finite,
+    check_isolation,
+    check_reads_text,
+    load_model,
+    set_dropout,
+)
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.unused_parameters import freeze_unreached
@@ -106,6 +114,7 @@ def build(
     flash = "flash" in config.train.attention
     if engine.name != "fsdp2" or flash:
         model.to(engine.device)
+    check_finite(model, str(made.source))
     if config.separate_documents:
         share = check_isolation(model)
         tell(f"documents are kept apart: logits change by {share:.1e} of their size beside another document")
@@ -146,18 +155,9 @@ def load_tokenizer(made: UptrainPlan) -> Any:
     Raises:
         UsageError: if there is none.
     """
-    from transformers import AutoTokenizer
+    from gqa_convert.calibrate import tokens
 
-    try:
-        with api.quiet():
-            return AutoTokenizer.from_pretrained(
-                made.source, trust_remote_code=made.config.trust_remote_code, local_files_only=True
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(
-            f"{made.source}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}). "
-            "Put the original's tokenizer files beside the weights."
-        ) from error
+    return tokens.load_tokenizer(made.source, trust_remote_code=made.config.trust_remote_code)
 
 
 def loss_spec(made: UptrainPlan) -> LossSpec:
@@ -187,6 +187,7 @@ def _teacher(made: UptrainPlan, engine: Engine, student: Any) -> Teacher:
         attention=made.config.train.attention,
         trust_remote_code=made.config.trust_remote_code,
     ).to(engine.device)
+    check_finite(model, f"objective.distillation.teacher={settings.teacher}")
     if made.config.separate_documents:
         check_isolation(model)
     teacher = Teacher(model, layers=settings.hidden_weight > 0)
@@ -204,9 +205,11 @@ def load_reference(made: UptrainPlan, engine: Engine) -> Any | None:
     name = made.config.evaluation.reference
     if name is None:
         return None
-    return load_model(
+    model = load_model(
         resolve_model(name),
         dtype=torch.float32,
         attention=made.config.train.attention,
         trust_remote_code=made.config.trust_remote_code,
     )
+    check_finite(model, f"evaluation.reference={name}")
+    return model

@@ -209,7 +209,10 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
         plain = optim.merged_model(plain)
         weights = gather_weights(plain)
     else:
-        weights = {plain_name(name).removeprefix("model."): value for name, value in gather_weights(parts.scoring_model()).items()}
+        weights = {
+            plain_name(name).removeprefix("model."): value
+            for name, value in gather_weights(parts.scoring_model()).items()
+        }
     if parts.engine.is_main:
         write_final(
             plain,

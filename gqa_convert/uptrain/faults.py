@@ -43,5 +43,5 @@ def clear_faults(output: Path) -> Iterator[None]:
         words = " ".join(str(error).split())[:160]
         raise TrainingAborted(
             f"memory does not suffice ({words or 'the system gave none'}). Lower train.micro_batch, data.context, "
-            "data.window or objective.loss_chunk, or set train.gradient_checkpointing; the last checkpoint is untouched."
+            "data.window or objective.loss_chunk, or set train.gradient_checkpointing. Checkpoints are untouched."
         ) from error

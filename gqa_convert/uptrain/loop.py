@@ -63,9 +63,9 @@ def uptrain(config: UptrainConfig, *, quiet: bool = False) -> UptrainResult:
     engine = Engine(config)
     display = Display(quiet=quiet or not engine.is_main)
     try:
-        with clear_faults(Path(config.output)), run_folder(Path(config.output), engine), stop_on_signals() as stop:
-            with display:
-                return _Run(plan, engine, display, stop).go()
+        output = Path(config.output)
+        with clear_faults(output), run_folder(output, engine), stop_on_signals() as stop, display:
+            return _Run(plan, engine, display, stop).go()
     finally:
         engine.close()
 

@@ -80,7 +80,7 @@ def unusable(folder: Path) -> str | None:
     return training_state_problem(folder)
 
 
-_KINDS = {"identity": dict, "data": dict, "guards": dict, "losses": dict, "seconds": (int, float)}
+_KINDS: dict[str, Any] = {"identity": dict, "data": dict, "guards": dict, "losses": dict, "seconds": (int, float)}
 
 
 def _numbers(values: Any) -> bool:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,8 +88,9 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
     """Write parameters and optimiser state; each process writes its part.
 
     Raises:
-        OSError: if writing fails.
+        Exception: whatever went wrong on the first process that failed; of a full disk OSError or RuntimeError.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -95,7 +99,11 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
         # Before the first step there is nothing to save, and asking would make torch take an empty step, which
         # Adam counts: every update after it would differ.
         parts["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    save(parts, checkpoint_id=folder / FOLDER)
+    try:
+        with _quiet():
+            save(parts, checkpoint_id=folder / FOLDER)
+    except CheckpointException as error:  # no Exception: it would pass by whoever survives a full disk
+        raise _reason(error) from error
 
 
 def load_shards(folder: Path, model: nn.Module, optimizer: Any | None, *, together: bool) -> None:
@@ -110,6 +118,7 @@ def load_shards(folder: Path, model: nn.Module, optimizer: Any | None, *, togeth
     Raises:
         CheckpointError: if the checkpoint is damaged, or of another model.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict import (
         get_model_state_dict,
         get_optimizer_state_dict,
@@ -123,14 +132,31 @@ def load_shards(folder: Path, model: nn.Module, optimizer: Any | None, *, togeth
     try:
         parts: dict[str, Any] = {"model": get_model_state_dict(model)}
         if with_optimizer:
-            parts["optimizer"] = get_optimizer_state_dict(model, optimizer)
-        load(parts, storage_reader=_reader(folder / FOLDER), planner=_planner(), no_dist=not together)
+            parts["optimizer"] = get_optimizer_state_dict(model, cast(Any, optimizer))
+        with _quiet():
+            load(parts, storage_reader=_reader(folder / FOLDER), planner=_planner(), no_dist=not together)
         set_model_state_dict(model, parts["model"])
         if with_optimizer:
-            set_optimizer_state_dict(model, optimizer, parts["optimizer"])
-    except Exception as error:  # torch has exceptions of its own for each step of it
-        words = " ".join(str(error.__cause__ or error).split())[:200]
+            set_optimizer_state_dict(model, cast(Any, optimizer), parts["optimizer"])
+    except (Exception, CheckpointException) as error:
+        words = " ".join(str(_reason(error)).split())[:200]
         raise CheckpointError(f"{folder}: its shards cannot be read into this model ({words}).") from error
+
+
+def _reason(error: BaseException) -> Exception:
+    """What went wrong on the first process that failed, of an error that torch has collected from all."""
+    for failure, _ in getattr(error, "failures", {}).values():
+        if isinstance(failure, Exception):
+            return failure
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from warning that one process reads or writes alone, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _reader(folder: Path) -> Any:
@@ -149,16 +175,16 @@ def _reader(folder: Path) -> Any:
 
 
 def _planner() -> Any:
-    from torch.distributed.checkpoint._nested_dict import set_element
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint import default_planner
 
-    class Planner(DefaultLoadPlanner):
+    class Planner(default_planner.DefaultLoadPlanner):
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
             plain = torch.load(value, weights_only=True)
             key = read_item.dest_index.fqn
-            if self.flatten_state_dict:
-                set_element(self.original_state_dict, self.mappings[key], plain)
-            else:
-                self.state_dict[key] = plain
+            holder: Any = self.original_state_dict
+            *path, last = self.mappings[key]
+            for part in path:
+                holder = holder[part]
+            holder[last] = plain
 
     return Planner()
