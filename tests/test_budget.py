@@ -5,7 +5,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from gqa_convert.budget.arithmetic import budget, format_count, horizon, parse_count
+from gqa_convert.budget.arithmetic import budget, horizon
+from gqa_convert.budget.counts import format_count, parse_bytes, parse_count, parse_counts
 from gqa_convert.budget.shape import devices, known_model, known_models, peak_flops, shape_of_folder
 from gqa_convert.errors import UsageError
 
@@ -15,7 +16,10 @@ from gqa_convert.errors import UsageError
     [
         ("2T", 2 * 10**12),
         ("299.9B", 299_900_000_000),
-        ("50k", 50_000),
+        ("8k", 8192),
+        ("0.5K", 512),
+        ("50M", 50_000_000),
+        (2**62, 2**62),
         ("1e9", 10**9),
         (17, 17),
         ("2_097_152", 2097152),
@@ -25,14 +29,24 @@ def test_counts_read_as_people_write_them(text, value):
     assert parse_count(text) == value
 
 
-@pytest.mark.parametrize("text", ["two", "-3", "1.5", "", "3Q", True])
+@pytest.mark.parametrize(
+    "text", ["two", "-3", "1.5", "", "3Q", True, "1e400", 1e400, float("nan"), "9" * 5000, 2**63, "1e30"]
+)
 def test_what_is_no_count_is_refused(text):
     with pytest.raises(UsageError):
         parse_count(text)
 
 
 def test_counts_are_spelt_for_people():
-    assert [format_count(v) for v in (999, 2_100_000, 52.4e9, 2e12)] == ["999", "2.1M", "52.4B", "2T"]
+    assert [format_count(v) for v in (999, 65_536, 2_100_000, 52.4e9, 2e12)] == ["999", "65,536", "2.1M", "52.4B", "2T"]
+
+
+def test_one_spelling_means_one_number_everywhere():
+    for text in ("8k", "512", "2M"):
+        assert parse_counts(text, "--context") == (parse_count(text),)
+    assert parse_count("8k") == parse_bytes("8k", "--memory") == 8192
+    for value in (7, 8192, 65_536, 2_000_000, 3 * 10**9):
+        assert parse_count(format_count(value)) == value
 
 
 def test_steps_win_over_tokens_and_tokens_over_alpha():

@@ -6,43 +6,15 @@ the share of the pretraining compute that the paper spends (Ainslie et al. 2023,
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gqa_convert.budget.counts import format_count
 from gqa_convert.budget.shape import ModelShape, devices
 from gqa_convert.errors import UsageError
 
 DEFAULT_ALPHA = 0.05
 DEFAULT_MFU = 0.4
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_COUNT = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbgt]?)", re.IGNORECASE)
-
-
-def parse_count(text: str | int | float) -> int:
-    """Read a count with an optional unit: `2T`, `299.9B`, `50k`, `1e9`, `2_097_152`.
-
-    Raises:
-        UsageError: if it is not one, or not a whole number.
-    """
-    if isinstance(text, (int, float)) and not isinstance(text, bool):
-        value = float(text)
-    else:
-        match = _COUNT.fullmatch(str(text).strip())
-        if match is None:
-            raise UsageError(f"{text!r}: not a count. Write 2000000000, 2e9, 2_000_000_000, 2B or 1.5T.")
-        value = float(match[1].replace("_", "").replace(",", "")) * _UNITS[match[2].lower()]
-    if value < 0 or abs(value - round(value)) > 1e-6 * max(1.0, value):
-        raise UsageError(f"{text!r}: not a whole number of tokens or steps.")
-    return round(value)
-
-
-def format_count(value: float) -> str:
-    """Spell a count for people: `2.1M`, `52.4B`, `999`."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +195,6 @@ def device_tflops(name: str) -> float:
 
 def budget_rows(price: Any) -> list[tuple[str, str]]:
     """A budget as label and value, for a table."""
-    from gqa_convert.budget.arithmetic import format_count
     from gqa_convert.console import size
 
     share = "" if price.alpha is None else f", alpha {price.alpha:.3g}"

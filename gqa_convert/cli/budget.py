@@ -34,6 +34,7 @@ def budget_command(
 ) -> None:
     """Say what uptraining would cost: tokens, steps, FLOPs (attention included), hours, bytes, distillation."""
     from gqa_convert.budget import arithmetic
+    from gqa_convert.budget.counts import parse_count
     from gqa_convert.budget.shape import known_model, shape_of_folder
 
     if list_known:
@@ -50,7 +51,7 @@ def budget_command(
     shape = shape_of_folder(Path(model)) if is_folder else known_model(model).shape
 
     def count(text: str | None) -> int | None:
-        return None if text is None else arithmetic.parse_count(text)
+        return None if text is None else parse_count(text)
 
     published = known.batch_tokens if known else None
     batch = count(batch_tokens) or published or 2_097_152
@@ -93,7 +94,7 @@ def _show(price: Any, shape: Any, before: int | None, source: str | None) -> Non
 def _list(json: bool) -> None:
     from rich.table import Table
 
-    from gqa_convert.budget.arithmetic import format_count
+    from gqa_convert.budget.counts import format_count
     from gqa_convert.budget.shape import devices, known_models
     from gqa_convert.console import console
 

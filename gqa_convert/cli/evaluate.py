@@ -104,11 +104,11 @@ def bench_command(
     out: SaveTo = None,
 ) -> None:
     """Measure how much faster and smaller a converted model decodes, and where it does not."""
+    from gqa_convert.budget.counts import parse_bytes, parse_counts, parse_single
     from gqa_convert.cli import show_bench
     from gqa_convert.evaluate.decode.bench import bench
     from gqa_convert.evaluate.decode.contender import load_contenders
     from gqa_convert.evaluate.decode.settings import BenchSettings
-    from gqa_convert.evaluate.sizes import parse_bytes, parse_count, parse_counts
 
     settings = BenchSettings(
         batches=parse_counts(batch, "--batch"),
@@ -119,7 +119,7 @@ def bench_command(
         rounds=rounds,
         prefill_tokens=prefill_tokens,
         memory=parse_bytes(memory, "--memory") if memory else None,
-        source_tokens=parse_count(source_tokens, "--source-tokens") if source_tokens else None,
+        source_tokens=parse_single(source_tokens, "--source-tokens") if source_tokens else None,
     )
     contenders = load_contenders(
         [base, *(converted or [])], dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -168,10 +168,10 @@ def sweep_command(
     json: AsJson = False,
 ) -> None:
     """Convert by every method to every number of groups, measure each, and recommend one. Goes on where it stopped."""
+    from gqa_convert.budget.counts import parse_counts
     from gqa_convert.cli import show_sweep
     from gqa_convert.evaluate.decode.settings import BenchSettings
     from gqa_convert.evaluate.evaluation import EvalSettings
-    from gqa_convert.evaluate.sizes import parse_counts
     from gqa_convert.evaluate.sweep.run import sweep
     from gqa_convert.evaluate.sweep.settings import SweepSettings
 

@@ -7,22 +7,28 @@ A corpus is a list of shards (files). Shards are shuffled by us and never throug
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib
+import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.errors import HubError, UsageError
+from gqa_convert.data.complaints import complaint
+from gqa_convert.data.json_lines import JsonRows
+from gqa_convert.errors import CheckpointError, GQAConvertError, HubError, UsageError
 
 KINDS = ("text", "jsonl", "parquet", "folder", "hub", "python")
 WHOLE = {"file": "document", "line": "line", "paragraph": "paragraph"}
-_BUILDERS = {"jsonl": "json", "parquet": "parquet"}
 _KINDS_BY_SUFFIX = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 KNOWN_SUFFIXES = tuple(_KINDS_BY_SUFFIX)
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _EVERY_FILE = "**/*"
+_WHOLE, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 16, 1 << 14
 _RETRY_SECONDS = (1.0, 4.0, 16.0, 64.0)
 
 Shard = Callable[[], Any]
@@ -36,7 +42,7 @@ class SourceSpec:
     Attributes:
         kind: one of `KINDS`. `folder` takes every file below a folder whose suffix is known (with a `pattern`, every
             file that matches: what is not known is text); `python` calls a function.
-        paths: files and glob patterns; for `folder` the folder; for `hub` the dataset's id; for `python` `module:name`.
+        paths: files and glob patterns; for `folder` the folder; for `hub` datasets' ids; for `python` `module:name`.
         text_field: the column that holds the text.
         documents: how a text file is cut: `file`, `line`, `paragraph`, or a separator that stands between documents.
         pattern: which files of a folder.
@@ -57,11 +63,15 @@ class SourceSpec:
 
 @dataclass
 class Corpus:
-    """Documents in shards. `identity` changes when the files do (names, sizes, times; not contents)."""
+    """Documents in shards. `identity` changes when the files do (names, sizes, times; not contents).
+
+    `files` are the kind and path of each shard of a local source.
+    """
 
     spec: SourceSpec
     shards: Sequence[Shard]
     identity: list[Any]
+    files: Sequence[tuple[str, Path]] = ()
     remote: bool = False
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
 
@@ -69,10 +79,29 @@ class Corpus:
         """Start reading a shard, from `state` if given (see `ShardReader.state`)."""
         return ShardReader(self, shard, state)
 
+    @cached_property
+    def contents(self) -> list[list[Any]]:
+        """Name, size and a digest of each local file's contents: of all of a small one, of samples of a large one."""
+        return [[file.name, *_sampled(file)] for _, file in self.files]
+
     def all_documents(self) -> Iterator[str]:
         """Every document, shard after shard."""
         for shard in range(len(self.shards)):
             yield from self.read(shard)
+
+
+def _sampled(file: Path) -> tuple[int, str]:
+    """Size of a file, and a digest of pieces from all over it."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size <= _WHOLE:
+            digest.update(stream.read())
+        else:
+            for number in range(_SAMPLES):
+                stream.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return size, digest.hexdigest()
 
 
 class ShardReader:
@@ -81,14 +110,26 @@ class ShardReader:
     def __init__(self, corpus: Corpus, shard: int, state: dict[str, Any] | None = None) -> None:
         self._corpus = corpus
         self._shard = shard
-        self._open(state)
+        try:
+            self._open(state)
+        except GQAConvertError:
+            raise
+        except Exception as error:
+            raise self._complaint(error) from error
 
     def _open(self, state: dict[str, Any] | None) -> None:
         self._data = self._corpus.shards[self._shard]()
-        self._ready: list[str] = list(state["ready"]) if state else []
-        self._pending = str(state["pending"]) if state else ""
+        self._ready: list[str] = []
+        self._pending = ""
         if state is not None:
-            self._data.load_state_dict(state["rows"])
+            try:
+                self._ready, self._pending = list(state["ready"]), str(state["pending"])
+                self._data.load_state_dict(state["rows"])
+            except Exception as error:
+                raise CheckpointError(
+                    "data: the place in the corpus that the checkpoint holds cannot be gone back to "
+                    f"({type(error).__name__}). Resume from another checkpoint."
+                ) from error
         self._rows = iter(self._data)
 
     def __iter__(self) -> Iterator[str]:
@@ -102,9 +143,11 @@ class ShardReader:
                 return self._next()
             except StopIteration:
                 raise
+            except GQAConvertError:
+                raise
             except Exception as error:
                 if safe is None or not _is_outage(error):
-                    raise
+                    raise self._complaint(error) from error
                 wait = next(waits, None)
                 if wait is None:
                     raise HubError(
@@ -126,6 +169,17 @@ class ShardReader:
                 self._take(_text_of(row, self._corpus.spec))
         return self._ready.pop(0)
 
+    def _complaint(self, error: Exception) -> GQAConvertError:
+        """What to say of a shard that cannot be read."""
+        spec = self._corpus.spec
+        if self._shard < len(self._corpus.files):
+            kind, file = self._corpus.files[self._shard]
+            return complaint(file, kind, error)
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if self._corpus.remote:
+            return HubError(f"{', '.join(spec.paths)}: the dataset cannot be read ({words}).")
+        return UsageError(f"data: {spec.paths[self._shard]}: the function failed{_last_line(error)} ({words}).")
+
     def _take(self, text: str) -> None:
         spec = self._corpus.spec
         if spec.kind not in ("text", "folder") or spec.documents in WHOLE:
@@ -143,7 +197,16 @@ def _text_of(row: dict[str, Any], spec: SourceSpec) -> str:
     column = "text" if spec.kind in ("text", "python") else spec.text_field
     if column not in row and not (spec.kind == "folder" and "text" in row):
         raise UsageError(f"data: rows have no field {column!r}; they have {', '.join(map(str, row))}.")
-    return str(row.get(column, row.get("text")) or "")
+    text = row.get(column, row.get("text"))
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"the field {column!r} holds a {type(text).__name__}, not text")
+    return text or ""
+
+
+def _last_line(error: BaseException) -> str:
+    """Where in a user's function an error came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" at {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
 
 
 def open_corpus(
@@ -165,7 +228,7 @@ def open_corpus(
     files = source_files(spec)
     shards = [_file_shard(kind, file, spec) for kind, file in files]
     identity = [[kind, file.name, file.stat().st_size, file.stat().st_mtime_ns] for kind, file in files]
-    return Corpus(spec=spec, shards=shards, identity=identity, sleep=sleep)
+    return Corpus(spec=spec, shards=shards, identity=identity, files=files, sleep=sleep)
 
 
 def kind_of(file: Path) -> str | None:
@@ -201,11 +264,13 @@ def _shown(file: Path, root: Path) -> bool:
 
 def _file_shard(kind: str, file: Path, spec: SourceSpec) -> Shard:
     def open_shard() -> Any:
+        if kind == "jsonl":
+            return JsonRows(file, spec.text_field)
         from datasets import load_dataset
 
         with _QuietDatasets():
-            if kind in _BUILDERS:
-                return load_dataset(_BUILDERS[kind], data_files=str(file), split="train", streaming=True)
+            if kind == "parquet":
+                return load_dataset("parquet", data_files=str(file), split="train", streaming=True)
             whole = WHOLE.get(spec.documents)
             extra = {"sample_by": whole} if whole else {"sample_by": "line", "keep_linebreaks": True}
             return load_dataset("text", data_files=str(file), split="train", streaming=True, **extra)
@@ -223,14 +288,17 @@ class _FunctionShard:
         for number, text in enumerate(self._make()):
             if number < self._taken:
                 continue
+            if not isinstance(text, str):
+                raise TypeError(f"document {number} is a {type(text).__name__}, not text")
             self._taken = number + 1
-            yield {"text": text}
+            # Half a surrogate pair is no character, and no tokenizer takes it.
+            yield {"text": text.encode("utf-8", "replace").decode("utf-8")}
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self._taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._taken = state["taken"]
+        self._taken = int(state["taken"])
 
 
 def _function_shard(path: str) -> Shard:
@@ -243,16 +311,26 @@ def _function_shard(path: str) -> Shard:
 
 
 def hub_rows(
-    spec: SourceSpec, *, sleep: Callable[[float], None] = time.sleep, waits: Sequence[float] = _RETRY_SECONDS
+    spec: SourceSpec,
+    name: str | None = None,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    waits: Sequence[float] = _RETRY_SECONDS,
 ) -> Any:
     """Open a hub dataset as a stream of rows; while the hub is away, try again after each of `waits` seconds.
+
+    Args:
+        spec: configuration, split and revision.
+        name: its id; by default the first of the spec.
+        sleep: waits.
+        waits: seconds before each further try.
 
     Raises:
         HubError: if it cannot be reached.
     """
     from datasets import load_dataset
 
-    name = spec.paths[0]
+    name = spec.paths[0] if name is None else name
     options = {"revision": spec.revision} if spec.revision else {}
     for wait in (*waits, None):
         try:
@@ -269,14 +347,14 @@ def hub_rows(
 
 
 def _hub(spec: SourceSpec, sleep: Callable[[float], None], waits: Sequence[float]) -> Corpus:
-    data = hub_rows(spec, sleep=sleep, waits=waits)
-    count = data.num_shards
-
-    def shard(index: int) -> Shard:
-        return lambda: data.shard(num_shards=count, index=index)
-
-    identity = [spec.paths[0], spec.config_name, spec.split, spec.revision, count]
-    return Corpus(spec=spec, shards=[shard(i) for i in range(count)], identity=identity, remote=True, sleep=sleep)
+    shards: list[Shard] = []
+    counts: list[int] = []
+    for name in spec.paths:
+        data = hub_rows(spec, name, sleep=sleep, waits=waits)
+        counts.append(data.num_shards)
+        shards += [partial(data.shard, num_shards=counts[-1], index=index) for index in range(counts[-1])]
+    identity = [*spec.paths, spec.config_name, spec.split, spec.revision, *counts]
+    return Corpus(spec=spec, shards=shards, identity=identity, remote=True, sleep=sleep)
 
 
 def _is_outage(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -24,20 +25,33 @@ class Encoder:
         tokenizer: of transformers.
         special_tokens: add what the tokenizer adds by itself (BOS for Llama, nothing for GPT-NeoX, EOS for T5).
         append_eos: end every document with EOS.
+        limit: how many token ids the model knows; None to take any.
+
+    Raises:
+        UsageError: if EOS is to be appended and there is none, or a text gives an id that the model does not know.
     """
 
     tokenizer: Any
     special_tokens: bool = True
     append_eos: bool = True
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.append_eos and self.tokenizer.eos_token_id is None:
             raise UsageError("data.append_eos: the tokenizer has no EOS token. Set data.append_eos to false.")
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
-        """Number of token ids, added ones included."""
-        return len(self.tokenizer)
+        """One more than the largest token id, added ones included."""
+        return max((*self.tokenizer.get_vocab().values(), len(self.tokenizer) - 1), default=-1) + 1
+
+    def check_known(self, largest: int | None) -> None:
+        """Refuse a token id that the model has no embedding for. Raises like the class."""
+        if self.limit is not None and largest is not None and largest >= self.limit:
+            raise UsageError(
+                f"data: the tokenizer gives token id {largest:,}, the model's vocabulary ends at {self.limit - 1:,}. "
+                "Put the original's tokenizer files beside the weights."
+            )
 
     def identity(self) -> dict[str, Any]:
         """What tells two encoders apart, JSON-ready."""
@@ -50,16 +64,26 @@ class Encoder:
 
     def encode(self, texts: list[str]) -> list[Ids]:
         """Encode a batch of documents; one that is empty afterwards is an empty array."""
-        rows = self.tokenizer(
-            texts, add_special_tokens=self.special_tokens, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        try:
+            rows = self.tokenizer(
+                texts, add_special_tokens=self.special_tokens, return_attention_mask=False, verbose=False
+            )["input_ids"]
+        except Exception as error:  # every tokenizer library has its own
+            words = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"data: the tokenizer cannot encode the text ({type(error).__name__}: {words}). Put the original's "
+                "tokenizer files beside the weights."
+            ) from error
         eos = self.tokenizer.eos_token_id
-        found = []
+        encoded = []
         for row in rows:
             if self.append_eos and (not row or row[-1] != eos):
                 row = [*row, eos]
-            found.append(np.asarray(row, dtype=np.int64))
-        return found
+            ids = np.asarray(row, dtype=np.int64)
+            if len(ids):
+                self.check_known(int(ids.max()))
+            encoded.append(ids)
+        return encoded
 
     def stream(self, texts: Iterable[str]) -> Iterator[Ids]:
         """Encode documents one after the other, leaving out empty ones."""

@@ -1,15 +1,23 @@
 """Tokens on disk: one flat file that is mapped into memory, and where each document starts.
 
-A store is written beside its final name and renamed, its description last, so a store that can be opened is whole.
+A store is written beside its final name and renamed, its description last, so a store that can be opened is whole. The
+description holds checksums of both files; a store with a single changed bit counts as absent.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +26,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gqa_convert.data.encoding import Ids
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import OutputError, UsageError
 
-_META = "store.json"
-_FORMAT = 1
+_META, _TOKENS, _STARTS = "store.json", "tokens.bin", "starts.bin"
+_FORMAT = 2
+_CHUNK = 1 << 26
+"""Bytes of `tokens.bin` under one checksum: large stores are checked by several threads."""
+_READERS = 8
+_DTYPES = ("uint16", "uint32")
+_LONGEST_META = 1 << 26
+_STAGE = re.compile(r"\.[0-9a-f]{16}-[a-z-]+\.tmp-\d+-[0-9a-f]{8}")
+"""Stages of stores named `<16 hex digits>-<what>`, as the corpus names them; nothing else is ever removed."""
+_UNLOCKED_SECONDS = 600.0
+"""How old a stage without its locked file must be to count as left behind: its owner is about to make that file."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +59,50 @@ class TokenStore:
         """Number of tokens."""
         return int(self.starts[-1])
 
+    @property
+    def digest(self) -> str | None:
+        """What tells these tokens from any others, in this order; None for a store in memory."""
+        return self.meta.get("digest")
+
+    @property
+    def largest(self) -> int | None:
+        """The largest token id; None for a store in memory or an empty one."""
+        return self.meta.get("largest")
+
     @classmethod
-    def open(cls, folder: Path) -> TokenStore | None:
-        """Open a store; None if there is no whole one."""
+    def open(
+        cls, folder: Path, *, check: bool = True, tell: Callable[[str], None] = lambda _: None
+    ) -> TokenStore | None:
+        """Open a store; None if there is no whole one.
+
+        Args:
+            folder: where it is.
+            check: read every byte and compare checksums. Without, sizes must do.
+            tell: told of a store that is there but damaged.
+        """
         try:
-            meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-            starts = np.load(folder / "starts.npy")
-            tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r") if starts[-1] else np.zeros(0)
-        except (OSError, ValueError):
+            meta = _description(folder)
+            starts = np.fromfile(folder / _STARTS, dtype=np.int64)
+            size = (folder / _TOKENS).stat().st_size
+        except FileNotFoundError:
             return None
-        if meta.get("format") != _FORMAT or len(tokens) != starts[-1]:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            tell(f"{folder}: the token store is damaged ({' '.join(str(error).split())[:100]})")
             return None
+        dtype = np.dtype(meta["dtype"])
+        problem = None
+        if meta["format"] != _FORMAT:
+            return None
+        if not len(starts) or size != int(starts[-1]) * dtype.itemsize or int(starts[-1]) != meta["tokens"]:
+            problem = "its sizes contradict each other"
+        elif hashlib.sha256(starts.tobytes()).hexdigest() != meta["starts_sha256"]:
+            problem = f"{_STARTS} has changed since it was written"
+        elif check and _chunk_digests(folder / _TOKENS, size) != meta["chunks_sha256"]:
+            problem = f"{_TOKENS} has changed since it was written"
+        if problem is not None:
+            tell(f"{folder}: the token store is damaged ({problem})")
+            return None
+        tokens = np.memmap(folder / _TOKENS, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
         return cls(tokens, starts, meta)
 
     @classmethod
@@ -64,51 +114,161 @@ class TokenStore:
 
 
 class StoreWriter:
-    """Writes a store document by document; `commit` makes it appear, `discard` removes what was written."""
+    """Writes a store document by document; `commit` makes it appear, `discard` removes what was written.
+
+    What killed writers left beside it is removed first: a writer holds a lock, which goes with its process.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+    """
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self._target = folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self._stage = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-        self._stage.mkdir()
+        with _clear_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_stale(folder.parent)
+            self._stage = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+            self._stage.mkdir()
+            self._file = open(self._stage / _TOKENS, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by commit
+        with suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
-        self._file = open(self._stage / "tokens.bin", "wb", buffering=1 << 20)  # noqa: SIM115 - closed by commit
         self._lengths: list[int] = []
+        self._chunks: list[str] = []
+        self._chunk, self._filled = hashlib.sha256(), 0
+        self._largest: int | None = None
         self.total = 0
 
     def add(self, ids: Ids) -> None:
-        """Append a document."""
-        self._file.write(ids.astype(self._dtype).tobytes())
+        """Append a document.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        data = ids.astype(self._dtype).tobytes()
+        with _clear_errors(self._target):
+            self._file.write(data)
         self._lengths.append(len(ids))
         self.total += len(ids)
+        if len(ids):
+            self._largest = max(self._largest or 0, int(ids.max()))
+        while data:
+            part, data = data[: _CHUNK - self._filled], data[_CHUNK - self._filled :]
+            self._chunk.update(part)
+            self._filled += len(part)
+            if self._filled == _CHUNK:
+                self._end_chunk()
+
+    def _end_chunk(self) -> None:
+        self._chunks.append(self._chunk.hexdigest())
+        self._chunk, self._filled = hashlib.sha256(), 0
 
     def commit(self, meta: dict[str, Any]) -> TokenStore:
-        """Finish the store and open it; another process that was faster wins."""
-        _close(self._file)
+        """Finish the store and open it; another process that was faster wins.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        if self._filled:
+            self._end_chunk()
         starts = np.concatenate([[0], np.cumsum(self._lengths)]).astype(np.int64)
-        np.save(self._stage / "starts.npy", starts)
-        described = {"format": _FORMAT, "dtype": self._dtype.name, "tokens": self.total, **meta}
-        (self._stage / _META).write_text(json.dumps(described, indent=2), encoding="utf-8")
-        try:
-            os.rename(self._stage, self._target)
-        except OSError:
-            if TokenStore.open(self._target) is None:
-                shutil.rmtree(self._target, ignore_errors=True)
+        digest = hashlib.sha256(starts.tobytes()).hexdigest()
+        described = {
+            "format": _FORMAT,
+            "dtype": self._dtype.name,
+            "tokens": self.total,
+            "largest": self._largest,
+            "starts_sha256": digest,
+            "chunks_sha256": self._chunks,
+            "digest": hashlib.sha256(" ".join([self._dtype.name, digest, *self._chunks]).encode()).hexdigest(),
+            **meta,
+        }
+        with _clear_errors(self._target):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            (self._stage / _STARTS).write_bytes(starts.tobytes())
+            (self._stage / _META).write_text(json.dumps(described, indent=2), encoding="utf-8")
+            try:
                 os.rename(self._stage, self._target)
-            else:
-                shutil.rmtree(self._stage, ignore_errors=True)
-        store = TokenStore.open(self._target)
+            except OSError:
+                if TokenStore.open(self._target) is None:
+                    shutil.rmtree(self._target, ignore_errors=True)
+                    os.rename(self._stage, self._target)
+                else:
+                    shutil.rmtree(self._stage, ignore_errors=True)
+            self._file.close()
+        store = TokenStore.open(self._target, check=False)
         if store is None:
             raise UsageError(f"{self._target}: the token store just written cannot be read back.")
         return store
 
     def discard(self) -> None:
         """Remove what was written."""
-        self._file.close()
+        with suppress(OSError):  # what is still buffered has no room on a full disk
+            self._file.close()
         shutil.rmtree(self._stage, ignore_errors=True)
 
 
-def _close(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def remove_stale(folder: Path) -> None:
+    """Remove the unfinished stores that killed writers left in a folder."""
+    with suppress(OSError):
+        for stage in list(folder.iterdir()):
+            if _STAGE.fullmatch(stage.name) and not stage.is_symlink() and _is_stale(stage):
+                shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_stale(stage: Path) -> bool:
+    try:
+        handle = os.open(stage / _TOKENS, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        with suppress(OSError):
+            return time.time() - stage.stat().st_mtime > _UNLOCKED_SECONDS
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(handle)
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """Read `store.json`; a value of an unexpected kind is a KeyError, TypeError or ValueError."""
+    with open(folder / _META, encoding="utf-8") as file:
+        meta = json.loads(file.read(_LONGEST_META))
+    if meta["dtype"] not in _DTYPES or not isinstance(meta["format"], int):
+        raise ValueError(f"{_META} holds no description")
+    if meta["format"] == _FORMAT:
+        _ = meta["tokens"], meta["starts_sha256"], meta["chunks_sha256"], meta["digest"]
+        if not isinstance(meta["digest"], str) or not isinstance(meta["largest"], (int, type(None))):
+            raise ValueError(f"{_META} holds no description")
+    return dict(meta)
+
+
+def _chunk_digests(file: Path, size: int) -> list[str]:
+    def digest(start: int) -> str:
+        found = hashlib.sha256()
+        with open(file, "rb", buffering=0) as stream:
+            stream.seek(start)
+            left = min(_CHUNK, size - start)
+            while left and (part := stream.read(min(left, 1 << 20))):
+                found.update(part)
+                left -= len(part)
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="tokens") as pool:
+        return list(pool.map(digest, range(0, size, _CHUNK)))
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else str(error.strerror or error)
+        raise OutputError(
+            f"{folder.parent}: tokens cannot be written there ({what}). Free some space, or choose another data.cache."
+        ) from error

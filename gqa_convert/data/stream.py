@@ -7,6 +7,7 @@ never the stream from its beginning.
 
 from __future__ import annotations
 
+import hashlib
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from gqa_convert.data.blocks import DEFAULT_WINDOW, Block, shuffled_index
 from gqa_convert.data.documents import Corpus, ShardReader
 from gqa_convert.data.encoding import Encoder
 from gqa_convert.data.split import is_held_out
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import CheckpointError, UsageError
 
 _BATCH = 64
 _KEPT_STATES = 4
@@ -35,7 +36,8 @@ class StreamedBlocks:
         state: from `state`, to go on from there.
 
     Raises:
-        UsageError: if the corpus has another number of shards than that of `state`.
+        UsageError: if the corpus is not that of `state`.
+        CheckpointError: if `state` is no such state.
     """
 
     def __init__(
@@ -54,7 +56,16 @@ class StreamedBlocks:
         self._states: dict[int, dict[str, Any]] = {}
         self._number = -1
         self._blocks: list[Block] = []
-        self._restore(state or {"window": 0, "epoch": 0, "slot": 0, "shard": None, "ids": [], "documents": []})
+        self._digests: dict[int, str] = {}
+        self._expected: str | None = None
+        start: dict[str, Any] = {"window": 0, "epoch": 0, "slot": 0, "shard": None, "ids": [], "documents": []}
+        try:
+            self._restore(state or start)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
+            raise CheckpointError(
+                "data: the checkpoint does not say where in the corpus it was "
+                f"({type(error).__name__}: {error}). Resume from another checkpoint."
+            ) from error
 
     def _restore(self, state: dict[str, Any]) -> None:
         before, now = state.get("shards"), len(self._corpus.shards)
@@ -63,6 +74,8 @@ class StreamedBlocks:
                 f"data: the corpus had {before:,} shards when the checkpoint was written and has {now:,} now, so the "
                 "place in it is lost. Put the files back, name the hub dataset's revision, or choose another output."
             )
+        _check_contents(state.get("contents"), self._corpus.contents)
+        self._expected = state.get("digest")
         self._next = int(state["window"])
         self._epoch, self._slot = int(state["epoch"]), int(state["slot"])
         self._ids = [np.asarray(state["ids"], np.int64)]
@@ -72,7 +85,7 @@ class StreamedBlocks:
         self._reader: ShardReader | None = None
         if state["shard"] is not None:
             self._reader = self._corpus.read(self._shard_order()[self._slot], state["shard"])
-        self._start = state
+        self._start = {key: value for key, value in state.items() if key not in ("digest", "contents", "shards")}
 
     def state(self, index: int) -> dict[str, Any]:
         """What to keep so that a later run can go on with block `index`. JSON-ready.
@@ -81,8 +94,9 @@ class StreamedBlocks:
             KeyError: if the block's window was passed long ago.
         """
         number = index // self._window
-        found = self._start if number == self._next and number not in self._states else self._states[number]
-        return {**found, "shards": len(self._corpus.shards)}
+        start = self._start if number == self._next and number not in self._states else self._states[number]
+        digest = {"digest": self._digests[number]} if number in self._digests else {}
+        return {**start, **digest, "shards": len(self._corpus.shards), "contents": self._corpus.contents}
 
     def get(self, index: int) -> Block:
         """Return block `index` of the training order.
@@ -111,10 +125,15 @@ class StreamedBlocks:
         self._states[self._number] = self._start
         for old in sorted(self._states)[:-_KEPT_STATES]:
             del self._states[old]
+            self._digests.pop(old, None)
         need = self._window * self._length + 1
         while self._held < need:
             self._read_some()
         ids, documents = np.concatenate(self._ids), np.concatenate(self._documents)
+        self._digests[self._number] = hashlib.blake2b(ids[:need].tobytes(), digest_size=16).hexdigest()
+        if self._expected not in (None, self._digests[self._number]):
+            raise _other_text("it gives other tokens at the place that was reached")
+        self._expected = None
         self._blocks = [
             Block(ids[i : i + self._length + 1], documents[i : i + self._length + 1])
             for i in range(0, need - 1, self._length)
@@ -152,3 +171,19 @@ class StreamedBlocks:
             self._epoch += 1
             if not self._held and self._epoch > 1:
                 raise UsageError("data: a whole pass over the corpus gave no tokens to train on.")
+
+
+def _check_contents(before: Any, now: list[list[Any]]) -> None:
+    """Refuse files that are not those of a checkpoint. Where they lie and what they are called does not matter."""
+    if not isinstance(before, list):
+        return  # of a version that did not say
+    changed = [new[0] for old, new in zip(before, now, strict=False) if list(old)[1:] != new[1:]]
+    if changed:
+        raise _other_text(f"{changed[0]} has changed")
+
+
+def _other_text(what: str) -> UsageError:
+    return UsageError(
+        f"data: the text to train on is not what it was when the checkpoint was written: {what}. Put the files back as "
+        "they were, or choose another output."
+    )

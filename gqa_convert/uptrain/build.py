@@ -16,7 +16,15 @@ from gqa_convert.hf import api
 from gqa_convert.uptrain import optim
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.engine import Engine
-from gqa_convert.uptrain.model import ScoredModel, Teacher, check_isolation, check_reads_text, load_model, set_dropout
+from gqa_convert.uptrain.model import (
+    ScoredModel,
+    Teacher,
+    check_finite,
+    check_isolation,
+    check_reads_text,
+    load_model,
+    set_dropout,
+)
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.unused_parameters import freeze_unreached
@@ -54,7 +62,12 @@ class Parts:
 
 
 def build(
-    made: UptrainPlan, engine: Engine, *, tell: Callable[[str], None], data_state: dict[str, Any] | None
+    made: UptrainPlan,
+    engine: Engine,
+    *,
+    tell: Callable[[str], None],
+    data_state: dict[str, Any] | None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Parts:
     """Load and prepare everything.
 
@@ -63,8 +76,10 @@ def build(
         engine: started.
         tell: told of long work.
         data_state: of the checkpoint to resume from.
+        stopped: asked now and then during long work; True ends it.
 
     Raises:
+        Preempted: if `stopped` says so.
         GQAConvertError: whatever is wrong with data, model, or their fit.
     """
     config = made.config
@@ -78,10 +93,12 @@ def build(
             model_config.model_type,
             api.model_class(model_config, folder=made.source, trust_remote_code=config.trust_remote_code),
         )
-    with engine.main_first():
-        data = prepare_data(
-            config, tokenizer, model_config, tell=tell if engine.is_main else lambda _: None, state=data_state
-        )
+
+    def prepare(first: bool) -> TrainingData:
+        said = tell if engine.is_main else lambda _: None
+        return prepare_data(config, tokenizer, model_config, tell=said, state=data_state, stopped=stopped, check=first)
+
+    data = engine.main_first(prepare)
     batches = StepBatches(
         data.blocks,
         data.collate,
@@ -97,6 +114,7 @@ def build(
     flash = "flash" in config.train.attention
     if engine.name != "fsdp2" or flash:
         model.to(engine.device)
+    check_finite(model, str(made.source))
     if config.separate_documents:
         share = check_isolation(model)
         tell(f"documents are kept apart: logits change by {share:.1e} of their size beside another document")
@@ -137,18 +155,9 @@ def load_tokenizer(made: UptrainPlan) -> Any:
     Raises:
         UsageError: if there is none.
     """
-    from transformers import AutoTokenizer
+    from gqa_convert.calibrate import tokens
 
-    try:
-        with api.quiet():
-            return AutoTokenizer.from_pretrained(
-                made.source, trust_remote_code=made.config.trust_remote_code, local_files_only=True
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(
-            f"{made.source}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}). "
-            "Put the original's tokenizer files beside the weights."
-        ) from error
+    return tokens.load_tokenizer(made.source, trust_remote_code=made.config.trust_remote_code)
 
 
 def loss_spec(made: UptrainPlan) -> LossSpec:
@@ -178,6 +187,7 @@ def _teacher(made: UptrainPlan, engine: Engine, student: Any) -> Teacher:
         attention=made.config.train.attention,
         trust_remote_code=made.config.trust_remote_code,
     ).to(engine.device)
+    check_finite(model, f"objective.distillation.teacher={settings.teacher}")
     if made.config.separate_documents:
         check_isolation(model)
     teacher = Teacher(model, layers=settings.hidden_weight > 0)
@@ -195,9 +205,11 @@ def load_reference(made: UptrainPlan, engine: Engine) -> Any | None:
     name = made.config.evaluation.reference
     if name is None:
         return None
-    return load_model(
+    model = load_model(
         resolve_model(name),
         dtype=torch.float32,
         attention=made.config.train.attention,
         trust_remote_code=made.config.trust_remote_code,
     )
+    check_finite(model, f"evaluation.reference={name}")
+    return model

@@ -10,11 +10,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gqa_convert.errors import CheckpointError, OutputError
@@ -23,7 +24,9 @@ MARKER = "complete.json"
 STATE = "state.json"
 _PREFIX = "step-"
 _STAGE = ".saving-"
+_NUMBER = re.compile(r"[0-9]{8,18}")
 _READERS = 8
+_LONGEST_MARKER, _LONGEST_STATE = 1 << 26, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,15 @@ class SavedCheckpoint:
     step: int
 
     def state(self) -> dict[str, Any]:
-        """Read `state.json`."""
-        found: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        return found
+        """Read `state.json`.
+
+        Raises:
+            CheckpointError: if it is not what a save writes.
+        """
+        try:
+            return _read_state(self.folder)
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.folder / STATE}: cannot be used ({_short(error)}).") from error
 
 
 class CheckpointStore:
@@ -96,10 +105,17 @@ class CheckpointStore:
             for path in self.folder.glob(f"{_STAGE}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def newest(self, tell: Callable[[str], None] = lambda _: None) -> SavedCheckpoint | None:
-        """Return the newest whole checkpoint, or None. Damaged ones are told of and passed over."""
+    def newest(
+        self, tell: Callable[[str], None] = lambda _: None, *, fault: Callable[[Path], str | None] = lambda _: None
+    ) -> SavedCheckpoint | None:
+        """Return the newest whole checkpoint, or None. Others are told of and passed over.
+
+        Args:
+            tell: told of checkpoints that are passed over.
+            fault: says what keeps an undamaged folder from being used; None if nothing does.
+        """
         for step in sorted(self._steps(), reverse=True):
-            problem = damage(self._path(step))
+            problem = damage(self._path(step), step) or fault(self._path(step))
             if problem is None:
                 return SavedCheckpoint(self._path(step), step)
             tell(f"{self._path(step)}: {problem}; trying an older checkpoint")
@@ -115,7 +131,7 @@ class CheckpointStore:
     def _steps(self) -> Iterator[int]:
         if self.folder.is_dir():
             for path in self.folder.glob(f"{_PREFIX}*"):
-                if path.name.removeprefix(_PREFIX).isdigit():
+                if _NUMBER.fullmatch(path.name.removeprefix(_PREFIX)) and path.is_dir():
                     yield int(path.name.removeprefix(_PREFIX))
 
     def _prune(self) -> None:
@@ -125,37 +141,91 @@ class CheckpointStore:
             shutil.rmtree(self._path(step), ignore_errors=True)
 
 
-def open_checkpoint(folder: Path) -> SavedCheckpoint:
-    """Open a checkpoint by its folder.
+def open_checkpoint(folder: Path, *, fault: Callable[[Path], str | None] = lambda _: None) -> SavedCheckpoint:
+    """Open a checkpoint by its folder. For `fault` see `CheckpointStore.newest`.
 
     Raises:
-        CheckpointError: if it is not whole.
+        CheckpointError: if it is not whole, or cannot be used.
     """
-    problem = damage(folder)
+    problem = damage(folder) or fault(folder)
     if problem is not None:
         raise CheckpointError(f"{folder}: {problem}. Resume from another checkpoint, or use checkpoints.resume=auto.")
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    return SavedCheckpoint(folder, int(marker["step"]))
+    return SavedCheckpoint(folder, int(_read_state(folder)["step"]))
 
 
-def damage(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint folder; None if every byte is as it was written."""
+def damage(folder: Path, step: int | None = None) -> str | None:
+    """Say what is wrong with a checkpoint folder; None if every byte is as it was written.
+
+    Args:
+        folder: the checkpoint.
+        step: the one that it must be of; None for any.
+    """
+    if not folder.is_dir():
+        return f"has no {MARKER}, so it was never finished"
     try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        files = _read_marker(folder)
     except FileNotFoundError:
         return f"has no {MARKER}, so it was never finished"
-    except (OSError, ValueError, KeyError) as error:
-        return f"its {MARKER} cannot be read ({error})"
-    paths = [folder / name for name in files]
-    for path, described in zip(paths, files.values(), strict=True):
-        if not path.is_file():
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"its {MARKER} cannot be read ({_short(error)})"
+    for path, (size, _) in files.items():
+        if path.is_symlink() or not path.is_file():
             return f"{path.name} is missing"
-        if path.stat().st_size != described["bytes"]:
-            return f"{path.name} has {path.stat().st_size} bytes, {described['bytes']} were written"
-    for path, digest, described in zip(paths, _digests(paths), files.values(), strict=True):
-        if digest != described["sha256"]:
+        if path.stat().st_size != size:
+            return f"{path.name} has {path.stat().st_size} bytes, {size} were written"
+    try:
+        digests = _digests(list(files))
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    for (path, (_, written)), digest in zip(files.items(), digests, strict=True):
+        if digest != written:
             return f"{path.name} has changed since it was written"
+    try:
+        state = _read_state(folder)
+    except (OSError, ValueError, RecursionError) as error:
+        return f"its {STATE} cannot be used ({_short(error)})"
+    if step is not None and state["step"] != step:
+        return f"is of step {state['step']}, not of the one in its name"
     return None
+
+
+def _read_marker(folder: Path) -> dict[Path, tuple[int, str]]:
+    """The files of a checkpoint with size and SHA-256; a marker of any other form raises one of several errors."""
+    described = _read_json(folder / MARKER, _LONGEST_MARKER)["files"]
+    files: dict[Path, tuple[int, str]] = {}
+    for name, entry in described.items():
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or "\0" in name:
+            raise ValueError(f"it names a file outside of its folder, {name[:80]!r}")
+        files[folder / relative] = (int(entry["bytes"]), str(entry["sha256"]))
+    if folder / STATE not in files:
+        raise ValueError(f"it does not list {STATE}")
+    return files
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state = _read_json(folder / STATE, _LONGEST_STATE)
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(f"its step is {str(step)[:40]!r}")
+    return state
+
+
+def _read_json(path: Path, limit: int) -> dict[str, Any]:
+    if not path.is_file() and path.exists():
+        raise ValueError("it is no regular file")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is longer than {limit:,} bytes")
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}")
+    return value
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def disk_problem(error: OSError, folder: Path) -> OutputError:

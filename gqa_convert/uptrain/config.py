@@ -94,7 +94,7 @@ class LoraSection(Section):
 class TrainSection(Section):
     """Batches, precision, and what is trained."""
 
-    batch_sequences: Annotated[int, Field(ge=1)]
+    batch_sequences: Annotated[int, Field(ge=1, le=1 << 24)]
     """Sequences a step, over all devices. The number of devices and `micro_batch` change nothing that is learnt."""
     micro_batch: Annotated[int, Field(ge=1)] = 1
     """Sequences of one forward pass on one device."""
@@ -114,7 +114,7 @@ class TrainSection(Section):
     """Every dropout of the model; null: as its config.json says (T5.1.1 was pretrained with 0)."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time; slower on GPUs."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Of data order, corruption, dropout."""
     device: Literal["auto", "cpu"] = "auto"
     """cpu: leave a GPU alone."""
@@ -125,7 +125,7 @@ class GuardSection(Section):
 
     spike_factor: Annotated[float, Field(gt=1)] | None = 3.0
     """Skip a step whose gradient norm or loss is this many times the recent median; null for never."""
-    spike_window: Annotated[int, Field(ge=4)] = 64
+    spike_window: Annotated[int, Field(ge=4, le=1 << 20)] = 64
     """Steps that the median is taken over; no step is skipped before a quarter of it is there."""
     spike_limit: Annotated[int, Field(ge=1)] = 10
     """Stop after this many skipped steps in a row."""

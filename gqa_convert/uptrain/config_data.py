@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from gqa_convert.budget.arithmetic import parse_count
+from gqa_convert.budget.counts import parse_count
 from gqa_convert.data.named import source_named
 from gqa_convert.errors import UsageError
 
@@ -22,7 +22,7 @@ def _count(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_count)]
-"""A number of tokens or steps; may be written 2B, 1.5T, 50k."""
+"""A number of tokens or steps; may be written 2B, 1.5T, 8k (8,192)."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -31,7 +31,9 @@ Positive = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """A part of the configuration: immutable, and no key is ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class BudgetSection(Section):
@@ -89,7 +91,7 @@ class DataSection(Section):
 
     source: Source
     """The documents; or one word, as for --calibrate: a file, a folder, a hub id `id[:configuration[:split]]`."""
-    context: Annotated[int, Field(ge=2)]
+    context: Annotated[int, Field(ge=2, le=1 << 27)]
     """Tokens a sequence (of the encoder, for span corruption)."""
     streaming: bool = False
     """Tokenise while training (corpora too large to tokenise first); else once, into `<output>/tokens` or `cache`."""
@@ -103,7 +105,7 @@ class DataSection(Section):
     """End documents with EOS; auto: yes for causal_lm."""
     shuffle: bool = True
     """Permute documents each epoch, and blocks within windows."""
-    window: Annotated[int, Field(ge=1)] = 1024
+    window: Annotated[int, Field(ge=1, le=1 << 24)] = 1024
     """Blocks that are permuted together (and held in memory when streaming)."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the documents kept from training for evaluation, chosen by each document's hash."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from gqa_convert.data.spans import SpanCorruption, sentinel_ids
 from gqa_convert.data.split import is_held_out
 from gqa_convert.data.store import StoreWriter, TokenStore
 from gqa_convert.data.stream import StreamedBlocks
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import Preempted, UsageError
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.config_data import SourceSection
 
 Tell = Callable[[str], None]
+Stopped = Callable[[], bool]
 
 _HELD_OUT_SEED = 0
 
@@ -37,6 +39,7 @@ class TrainingData:
         collate_held_out: of held-out ones; for span corruption the spans are the same whatever the run's seed, so that
             losses of runs with different seeds are of one task.
         train_tokens: tokens of the training text; None when streaming.
+        train_digest: what tells them from any others; None when streaming.
         held_out_tokens: tokens of the held-out text that are scored.
     """
 
@@ -45,13 +48,14 @@ class TrainingData:
     collate: Collate
     collate_held_out: Collate
     train_tokens: int | None
+    train_digest: str | None
     held_out_tokens: int
 
     def state(self, block: int) -> dict[str, Any]:
         """What a checkpoint needs beside the step number so that training goes on with `block`."""
         if isinstance(self.blocks, StreamedBlocks):
             return self.blocks.state(block)
-        return {"train_tokens": self.train_tokens}
+        return {"train_tokens": self.train_tokens, "digest": self.train_digest}
 
 
 def source_spec(section: SourceSection) -> SourceSpec:
@@ -94,6 +98,8 @@ def prepare_data(
     *,
     tell: Tell = lambda _: None,
     state: dict[str, Any] | None = None,
+    stopped: Stopped = lambda: False,
+    check: bool = True,
 ) -> TrainingData:
     """Tokenise what must be tokenised (once; later runs find it) and open the blocks.
 
@@ -103,27 +109,35 @@ def prepare_data(
         model_config: the model's.
         tell: told of long work.
         state: of a checkpoint, to go on from when streaming.
+        stopped: asked now and then during long work; True ends it.
+        check: read tokenised corpora once to make sure that they are whole.
 
     Raises:
         UsageError: if sources are missing or empty, or the text is not that of the checkpoint.
+        Preempted: if `stopped` says so.
         HubError: if a hub dataset cannot be reached.
     """
-    encoder = Encoder(tokenizer, special_tokens=config.special_tokens, append_eos=config.append_eos)
+    encoder = Encoder(
+        tokenizer,
+        special_tokens=config.special_tokens,
+        append_eos=config.append_eos,
+        limit=_vocabulary(model_config),
+    )
     collate, collate_held_out, length = objective_parts(config, tokenizer, model_config)
     corpus = open_corpus(source_spec(config.data.source))
+    making = _Making(Path(config.data.cache or Path(config.output) / "tokens"), encoder, tell, stopped, check)
     apart = config.data.held_out_source
     fraction = 0.0 if apart is not None else config.data.held_out_fraction
-    root = Path(config.data.cache or Path(config.output) / "tokens")
     limit = config.evaluation.tokens
     seed = config.train.seed if config.data.shuffle else None
     train: TokenStore | None = None
     if config.data.streaming:
-        held = _held_out_store(root, apart, corpus, encoder, fraction, limit, tell)
+        held = making.evaluation(corpus, apart, fraction, limit)
     else:
-        train, held = _stores(root, corpus, encoder, fraction, tell)
+        train, held = making.both(corpus, fraction)
         _check_same_text(state or {}, train)
         if apart is not None:
-            held = _held_out_store(root, apart, corpus, encoder, fraction, None, tell)
+            held = making.evaluation(corpus, apart, fraction, None)
     blocks: StoredBlocks | StreamedBlocks
     if train is not None:
         blocks = StoredBlocks(train, length, seed=seed, window=config.data.window)
@@ -141,71 +155,104 @@ def prepare_data(
         collate=collate,
         collate_held_out=collate_held_out,
         train_tokens=None if train is None else train.total,
+        train_digest=None if train is None else train.digest,
         held_out_tokens=sum(real - 1 for _, real in evaluated),
     )
 
 
+def _vocabulary(model_config: Any) -> int | None:
+    """How many token ids a model knows."""
+    size = getattr(model_config.get_text_config(decoder=True), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
 def _check_same_text(state: dict[str, Any], train: TokenStore) -> None:
     """Of other text the step number would name other blocks: some would come twice and some never."""
-    before = state.get("train_tokens", train.total)
-    if before != train.total:
+    count = state.get("train_tokens", train.total)
+    if count != train.total:
         raise UsageError(
-            f"data: the text to train on had {before:,} tokens when the checkpoint was written and has {train.total:,} "
+            f"data: the text to train on had {count:,} tokens when the checkpoint was written and has {train.total:,} "
             "now. Put the files back as they were, or choose another output."
+        )
+    if state.get("digest") not in (None, train.digest):
+        raise UsageError(
+            f"data: the text to train on had other tokens, or in another order, when the checkpoint was written (their "
+            f"number, {count:,}, is the same). Put the files back as they were, or choose another output."
         )
 
 
-def _key(corpus: Corpus, encoder: Encoder, **more: Any) -> str:
-    described = {"source": repr(corpus.spec), "files": corpus.identity, **encoder.identity(), **more}
-    return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=8).hexdigest()
+@dataclass(frozen=True)
+class _Making:
+    """Tokenised corpora: found in `root`, or made there now."""
 
+    root: Path
+    encoder: Encoder
+    tell: Tell
+    stopped: Stopped
+    check: bool
 
-def _stores(root: Path, corpus: Corpus, encoder: Encoder, fraction: float, tell: Tell) -> tuple[TokenStore, TokenStore]:
-    """The training and held-out stores of a corpus, from the cache or tokenised now."""
-    key = _key(corpus, encoder, fraction=fraction)
-    train, held = TokenStore.open(root / f"{key}-train"), TokenStore.open(root / f"{key}-held-out")
-    if train is not None and held is not None:
-        return train, held
-    tell("tokenising the corpus")
-    writers = (
-        StoreWriter(root / f"{key}-train", encoder.vocabulary),
-        StoreWriter(root / f"{key}-held-out", encoder.vocabulary),
-    )
-    try:
-        for text_batch in _batches(corpus.all_documents()):
-            for text, ids in zip(text_batch, encoder.encode(text_batch), strict=True):
-                if len(ids):
-                    writers[is_held_out(text, fraction)].add(ids)
-    except BaseException:
-        for writer in writers:
-            writer.discard()
-        raise
-    tell(f"tokenised: {writers[0].total:,} tokens to train on, {writers[1].total:,} held out")
-    return writers[0].commit({}), writers[1].commit({})
+    def both(self, corpus: Corpus, fraction: float) -> tuple[TokenStore, TokenStore]:
+        """The training and held-out stores of a corpus."""
+        key = self._key(corpus, fraction=fraction)
+        names = (f"{key}-train", f"{key}-held-out")
+        train, held = (self._opened(name) for name in names)
+        if train is not None and held is not None:
+            return train, held
+        self.tell("tokenising the corpus")
+        with self._writing(*names) as writers:
+            for texts in _batches(self._heeding(corpus.all_documents())):
+                for text, ids in zip(texts, self.encoder.encode(texts), strict=True):
+                    if len(ids):
+                        writers[is_held_out(text, fraction)].add(ids)
+            self.tell(f"tokenised: {writers[0].total:,} tokens to train on, {writers[1].total:,} held out")
+            return writers[0].commit({}), writers[1].commit({})
 
+    def evaluation(self, corpus: Corpus, apart: SourceSection | None, fraction: float, limit: int | None) -> TokenStore:
+        """Held-out documents alone: of their own source, or picked from the stream until there are `limit` tokens."""
+        source = corpus if apart is None else open_corpus(source_spec(apart))
+        key = self._key(source, fraction=1.0 if apart is not None else fraction, limit=limit)
+        kept = self._opened(f"{key}-evaluation")
+        if kept is not None:
+            return kept
+        self.tell("collecting held-out documents")
+        with self._writing(f"{key}-evaluation") as writers:
+            texts = self._heeding(source.all_documents())
+            wanted = (text for text in texts if apart is not None or is_held_out(text, fraction))
+            for ids in self.encoder.stream(wanted):
+                writers[0].add(ids)
+                if limit is not None and writers[0].total > limit:
+                    break
+            return writers[0].commit({})
 
-def _held_out_store(
-    root: Path, apart: SourceSection | None, corpus: Corpus, encoder: Encoder, fraction: float, limit: int | None,
-    tell: Tell,
-) -> TokenStore:  # fmt: skip
-    """Held-out documents alone: of their own source, or picked from the stream until there are `limit` tokens."""
-    source = corpus if apart is None else open_corpus(source_spec(apart))
-    key = _key(source, encoder, fraction=1.0 if apart is not None else fraction, limit=limit)
-    found = TokenStore.open(root / f"{key}-evaluation")
-    if found is not None:
-        return found
-    tell("collecting held-out documents")
-    writer = StoreWriter(root / f"{key}-evaluation", encoder.vocabulary)
-    try:
-        wanted = (t for t in source.all_documents() if apart is not None or is_held_out(t, fraction))
-        for ids in encoder.stream(wanted):
-            writer.add(ids)
-            if limit is not None and writer.total > limit:
-                break
-    except BaseException:
-        writer.discard()
-        raise
-    return writer.commit({})
+    def _key(self, corpus: Corpus, **more: Any) -> str:
+        described = {"source": repr(corpus.spec), "files": corpus.identity, **self.encoder.identity(), **more}
+        return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def _opened(self, name: str) -> TokenStore | None:
+        store = TokenStore.open(self.root / name, check=self.check, tell=self.tell)
+        if store is not None:
+            self.encoder.check_known(store.largest)
+        return store
+
+    def _heeding(self, texts: Iterator[str]) -> Iterator[str]:
+        """The same texts, until somebody asks to stop."""
+        for text in texts:
+            if self.stopped():
+                raise Preempted("stopped while reading the text, before training. Run the same command again to start.")
+            yield text
+
+    @contextmanager
+    def _writing(self, *names: str) -> Iterator[list[StoreWriter]]:
+        """Writers of stores; what they wrote is removed if anything goes wrong before it is committed."""
+        writers: list[StoreWriter] = []
+        try:
+            for name in names:
+                writers.append(StoreWriter(self.root / name, self.encoder.vocabulary))
+            yield writers
+        except BaseException:
+            for writer in writers:
+                writer.discard()
+            raise
 
 
 def _batches(texts: Iterator[str], size: int = 256) -> Iterator[list[str]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,11 +160,34 @@ class Engine:
         """Wait for every process."""
         self.accelerator.wait_for_everyone()
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Run a block on the main process of every machine first, then on the others."""
-        with self.accelerator.local_main_process_first():
-            yield
+    def main_first(self, work: Callable[[bool], T]) -> T:
+        """Do something on one process of every machine, then on the others, which find what it has written.
+
+        What goes wrong on any of them is raised on all: none is left waiting.
+
+        Args:
+            work: told whether its process is the first of its machine.
+        """
+        first = bool(self.accelerator.is_local_main_process)
+        result: T | None = None
+        for turn in (True, False):
+            problem: GQAConvertError | None = None
+            if first == turn:
+                try:
+                    result = work(first)
+                except GQAConvertError as error:
+                    problem = error
+            self._raise_together(problem)
+        return cast(T, result)
+
+    def _raise_together(self, problem: GQAConvertError | None) -> None:
+        problems: list[Any] = [problem]
+        if self.processes > 1:
+            problems = [None] * self.processes
+            torch.distributed.all_gather_object(problems, problem)
+        for found in problems:
+            if found is not None:
+                raise found
 
 
 def load_whole_models_everywhere() -> None:

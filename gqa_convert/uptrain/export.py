@@ -18,14 +18,16 @@ from torch import Tensor
 from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
 from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
-from gqa_convert.checkpoint.staging import staged_output
+from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.errors import VerificationError
 from gqa_convert.hf import api
 from gqa_convert.uptrain import optim
 from gqa_convert.uptrain.build import Parts
+from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.source_keys import restore_keys
 from gqa_convert.uptrain.state import gather_weights
+from gqa_convert.uptrain.whole import plain_name
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -67,7 +69,15 @@ def write_final(
         write_text(stage / CONFIG, both_spellings(source, checkpoint.config_text, trust_remote_code=trust_remote_code))
         if not _same_settings(source, stage, trust_remote_code):
             write_text(stage / CONFIG, checkpoint.config_text)
+        _readable(stage)
         write_provenance(stage / PROVENANCE, {**(checkpoint.provenance or {}), "uptraining": uptraining})
+
+
+def _readable(folder: Path) -> None:
+    """Let whoever may read other new files read these: safetensors makes its files readable by their owner alone."""
+    mode = (folder / CONFIG).stat().st_mode
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode & 0o777)
 
 
 def _key_map(source: Path, trust_remote_code: bool) -> api.KeyMap:
@@ -168,7 +178,22 @@ def _same_settings(source: Path, stage: Path, trust_remote_code: bool) -> bool:
     return bool(plain(before) == plain(after))
 
 
-_PREFIXES = ("_orig_mod.", "module.")
+FINAL = "final"
+"""The result's folder within a run's output."""
+
+
+def check_final(plan: UptrainPlan, output: Path) -> None:
+    """Make sure before training that the result can be written after it.
+
+    Raises:
+        OutputError: if what is there under its name may not be replaced, or there is no room.
+    """
+    check_output(
+        (output / FINAL).absolute(),
+        force=True,
+        source=plan.source,
+        needed_bytes=Checkpoint.open(plan.source).total_bytes,
+    )
 
 
 def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: float) -> Path:
@@ -178,13 +203,16 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
         OutputError: if it cannot be written; checkpoints are there to try again from.
         VerificationError: if what was written is not what the source promised.
     """
-    target = output / "final"
+    target = output / FINAL
     plain = parts.plain
     if parts.plan.config.train.parameters == "lora":
         plain = optim.merged_model(plain)
         weights = gather_weights(plain)
     else:
-        weights = {_plain_name(name): value for name, value in gather_weights(parts.scoring_model()).items()}
+        weights = {
+            plain_name(name).removeprefix("model."): value
+            for name, value in gather_weights(parts.scoring_model()).items()
+        }
     if parts.engine.is_main:
         write_final(
             plain,
@@ -196,13 +224,6 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
         )
     parts.engine.wait()
     return target
-
-
-def _plain_name(name: str) -> str:
-    """The transformers model's own name of a parameter of the wrapped one."""
-    for prefix in _PREFIXES:
-        name = name.replace(prefix, "")
-    return name.removeprefix("model.")
 
 
 def provenance(parts: Parts, losses: dict[str, float], seconds: float) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, di
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.evaluation import evaluate, evaluate_plain
-from gqa_convert.uptrain.export import finish
+from gqa_convert.uptrain.export import check_final, finish
+from gqa_convert.uptrain.faults import clear_faults
 from gqa_convert.uptrain.folder import run_folder
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.plan import UptrainPlan, resolve
 from gqa_convert.uptrain.progress import Display
 from gqa_convert.uptrain.recorder import Recorder
-from gqa_convert.uptrain.resume import check_same_run, checkpoint_state
+from gqa_convert.uptrain.resume import check_same_run, checkpoint_state, unusable
 from gqa_convert.uptrain.state import load_training_state, save_training_state
 from gqa_convert.uptrain.step import StepResult, train_step
 from gqa_convert.uptrain.stopping import StopRequest, stop_on_signals
@@ -58,20 +59,21 @@ def uptrain(config: UptrainConfig, *, quiet: bool = False) -> UptrainResult:
         TrainingAborted: if the numbers go wrong.
         GQAConvertError: for anything wrong with configuration, data, model or disk.
     """
-    made = resolve(config)
+    plan = resolve(config)
     engine = Engine(config)
     display = Display(quiet=quiet or not engine.is_main)
     try:
-        with run_folder(Path(config.output), engine), stop_on_signals() as stop, display:
-            return _Run(made, engine, display, stop).go()
+        output = Path(config.output)
+        with clear_faults(output), run_folder(output, engine), stop_on_signals() as stop, display:
+            return _Run(plan, engine, display, stop).go()
     finally:
         engine.close()
 
 
 class _Run:
-    def __init__(self, made: UptrainPlan, engine: Engine, display: Display, stop: StopRequest) -> None:
-        self.made, self.engine, self.display, self.stop = made, engine, display, stop
-        self.config = made.config
+    def __init__(self, plan: UptrainPlan, engine: Engine, display: Display, stop: StopRequest) -> None:
+        self.plan, self.engine, self.display, self.stop = plan, engine, display, stop
+        self.config = plan.config
         self.output = Path(self.config.output)
         self.store = CheckpointStore(self.output / "checkpoints", self.config.checkpoints.keep)
         self.guards = Guards(self.config.guards)
@@ -85,14 +87,21 @@ class _Run:
     def go(self) -> UptrainResult:
         self.display.tell(
             f"engine {self.engine.name}, {self.engine.processes} processes, {self.engine.device}; "
-            f"{self.made.horizon.steps:,} steps"
+            f"{self.plan.horizon.steps:,} steps"
         )
-        self.weights = self.engine.from_main(lambda: sampled_digest(Checkpoint.open(self.made.source)))
+        self.engine.from_main(lambda: check_final(self.plan, self.output))
+        self.weights = self.engine.from_main(lambda: sampled_digest(Checkpoint.open(self.plan.source)))
         found = self._checkpoint()
         state = found.state() if found else None
         if state:
-            check_same_run(state, self.made, self.weights)
-        self.parts = build(self.made, self.engine, tell=self.display.tell, data_state=state["data"] if state else None)
+            check_same_run(state, self.plan, self.weights)
+        self.parts = build(
+            self.plan,
+            self.engine,
+            tell=self.display.tell,
+            data_state=state["data"] if state else None,
+            stopped=lambda: bool(self.stop),
+        )
         try:
             self.recorder = Recorder(
                 self.parts, self.output, self.display, resumed=int(state["step"]) if state else None
@@ -129,8 +138,8 @@ class _Run:
                 )
             return None
         if wanted != "auto":
-            return open_checkpoint(Path(wanted))
-        return self.store.newest(self.display.tell)
+            return open_checkpoint(Path(wanted), fault=unusable)
+        return self.store.newest(self.display.tell, fault=unusable)
 
     def _resume(self, found: SavedCheckpoint, state: dict[str, Any]) -> None:
         load_training_state(found.folder, self.parts.model, self.parts.optimizer)
@@ -143,7 +152,7 @@ class _Run:
 
     def _start(self) -> None:
         self.recorder.rewind(-1)
-        reference = load_reference(self.made, self.engine)
+        reference = load_reference(self.plan, self.engine)
         if reference is None and self.parts.teacher is not None:
             reference = self.parts.teacher.model
         if reference is not None:
@@ -168,7 +177,7 @@ class _Run:
         return found["loss"]
 
     def _train(self) -> None:
-        total = self.made.horizon.steps
+        total = self.plan.horizon.steps
         self.display.start(total, self.step)
         with self.recorder.profiler() as tick:
             while self.step < total:
@@ -184,7 +193,7 @@ class _Run:
                 self._save_or_stop(result)
 
     def _evaluation_due(self) -> bool:
-        settings, batch = self.config.evaluation, self.made.horizon.batch_tokens
+        settings, batch = self.config.evaluation, self.plan.horizon.batch_tokens
         before, now = (self.step - 1) * batch, self.step * batch
         every = settings.every_tokens
         return bool(every and now // every > before // every) or any(before < at <= now for at in settings.at_tokens)
@@ -197,7 +206,7 @@ class _Run:
         return bool(settings.every_minutes and waited >= 60 * settings.every_minutes)
 
     def _save_or_stop(self, result: StepResult) -> None:
-        finished = self.step == self.made.horizon.steps
+        finished = self.step == self.plan.horizon.steps
         if result.stop and not finished:
             self._save(required=True)
             name = self.stop.signal.name if self.stop.signal else "a signal to another process"
@@ -246,7 +255,7 @@ class _Run:
     def _state(self) -> dict[str, Any]:
         block = self.step * self.config.train.batch_sequences
         return checkpoint_state(
-            self.made,
+            self.plan,
             weights=self.weights,
             step=self.step,
             data=self.parts.data.state(block),
@@ -263,7 +272,7 @@ class _Run:
         return UptrainResult(
             folder=folder,
             steps=self.step,
-            tokens=self.step * self.made.horizon.batch_tokens,
+            tokens=self.step * self.plan.horizon.batch_tokens,
             loss_before=self.losses["before"],
             loss_after=after,
             reference_loss=self.losses.get("reference"),

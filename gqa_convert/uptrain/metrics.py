@@ -24,11 +24,30 @@ class MetricsFile:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def rewind(self, step: int) -> None:
-        """Drop records of steps after `step`, and a line that a killed run left unfinished."""
+    def rewind(self, step: int, *, finishing: bool = False) -> None:
+        """Drop what will be written again: records after `step`, and of `step` itself that the run had gone on.
+
+        Args:
+            step: of the checkpoint that the run goes on from.
+            finishing: nothing is left to train; the last evaluation, which comes after the last checkpoint, is made
+                again.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
         if not self._path.exists():
             return
-        kept = [json.dumps(record) for record in read_metrics(self._path) if record["step"] <= step]
+        again = {"resumed", "save failed"}
+        kept = [
+            json.dumps(record)
+            for record in read_metrics(self._path)
+            if record["step"] < step
+            or (
+                record["step"] == step
+                and record.get("event") not in again
+                and not (finishing and record.get("kind") == "evaluation")
+            )
+        ]
         stage = self._path.with_suffix(".tmp")
         stage.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(stage, self._path)
@@ -43,14 +62,16 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, leaving out a last line that is not whole."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Read metrics.jsonl, leaving out lines that are no whole record (a killed run's last one)."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-    return found
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+    return records
 
 
 def chosen_trackers(settings: LogSection) -> list[str]:

@@ -45,6 +45,29 @@ def load_model(folder: Path, *, dtype: torch.dtype, attention: str, trust_remote
     return model
 
 
+@torch.no_grad()
+def check_finite(model: nn.Module, name: str) -> None:
+    """Refuse weights that are not numbers: nothing can be learnt from or with them.
+
+    Args:
+        model: loaded; parameters on the meta device are passed over.
+        name: what the message calls it.
+
+    Raises:
+        CheckpointError: naming the first such tensor, and how many of its values.
+    """
+    for key, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point():
+            continue
+        if not bool(parameter.sum(dtype=torch.float32).isfinite()):  # one number first; a large sum may overflow
+            wrong = int((~parameter.isfinite()).sum())
+            if wrong:
+                raise CheckpointError(
+                    f"{name}: {wrong:,} of the {parameter.numel():,} values of {key} are NaN or infinite. The "
+                    "checkpoint is damaged, or its training had diverged; use a sound one."
+                )
+
+
 def check_reads_text(model_type: str, cls: Any) -> None:
     """Refuse an encoder-decoder that is to hear or see: there is nothing to train it on here.
 
@@ -177,6 +200,7 @@ def check_isolation(model: Any) -> float:
 
     Raises:
         UsageError: if they do.
+        CheckpointError: if the model computes no numbers to tell by.
     """
     flat = is_flash(model)
     first, length = 7, 18
@@ -191,6 +215,11 @@ def check_isolation(model: Any) -> float:
                 "Set data.separate_documents to false."
             ) from error
         expected = run_model(model, alone, skip_head=False, flat=flat)[0].float()
+    if not bool(expected.isfinite().all() and packed.isfinite().all()):
+        raise CheckpointError(
+            f"{type(model).__name__}: computes logits that are NaN or infinite, though its weights are finite. Its "
+            f"numbers do not fit into {next(model.parameters()).dtype}, or its config.json is not that of its weights."
+        )
     share = float((packed - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not share <= _tolerance(model):
         raise UsageError(

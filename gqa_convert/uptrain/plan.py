@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.budget.arithmetic import Budget, Horizon, budget, budget_rows, format_count, horizon
+from gqa_convert.budget.arithmetic import Budget, Horizon, budget, budget_rows, horizon
+from gqa_convert.budget.counts import format_count
 from gqa_convert.budget.shape import ModelShape, known_model, shape_of_folder
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.documents import open_corpus

@@ -43,9 +43,9 @@ class Recorder:
         )
 
     def rewind(self, step: int) -> None:
-        """Forget what was written after `step`."""
+        """Forget what was written after the checkpoint of `step`."""
         if self._active:
-            self._file.rewind(step)
+            self._file.rewind(step, finishing=step >= self._parts.plan.horizon.steps)
 
     def step(self, step: int, result: StepResult, seconds: float) -> None:
         """Record a step; between log steps only time is added up."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import CheckpointError, UsageError
+from gqa_convert.uptrain.checkpoints import STATE, SavedCheckpoint
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.plan import UptrainPlan
+from gqa_convert.uptrain.state import training_state_problem
 
 
 def identity(made: UptrainPlan, weights: str) -> dict[str, Any]:
@@ -56,6 +59,32 @@ def checkpoint_state(
         "processes": engine.processes,
         "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers", "accelerate")},
     }
+
+
+def unusable(folder: Path) -> str | None:
+    """Say what keeps an undamaged checkpoint from being resumed; None if nothing does. Reads little of it."""
+    try:
+        state = SavedCheckpoint(folder, 0).state()
+    except CheckpointError as error:
+        return str(error)
+    for key, kind in _KINDS.items():
+        if not isinstance(state.get(key), kind):
+            return f"its {STATE} has no {key}"
+    guards, losses = state["guards"], state["losses"]
+    if not all(_numbers(guards.get(key)) for key in ("losses", "norms")):
+        return f"its {STATE} does not say what the guards remember"
+    if not all(type(guards.get(key)) is int for key in ("in_a_row", "skipped")):
+        return f"its {STATE} does not say what the guards remember"
+    if "before" not in losses or not _numbers(list(losses.values())):
+        return f"its {STATE} has no held-out losses"
+    return training_state_problem(folder)
+
+
+_KINDS: dict[str, Any] = {"identity": dict, "data": dict, "guards": dict, "losses": dict, "seconds": (int, float)}
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
 
 
 def check_same_run(state: dict[str, Any], made: UptrainPlan, weights: str) -> None:

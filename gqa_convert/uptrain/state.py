@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gqa_convert.checkpoint.safetensors_file import read_header
 from gqa_convert.errors import CheckpointError
-from gqa_convert.uptrain.zero import FOLDER, gather_zero, is_zero, load_zero, save_zero
-
-_MODEL = "model.safetensors"
-_OPTIMIZER = "optimizer.pt"
-_SHARDS = "shards"
+from gqa_convert.uptrain.shards import FOLDER as SHARDS
+from gqa_convert.uptrain.shards import load_shards, read_description, save_shards
+from gqa_convert.uptrain.whole import MODEL, OPTIMIZER, load_whole, read_optimizer, save_whole
+from gqa_convert.uptrain.zero import FOLDER as ZERO
+from gqa_convert.uptrain.zero import gather_zero, is_zero, load_zero, save_zero
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -35,80 +36,52 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, *, is_ma
     """
     if is_zero(model):
         save_zero(folder, model)
-        return
-    if is_sharded(model):
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        found: dict[str, Any] = {"model": get_model_state_dict(model)}
-        if _plain(optimizer).state:
-            # Before the first step there is nothing to save, and asking would make torch take an empty step, which
-            # Adam counts: every update after it would differ.
-            found["optimizer"] = get_optimizer_state_dict(model, _plain(optimizer))
-        save(found, checkpoint_id=folder / _SHARDS)
-        return
-    if not is_main:
-        return
-    from safetensors.torch import save_file
-
-    save_file({name: p.detach().contiguous() for name, p in _trained(model)}, folder / _MODEL)
-    torch.save(_plain(optimizer).state_dict(), folder / _OPTIMIZER)
+    elif is_sharded(model):
+        save_shards(folder, model, _plain(optimizer))
+    elif is_main:
+        save_whole(folder, model, _plain(optimizer))
 
 
-def load_training_state(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Read what `save_training_state` wrote, into a model and an optimiser of the same make.
+def load_training_state(folder: Path, model: nn.Module, optimizer: Any | None) -> None:
+    """Read what `save_training_state` wrote, into a model and an optimiser of the same make. Called by every process.
+
+    One device, DDP and FSDP2 read each other's checkpoints, whatever the number of processes; DeepSpeed reads its own.
+
+    Args:
+        folder: the training checkpoint.
+        model: as the engine has it.
+        optimizer: prepared; None to leave the optimiser's state alone.
 
     Raises:
-        CheckpointError: if the checkpoint is of another model or another way of sharding.
+        CheckpointError: if the checkpoint is damaged, of another model, or DeepSpeed's and the engine is not.
     """
-    made, wanted = _kind_of(folder), "DeepSpeed's" if is_zero(model) else "sharded" if is_sharded(model) else "whole"
-    if made != wanted:
-        raise CheckpointError(f"{folder}: holds {made} weights; resume with the engine it was saved by.")
+    saved_by_zero = (folder / ZERO).is_dir()
+    if saved_by_zero != is_zero(model):
+        whose = "DeepSpeed's" if saved_by_zero else "no DeepSpeed"
+        raise CheckpointError(f"{folder}: holds {whose} weights; resume with the engine it was saved by.")
+    plain = None if optimizer is None else _plain(optimizer)
     if is_zero(model):
         load_zero(folder, model)
-        return
-    if made == "sharded":
-        _load_shards(folder / _SHARDS, model, _plain(optimizer))
-        return
-    from safetensors.torch import load_file
-
-    saved = load_file(folder / _MODEL)
-    trained = dict(_trained(model))
-    if saved.keys() != trained.keys():
-        odd = sorted(saved.keys() ^ trained.keys())
-        raise CheckpointError(f"{folder}: holds other parameters than are trained now, for one {odd[0]}.")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
-    state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-    _plain(optimizer).load_state_dict(state)
+    elif (folder / SHARDS).is_dir():
+        load_shards(folder, model, plain, together=is_sharded(model))
+    else:
+        load_whole(folder, model, plain)
 
 
-def _kind_of(folder: Path) -> str:
-    if (folder / FOLDER).is_dir():
-        return "DeepSpeed's"
-    return "sharded" if (folder / _SHARDS).is_dir() else "whole"
+def training_state_problem(folder: Path) -> str | None:
+    """Say what keeps a checkpoint's weights and optimiser state from being read; None if nothing does.
 
-
-def _load_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict import (
-        get_model_state_dict,
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_optimizer_state_dict,
-    )
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    found: dict[str, Any] = {"model": get_model_state_dict(model)}
-    keys = FileSystemReader(folder).read_metadata().state_dict_metadata
-    with_optimizer = any(key.startswith("optimizer.") for key in keys)
-    if with_optimizer:
-        found["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    load(found, checkpoint_id=folder)
-    set_model_state_dict(model, found["model"])
-    if with_optimizer:
-        set_optimizer_state_dict(model, optimizer, found["optimizer"])
+    Reads what describes them, no tensors.
+    """
+    try:
+        if (folder / SHARDS).is_dir():
+            read_description(folder / SHARDS)
+        elif not (folder / ZERO).is_dir():
+            read_header(folder / MODEL)
+            read_optimizer(folder / OPTIMIZER)
+    except CheckpointError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def _plain(optimizer: Any) -> Any:
@@ -126,10 +99,6 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
 
     whole: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return dict(whole)
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

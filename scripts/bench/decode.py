@@ -23,12 +23,12 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from gqa_convert.budget.counts import parse_bytes, parse_counts, parse_single
 from gqa_convert.cli.show_bench import point_line, show_bench
 from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.contender import Contender
 from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.files import write_json
-from gqa_convert.evaluate.sizes import parse_bytes, parse_count, parse_counts
 from gqa_convert.hf.loading import DTYPES, pick_device
 from gqa_convert.modeling import shipping
 
@@ -114,7 +114,7 @@ def main() -> None:
         rounds=args.rounds,
         prefill_tokens=args.prefill_tokens,
         memory=parse_bytes(args.memory, "--memory"),
-        source_tokens=parse_count(args.source_tokens, "--source-tokens") if args.source_tokens else None,
+        source_tokens=parse_single(args.source_tokens, "--source-tokens") if args.source_tokens else None,
     )
     err = Console(stderr=True)
     contenders = [contender(args, groups) for groups in parse_counts(args.groups, "--groups")]

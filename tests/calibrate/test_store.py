@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import shutil
 
 import pytest
@@ -56,3 +57,42 @@ def test_identity_is_of_the_contents(saved, tmp_path):
     data[-1] ^= 1
     (second / "model.safetensors").write_bytes(data)
     assert identity(Checkpoint.open(second)) != identity(source)
+
+
+def test_any_flipped_bit_makes_a_file_absent(work):
+    store = LayerStore(work, "layers", {"groups": 2})
+    store.write(0, {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(3, dtype=torch.int32)}, {"error": 0.25})
+    path = store.path(0)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(0)
+    places = [*range(8 * header, 8 * len(whole)), *(draw.randrange(8 * header) for _ in range(400))]
+    survived = []
+    for place in places:
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        fresh = LayerStore(work, "layers", {"groups": 2})
+        read = fresh.read(0)
+        assert fresh.has(0) == (read is not None)
+        if read is None:
+            continue
+        # Spaces that pad the header may change to others that mean as little; nothing that is read may.
+        survived.append(place)
+        assert torch.equal(read[0]["a"], torch.arange(12.0).view(3, 4))
+        assert read[1] == {"error": 0.25}
+    assert all(place < 8 * header for place in survived)
+    path.write_bytes(whole)
+    assert store.has(0)
+
+
+def test_damage_after_the_first_look_is_seen_when_a_tensor_is_read(work):
+    store = LayerStore(work, "layers", {})
+    store.write(0, {"a": torch.ones(64)}, {})
+    assert store.has(0)
+    data = bytearray(store.path(0).read_bytes())
+    data[-1] ^= 1
+    store.path(0).write_bytes(data)
+    with pytest.raises(OutputError, match="gone or damaged"):
+        store.tensor(0, "a")
+    assert not store.has(0)

@@ -6,7 +6,7 @@ import pytest
 from gqa_convert.data import documents as module
 from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
 from gqa_convert.data.split import is_held_out
-from gqa_convert.errors import HubError, UsageError
+from gqa_convert.errors import CheckpointError, HubError, UsageError
 
 
 def texts(spec):
@@ -175,3 +175,105 @@ def test_a_folder_is_read_by_known_suffixes_unless_a_pattern_says_more(tmp_path)
     assert list(every.all_documents()) == ["one"]
     chosen = open_corpus(SourceSpec(kind="folder", paths=(str(tmp_path),), pattern="*.md"))
     assert list(chosen.all_documents()) == ["two"]
+
+
+ROWS = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", ROWS + '{"text": "unfinish\n' + ROWS, r"a\.jsonl, line 6: not JSON"),
+        ("a.jsonl", ROWS + "[1, 2]\n", r"line 6: holds a list, not an object"),
+        ("a.jsonl", ROWS + '{"text": {"a": 1}}\n', r"line 6: its field 'text' holds a dict, not text"),
+        ("a.jsonl", ROWS.encode() + b'{"text": "\xff"}\n', r"line 6: not UTF-8 text \(byte 0xff\)"),
+        ("a.jsonl", ROWS + '{"text": "\\ud800"}\n', "line 6: .*half a surrogate pair"),
+        ("a.jsonl", ROWS + '{"text": ' + "9" * 5000 + "}\n", "line 6: not JSON"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl: not JSON"),
+        ("a.jsonl", '[{"text": "x"},\n{"text": }]', r"a\.jsonl, line 2: not JSON"),
+        ("a.jsonl", b"\0" * 1000, "line 1: not JSON"),
+        ("a.jsonl", '{"body": "x"}\n', "line 1: has no field 'text'; it has body"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(ROWS.encode())[:-9], r"a\.jsonl\.gz: cannot be read"),
+        ("a.txt", b"fine\n\xff\xfe\n", r"a\.txt, line 2: not UTF-8 text \(byte 0xff at column 1\)"),
+        ("a.parquet", b"PAR1 and nothing", r"a\.parquet: cannot be read as parquet"),
+        ("a.parquet", b"", r"a\.parquet: cannot be read as parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_with_file_and_line(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=message) as caught:
+        texts(SourceSpec(kind=module.kind_of(file), paths=(str(file),)))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("harm", ["bytes", "column"])
+def test_damage_inside_a_parquet_file_names_it(tmp_path, harm):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [[1], [2]] if harm == "column" else ["six" * 1000, "seven"] * 1000}), file)
+    if harm == "bytes":
+        data = bytearray(file.read_bytes())
+        data[100:200] = b"\x55" * 100
+        file.write_bytes(data)
+    with pytest.raises(UsageError, match=r"a\.parquet: cannot be read as parquet"):
+        texts(SourceSpec(kind="parquet", paths=(str(file),)))
+
+
+def test_texts_of_json_come_as_they_are(tmp_path):
+    rows = ["2020-01-01", "12:30", "", "NaN", "x" * 100_000, "grüße 🎈", "a\u2028b"]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\ufeff" + "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in rows) + "\n{}\n")
+    spec = SourceSpec(kind="jsonl", paths=(str(file),))
+    kept = [t for t in rows if t]
+    assert texts(spec) == kept
+    array = tmp_path / "b.json"
+    array.write_text(json.dumps([{"text": t} for t in rows], indent=1))
+    assert texts(SourceSpec(kind="jsonl", paths=(str(array),))) == kept
+    with gzip.open(tmp_path / "c.jsonl.gz", "wb") as packed:
+        packed.write(file.read_bytes())
+    for path in (file, array, tmp_path / "c.jsonl.gz"):
+        spec = SourceSpec(kind="jsonl", paths=(str(path),))
+        for taken in range(len(kept) + 1):
+            reader = open_corpus(spec).read(0)
+            before = [next(reader) for _ in range(taken)]
+            state = json.loads(json.dumps(reader.state()))
+            assert before + list(open_corpus(spec).read(0, state)) == kept
+
+
+def test_every_hub_dataset_that_is_named_is_read(monkeypatch, corpus_folder):
+    import datasets
+
+    real = datasets.load_dataset
+    files = {"org/one": "b.jsonl", "org/two": "d.jsonl.gz"}
+
+    def local(name, config, **kwargs):
+        return real("json", data_files=str(corpus_folder / files[name]), split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    corpus = open_corpus(SourceSpec(kind="hub", paths=("org/one", "org/two")))
+    assert list(corpus.all_documents()) == ["four", "five", "eight"]
+    assert corpus.identity != open_corpus(SourceSpec(kind="hub", paths=("org/two", "org/one"))).identity
+
+
+def broken_documents():
+    yield "fine"
+    yield 5
+
+
+def test_a_function_that_fails_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"broken_documents: the function failed at .*document 1 is a int"):
+        texts(SourceSpec(kind="python", paths=(f"{__name__}:broken_documents",)))
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"ready": 5, "pending": "", "rows": {}}, {"ready": [], "pending": "", "rows": 3}]
+)
+def test_a_place_that_is_none_is_refused(corpus_folder, state):
+    spec = SourceSpec(kind="jsonl", paths=(str(corpus_folder / "b.jsonl"),))
+    with pytest.raises(CheckpointError, match="cannot be gone back to"):
+        list(open_corpus(spec).read(0, state))

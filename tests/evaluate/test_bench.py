@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
+from gqa_convert.budget.counts import parse_bytes, parse_counts
 from gqa_convert.cli.main import app
 from gqa_convert.errors import UnsupportedModelError, UsageError
 from gqa_convert.evaluate.decode.bench import bench
@@ -17,7 +18,6 @@ from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spre
 from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.decode.weights import bytes_read_per_step, weight_bytes
 from gqa_convert.evaluate.models import cache_bytes
-from gqa_convert.evaluate.sizes import parse_bytes, parse_counts
 from gqa_convert.tiny.model import tiny_model
 from gqa_convert.tiny.shrink import tiny_config
 

@@ -1,9 +1,10 @@
-"""One process of a run under accelerate's own FSDP2, over gloo: `stop=N CONFIG [--set ...]`.
+"""One process of a run under accelerate's own FSDP2 or DDP (as ENGINE says), over gloo: `stop=N CONFIG [--set ...]`.
 
 On a CPU accelerate leaves its FSDP plugin out. Here it is put in after all, so that what runs is what runs on GPUs:
 accelerate's wrapping by layers, its swap of the optimiser's parameters, `no_sync`, and everything of the product.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def main(stop, config, *overrides):
         return real(parts, guards, at, stop=stop or at + 1 == number, save=save)
 
     loop.train_step = train_step
-    loop.Engine = ShardedEngine
+    if os.environ["ENGINE"] == "fsdp2":
+        loop.Engine = ShardedEngine
     try:
         loop.uptrain(load_config(Path(config), overrides))
     except Preempted as error:

@@ -59,7 +59,7 @@ def test_overrides_are_yaml_by_dotted_name(settings, write_config):
         write_config(settings),
         ["budget.steps=null", "budget.tokens=2k", "optimizer.betas=[0.8, 0.9]", "log.trackers=auto"],
     )
-    assert (loaded.budget.steps, loaded.budget.tokens, loaded.optimizer.betas) == (None, 2000, (0.8, 0.9))
+    assert (loaded.budget.steps, loaded.budget.tokens, loaded.optimizer.betas) == (None, 2048, (0.8, 0.9))
     with pytest.raises(UsageError, match=r"section\.key=value"):
         apply_overrides({}, ["budget.steps"])
     with pytest.raises(UsageError, match=r"budget\.stepz: unknown\. Did you mean steps"):

@@ -1,10 +1,12 @@
 """More than one process, over gloo on CPU."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
@@ -92,14 +95,15 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_r
     assert not (Path(settings["output"]) / "tokens").exists()
 
 
-def launch_sharded(path, stop):
-    """Start the stand-in for accelerate's FSDP2 with the environment of accelerate's own launcher."""
+def launch_sharded(path, stop, engine="fsdp2"):
+    """Start the stand-in for accelerate's FSDP2 (or DDP) with the environment of accelerate's own launcher."""
     worker = Path(__file__).with_name("sharded_worker.py")
     script = '. "$1"; shift; export FSDP_CPU_RAM_EFFICIENT_LOADING=true; exec "$PYTHON" -m torch.distributed.run "$@"'
     started = ["--standalone", "--nproc-per-node", "2", worker, f"stop={stop}", path]
     done = subprocess.run(
         ["bash", "-c", script, "start", LAUNCH / "engine.sh", *started],
-        env={**ENVIRONMENT, "ENGINE": "fsdp2", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+        env={**ENVIRONMENT, "ENGINE": engine, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+             **({"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {})},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -127,6 +131,61 @@ def test_sharded_training_matches_and_resumes(settings, single, write_config):
     assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
     _, info = AutoModelForCausalLM.from_pretrained(output / "final", output_loading_info=True)
     assert not info["missing_keys"]
+
+
+def stop_here(monkeypatch, step):
+    """Stop a run of this process after `step`, as a signal would."""
+    real = loop.train_step
+    monkeypatch.setattr(
+        loop, "train_step", lambda *args, stop, **rest: real(*args, stop=stop or args[2] + 1 == step, **rest)
+    )
+
+
+def alone(settings, monkeypatch, stop):
+    """Run with one process in place, to the end or until it stops."""
+    stop_here(monkeypatch, stop)
+    with pytest.raises(Preempted) if stop else nullcontext():
+        loop.uptrain(parse_config(settings), quiet=True)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("legs", "streaming"),
+    [
+        (("single", "ddp", "single"), True),
+        pytest.param(("ddp", "single", "ddp"), False, marks=pytest.mark.slow),
+        pytest.param(("ddp", "fsdp2", "single"), False, marks=pytest.mark.slow),
+        pytest.param(("single", "fsdp2", "ddp"), True, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "streaming" if value else "stored",
+)
+def test_any_engine_goes_on_from_any_others_checkpoint(settings, write_config, tmp_path, monkeypatch, legs, streaming):
+    settings["train"]["micro_batch"] = 1
+    settings["data"] |= {"streaming": streaming, "window": 4}
+    undisturbed = loop.uptrain(parse_config({**settings, "output": str(tmp_path / "single")}), quiet=True)
+    path = write_config(settings)
+    output = Path(settings["output"])
+    for engine, stop in zip(legs, (7, 14, 0), strict=True):
+        if engine == "single":
+            alone(settings, monkeypatch, stop)
+        else:
+            launch_sharded(path, stop, engine)
+        saved = output / "checkpoints" / f"step-{stop or 20:08d}"
+        assert (saved / "shards").is_dir() == (engine == "fsdp2")
+        assert {"model.safetensors", "optimizer.pt"}.issubset(p.name for p in saved.iterdir()) == (engine != "fsdp2")
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (output, tmp_path / "single"))
+    assert [(r["step"], r["engine"]) for r in ours if r.get("event") == "resumed"] == [(7, legs[1]), (14, legs[2])]
+    trained, expected = ([r for r in found if r["kind"] == "train"] for found in (ours, theirs))
+    assert [r["step"] for r in trained] == list(range(1, 21))
+    assert close(trained, expected)
+    final = [r["held_out_loss"] for found in (ours, theirs) for r in found if r["kind"] == "evaluation" and r["step"]]
+    assert abs(final[0] - final[1]) < 1e-5
+    # The position in the data: as many tokens of the very same text.
+    states = [json.loads((f / "checkpoints" / "step-00000020" / "state.json").read_text()) for f in
+              (output, undisturbed.folder.parent)]  # fmt: skip
+    assert states[0]["data"] == states[1]["data"]
+    found, right = final_weights(output), final_weights(undisturbed.folder.parent)
+    assert all(torch.allclose(found[key], right[key], atol=2e-4) for key in right)
 
 
 @pytest.mark.slow

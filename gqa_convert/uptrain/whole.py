@@ -1,0 +1,137 @@
+"""Checkpoints that one process writes whole: parameters as safetensors, the optimiser's state beside them.
+
+They are read into whole parameters, or into the shards of any number of processes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gqa_convert.errors import CheckpointError
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.pt"
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's own name, without what engines and compilers put before and between."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are trained, by their plain names."""
+    return {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def save_whole(folder: Path, model: nn.Module, optimizer: Any) -> None:
+    """Write trained parameters and optimiser state.
+
+    Raises:
+        OSError: if writing fails.
+    """
+    from safetensors.torch import save_file
+
+    save_file({name: p.detach().contiguous() for name, p in trained_parameters(model).items()}, folder / MODEL)
+    torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+
+
+def load_whole(folder: Path, model: nn.Module, optimizer: Any | None) -> None:
+    """Read what `save_whole` wrote.
+
+    Args:
+        folder: the training checkpoint.
+        model: with the same parameters to train, sharded or whole.
+        optimizer: of its parameters; None to leave the optimiser's state alone.
+
+    Raises:
+        CheckpointError: if the checkpoint is of another model or optimiser, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    trained = trained_parameters(model)
+    try:
+        with safe_open(folder / MODEL, "pt") as saved, torch.no_grad():
+            keys = {plain_name(key): key for key in saved.keys()}  # noqa: SIM118 - no dictionary
+            if keys.keys() != trained.keys():
+                odd = sorted(keys.keys() ^ trained.keys())
+                raise CheckpointError(f"{folder}: holds other parameters than are trained now, for one {odd[0]}.")
+            for name, parameter in trained.items():
+                value = saved.get_tensor(keys[name])
+                if value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"{folder}: {name} has shape {list(value.shape)} there, the model's {list(parameter.shape)}."
+                    )
+                parameter.copy_(_like(value, parameter))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / MODEL}: cannot be read ({error}).") from error
+    if optimizer is not None:
+        _load_optimizer(folder, optimizer)
+
+
+def _load_optimizer(folder: Path, optimizer: Any) -> None:
+    state = read_optimizer(folder / OPTIMIZER)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state["state"].items():
+        parameter = parameters[number] if isinstance(number, int) and 0 <= number < len(parameters) else None
+        if parameter is None or not isinstance(values, dict):
+            raise CheckpointError(f"{folder / OPTIMIZER}: holds the state of another optimiser.")
+        for key, value in values.items():
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if key in _SHAPED and value.ndim == parameter.ndim and value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{folder / OPTIMIZER}: {key} of parameter {number} has shape {list(value.shape)}, not "
+                    f"{list(parameter.shape)}."
+                )
+            if hasattr(parameter, "placements"):
+                if value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"{folder}: the state of this optimiser ({key}) cannot be spread over processes. Resume with "
+                        "one device or DDP."
+                    )
+                values[key] = _like(value, parameter)
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        words = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{folder / OPTIMIZER}: does not fit this run's optimiser ({words}).") from error
+
+
+_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""State of the parameter's own shape, where it has as many axes."""
+
+
+def _like(value: Tensor, parameter: Any) -> Tensor:
+    """A whole tensor as a parameter is: on its device, or this process's shard of it."""
+    if not hasattr(parameter, "placements"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Each process has read the same tensor and keeps its part: nothing is sent.
+    whole = value.to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def read_optimizer(path: Path) -> dict[str, Any]:
+    """Read an optimiser's state dictionary; the file is mapped, so tensors cost nothing until they are looked at.
+
+    Raises:
+        CheckpointError: if it cannot be read, or holds anything but tensors and plain values in the form expected.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged archive raises whatever its parts come to
+        words = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{path}: cannot be read without running code, or is damaged ({words}).") from error
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    whole = isinstance(groups, list) and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+    if not whole or not isinstance(state.get("state"), dict):
+        raise CheckpointError(f"{path}: holds no optimiser's state.")
+    return dict(state)
