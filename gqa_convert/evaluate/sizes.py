@@ -27,13 +27,13 @@ def parse_counts(text: str, flag: str) -> tuple[int, ...]:
     Raises:
         UsageError: if an entry is no positive whole number.
     """
-    found = []
+    counts = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(k?)", part.strip().lower())
         if match is None or int(match[1]) < 1:
             raise UsageError(f"{flag} {text}: {part.strip() or 'an empty entry'!r} is no positive whole number.")
-        found.append(int(match[1]) * (1024 if match[2] else 1))
-    return tuple(dict.fromkeys(found))
+        counts.append(int(match[1]) * (1024 if match[2] else 1))
+    return tuple(dict.fromkeys(counts))
 
 
 def parse_count(text: str, flag: str) -> int:
@@ -42,7 +42,7 @@ def parse_count(text: str, flag: str) -> int:
     Raises:
         UsageError: if it is no positive whole number, or several.
     """
-    found = parse_counts(text, flag)
-    if len(found) > 1:
+    counts = parse_counts(text, flag)
+    if len(counts) > 1:
         raise UsageError(f"{flag} {text}: takes one number.")
-    return found[0]
+    return counts[0]
