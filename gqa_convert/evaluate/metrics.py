@@ -136,7 +136,7 @@ class Metric:
         compute: how it is had.
         show: a value in words.
         of: `model`: a figure of one model; `pair`: of a conversion beside its original.
-        unit: of the value.
+        unit: of the value; empty where `show` writes it.
         better: which way is better; `neither` where a value is neither good nor bad.
         meaning: what it is, for the small print under tables.
         heading: in tables with a column per metric; by default the label.
@@ -456,7 +456,6 @@ register(
         name="top1_agreement",
         label="top-1 agreement",
         heading="top-1",
-        unit="share of tokens",
         better="higher",
         of="pair",
         compute=PerToken(_agreement_BT),
@@ -470,7 +469,6 @@ register(
         name="kv_cache_bytes_per_token",
         label="KV cache per token",
         heading="cache/token",
-        unit="bytes per token",
         better="lower",
         of="model",
         compute=OfModel(_cache),

@@ -53,7 +53,7 @@ def card(run: Run, point: SweepPoint, *, base_model: str = "") -> str:
     record = _record(folder)
     source = _object(record.get("source"))
     base_model = base_model or str(_object(source.get("hub")).get("repo_id") or "")
-    base_name = " ".join((base_model or str(source.get("name") or run.base.base.name)).split())
+    base_name = " ".join((base_model or run.base.base.name).split())
     title = f"{Path(base_name).name}, {point.groups} KV heads"
     detail = run.details[point.name]
     measured = detail.evaluation or run.base
@@ -173,7 +173,7 @@ def _numbers(base: ModelResult, point: SweepPoint, measured: Evaluation, detail:
     lines = ["| | original | this model |", "|---|---|---|", f"| KV heads | {base.kv_heads} | {point.groups} |"]
     for metric in (metric for metric in shown if metric.of == "model"):
         cells = (metric.cell(figures.get(metric.name)) for figures in (base.figures, point.figures))
-        unit = f", {metric.unit}" if metric.unit and metric.unit not in metric.label else ""
+        unit = f", {metric.unit}" if metric.unit else ""
         lines.append(f"| {metric.label}{unit} | {' | '.join(cells)} |")
     pair = [metric for metric in shown if metric.of == "pair"]
     lines += ["", "| beside the original | |", "|---|---|"] if pair else []
@@ -191,7 +191,9 @@ def _numbers(base: ModelResult, point: SweepPoint, measured: Evaluation, detail:
 
 def _making(record: dict[str, Any], detail: Detail) -> str:
     tool = " ".join(_plain(value) for value in _object(record.get("tool")).values()) or "gqa-convert"
-    recipe = ", ".join(f"{_plain(k)} {_plain(v)}" for k, v in detail.recipe.items() if v not in (None, False))
+    recipe = ", ".join(
+        _plain(k if v is True else f"{k} {v}") for k, v in detail.recipe.items() if v not in (None, False)
+    )
     versions = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in _object(record.get("versions")).items())
     lines = [f"Converted with {tool}: {recipe}."]
     if versions:

@@ -157,7 +157,7 @@ DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
 }
 
 TITLES = {
-    **{name: f"Quality against {metric.frontier}" for name, metric in _COSTS.items()},
+    **{name: f"Quality against {metric.label.partition(',')[0]}" for name, metric in _COSTS.items()},
     "uptraining": "Uptraining",
     "layers": "What each layer costs by itself",
     "similarity": "How alike the heads of a group are",

@@ -10,9 +10,10 @@ from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.metrics import Against
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
+from gqa_convert.report.commands import commands
 from gqa_convert.report.drawings import CAPTIONS, TITLES
 from gqa_convert.report.tables import decoding, measured_on, points_metrics, points_table, quality
-from gqa_convert.report.words import commands, verdict, written_by
+from gqa_convert.report.words import verdict, written_by
 
 if TYPE_CHECKING:
     from jinja2 import Template

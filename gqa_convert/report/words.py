@@ -1,11 +1,8 @@
-"""The verdict in a sentence, the commands to repeat, the versions. Imports no torch."""
+"""The verdict in a sentence, and when it was measured. Imports no torch."""
 
 from __future__ import annotations
 
-import shlex
-
 from gqa_convert import __version__
-from gqa_convert.evaluate.results import Evaluation
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
 
@@ -72,46 +69,6 @@ def _single(run: Run) -> str:
             )
     parts += [line + ("" if line.endswith(".") else ".") for timed in run.benches for line in timed.conclusions]
     return " ".join(parts[:3]) or "An uptraining run; nothing was compared yet."
-
-
-def commands(run: Run) -> list[str]:
-    """The commands that measure all of it again, put together from what the files record; names stand for paths."""
-    lines = []
-    if run.points and run.base is not None and run.recommendation is not None:
-        groups = dict.fromkeys(str(point.groups) for point in run.points)
-        variants = dict.fromkeys(point.variant for point in run.points)
-        recipes = [detail.recipe for detail in run.details.values()]
-        calibrate = next((str(r["calibrate"]) for r in recipes if r.get("calibrate")), "")
-        words = ["gqa", "sweep", run.base.base.name, "--groups", ",".join(groups), "--methods", ",".join(variants)]
-        words += [*_cut(run.base), "--tolerance", f"{run.recommendation.tolerance:g}"]
-        words += ["--calibrate", calibrate] if calibrate else []
-        lines.append(shlex.join([*words, "--run", run.folder.resolve().name]))
-    for evaluation in run.evaluations:
-        converted = [comparison.model.name for comparison in evaluation.converted]
-        lines.append(shlex.join(["gqa", "eval", evaluation.base.name, *converted, *_cut(evaluation)]))
-    for timed in run.benches:
-        points = timed.bench.points
-        names = dict.fromkeys(model.name for point in points for model in point.models)
-        words = ["gqa", "bench", *names, "--batch", ",".join(dict.fromkeys(str(p.batch) for p in points))]
-        words += ["--context", ",".join(dict.fromkeys(str(p.context) for p in points))]
-        words += ["--cache", ",".join(dict.fromkeys(p.cache for p in points))]
-        words += ["--steps", str(timed.bench.steps), "--rounds", str(timed.bench.rounds)]
-        lines.append(shlex.join([*words, "--dtype", timed.bench.dtype]))
-    if lines:
-        lines.append(shlex.join(["gqa", "report", run.folder.resolve().name]))
-    return lines
-
-
-def _cut(evaluation: Evaluation) -> list[str]:
-    """The options that say on what was measured."""
-    settings = evaluation.settings
-    words = ["--data", evaluation.data, "--context", str(evaluation.context), "--stride", str(evaluation.stride)]
-    for name in ("field", "separator"):
-        if settings.get(name) not in (None, "", "text"):
-            words += [f"--{name}", str(settings[name])]
-    words += ["--max-windows", str(settings["max_windows"])] if settings.get("max_windows") else []
-    words += [f"--no-{name}" for name in ("special", "eos") if settings.get(name) is False]
-    return [*words, "--dtype", evaluation.dtype]
 
 
 def written_by(run: Run) -> str:

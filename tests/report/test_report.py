@@ -193,13 +193,13 @@ def test_headline_and_table_agree_where_decoding_is_no_faster(tmp_path: Path) ->
 def test_commands_date_and_versions_are_on_the_page(made: Path, tmp_path: Path) -> None:
     text = (made / "report.html").read_text()
     assert (
-        "gqa sweep tiny --groups 4,2 --methods mean,pca,first --data poems.jsonl --context 128 --stride 64 --dtype "
-        f"float32 --tolerance 0.05 --run {made.name}" in text
+        "gqa sweep tiny --groups 4,2 --methods=mean,pca,first --data=poems.jsonl --context 128 --stride 64 "
+        f"--dtype=float32 --tolerance 0.05 --batch 8,64 --cache-context 2048,8192 --run {made.name}" in text
     )
     value = evaluation(comparison("tiny gqa2", 2, 0.1)).to_json() | {"date": "2026-01-31"}
     (tmp_path / "eval.json").write_text(json.dumps(value))
     text = page(read_run(tmp_path), {})
-    assert "gqa eval tiny &#39;tiny gqa2&#39; --data poems.jsonl" in text
+    assert "gqa eval tiny &#39;tiny gqa2&#39; --data=poems.jsonl" in text
     assert "measured on 2026-01-31" in text
     assert "torch 2.13.0" in text
 
