@@ -36,6 +36,10 @@ class WindowSums:
     size: list[int] = field(default_factory=list)
     sums: dict[str, list[float]] = field(default_factory=dict)
 
+    def mean(self, name: str) -> float:
+        """A metric's mean per token over all windows."""
+        return sum(self.sums[name]) / sum(self.tokens)
+
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
     """Return logits_BTV. Without attention mask and cache: see the module `examples`."""
