@@ -26,23 +26,27 @@ def report_command(
     from gqa_convert.console import console
     from gqa_convert.report.writing import push, write_report
 
-    made = write_report(run, cards=cards, base_model=base_model)
+    report = write_report(run, cards=cards, base_model=base_model)
     address = push(run, push_to_hub, point=point, private=not public) if push_to_hub else ""
     if json:
         value = {
-            "page": str(made.page),
-            "plots": [str(path) for path in made.plots],
-            "cards": [str(path) for path in made.cards],
-            "verdict": made.verdict,
+            "page": str(report.page),
+            "plots": [str(path) for path in report.plots],
+            "cards": [str(path) for path in report.cards],
+            "cards_kept": [str(path) for path in report.kept],
+            "verdict": report.verdict,
             "hub": address,
         }
         typer.echo(jsonlib.dumps(value, indent=2))
         return
     out = console()
-    out.print(made.verdict, highlight=False)
+    out.print(report.verdict, highlight=False)
     out.print(
-        f"[bold green]wrote[/] {made.page}, {len(made.plots)} plots, {len(made.cards)} model cards", highlight=False
+        f"[bold green]wrote[/] {report.page}, {len(report.plots)} plots, {len(report.cards)} model cards",
+        highlight=False,
     )
+    for path in report.kept:
+        out.print(f"kept {path}, which somebody else wrote; remove it to have ours", highlight=False, markup=False)
     if address:
         out.print(f"uploaded to {address}", highlight=False)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from gqa_convert.data import reading
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import examples as ex
 from gqa_convert.evaluate import models, text
-from gqa_convert.evaluate.intervals import mean_per_token
+from gqa_convert.evaluate.figures import model_figures, pair_figures
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
 from gqa_convert.evaluate.scoring import WindowSums, score
 
 DEFAULT_CONTEXT = 2048
-"""Tokens a window where neither the user nor the model's configuration says; also the most that is taken unasked."""
+"""Tokens per window where neither the user nor the model's configuration says; also the most that is taken unasked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,21 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the models are scored on, and what to call it."""
+    """What the models are scored on, and what to call it.
+
+    Attributes:
+        name: `next token`, `span corruption` or `pairs`.
+        context: tokens per window.
+        stride: tokens from one window to the next.
+        examples: the windows.
+        block: neighbouring windows that share text, so that they are resampled together; 1 where none do.
+    """
 
     name: str
     context: int
     stride: int
     examples: list[ex.Example] = field(repr=False)
+    block: int = 1
 
 
 def evaluate(
@@ -82,16 +91,21 @@ def evaluate(
     original = models.load(first, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
     comparisons: list[Comparison] = []
     sums: WindowSums | None = None
+    original_result: ModelResult | None = None
     for other in others:
         model = models.load(other, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
         sums, seen, seconds = score(
             original, model, task.examples, batch_size=settings.batch_size, on_windows=on_windows
         )
         assert seen is not None
-        comparisons.append(_compare(sums, seen, _figures(other, model, seen), seconds))
+        original_result = original_result or _result(first, original, sums, task)
+        converted_model = _result(other, model, seen, task)
+        figures = pair_figures(sums, seen, original_result.figures, converted_model.figures, block=task.block)
+        comparisons.append(Comparison(model=converted_model, figures=figures, seconds=seconds))
         del model
-    if sums is None:
+    if sums is None or original_result is None:
         sums, _, _ = score(original, None, task.examples, batch_size=settings.batch_size, on_windows=on_windows)
+        original_result = _result(first, original, sums, task)
     return Evaluation(
         task=task.name,
         data=Path(settings.data).name,
@@ -104,13 +118,28 @@ def evaluate(
         device=device_name(original),
         settings={name: getattr(settings, name) for name in ("field", "separator", "special", "eos", "max_windows")},
         versions={name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
-        base=_figures(first, original, sums),
+        base=original_result,
         converted=tuple(comparisons),
+        date=datetime.now(timezone.utc).date().isoformat(),
+    )
+
+
+def _result(subject: models.Subject, model: Any, sums: WindowSums, task: Task) -> ModelResult:
+    return ModelResult(
+        name=subject.name,
+        query_heads=subject.query_heads,
+        kv_heads=subject.kv_heads,
+        figures=model_figures(subject, model, sums, block=task.block),
     )
 
 
 def with_tasks(
-    found: Evaluation, folders: Sequence[str | Path], tasks: Sequence[str], settings: EvalSettings, *, limit: int | None
+    evaluation: Evaluation,
+    folders: Sequence[str | Path],
+    tasks: Sequence[str],
+    settings: EvalSettings,
+    *,
+    limit: int | None,
 ) -> Evaluation:
     """Add the results of lm-eval tasks to an evaluation. See `tasks.run_tasks`."""
     from gqa_convert.evaluate.tasks import run_tasks
@@ -124,7 +153,7 @@ def with_tasks(
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
     )
-    return replace(found, tasks=scores)
+    return replace(evaluation, tasks=scores)
 
 
 def make_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings) -> Task:
@@ -142,8 +171,10 @@ def make_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings) -
     if subject.is_encoder_decoder:
         return _encoder_decoder_task(subject, tokenizer, settings, context)
     stride = settings.stride or max(1, context // 2)
-    made = ex.causal_examples(_stream(tokenizer, settings), context=context, stride=stride, limit=settings.max_windows)
-    return Task(name="next token", context=context, stride=stride, examples=made)
+    stream = _stream(tokenizer, settings)
+    cut = text.windows(len(stream.ids), context=context, stride=stride, limit=settings.max_windows)
+    examples = ex.causal_examples(stream, cut)
+    return Task(name="next token", context=context, stride=stride, examples=examples, block=text.overlapping(cut))
 
 
 def _stream(tokenizer: Any, settings: EvalSettings) -> text.TokenStream:
@@ -157,8 +188,8 @@ def _encoder_decoder_task(subject: models.Subject, tokenizer: Any, settings: Eva
         reading.read_records(settings.data), {}
     )
     if is_pairs:
-        made = ex.pair_examples(settings.data, tokenizer, start=start, context=context)[: settings.max_windows]
-        return Task(name="pairs", context=context, stride=context, examples=made)
+        pairs = ex.pair_examples(settings.data, tokenizer, start=start, context=context)[: settings.max_windows]
+        return Task(name="pairs", context=context, stride=context, examples=pairs)
     sentinels = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(100)]
     sentinels = [i for i in sentinels if i is not None and i != tokenizer.unk_token_id]
     if not sentinels:
@@ -166,10 +197,10 @@ def _encoder_decoder_task(subject: models.Subject, tokenizer: Any, settings: Eva
             f"--data {settings.data}: {subject.name} is an encoder-decoder model without <extra_id_0> tokens, so spans "
             'of plain text cannot be hidden. Give a .jsonl file with {"input": ..., "target": ...} lines.'
         )
-    made = ex.span_examples(
+    spans = ex.span_examples(
         _stream(tokenizer, settings), sentinels, start=start, context=context, limit=settings.max_windows
     )
-    return Task(name="span corruption", context=context, stride=context, examples=made)
+    return Task(name="span corruption", context=context, stride=context, examples=spans)
 
 
 def _decoder_start(config: Any) -> int:
@@ -179,37 +210,6 @@ def _decoder_start(config: Any) -> int:
             if isinstance(value, int):
                 return value
     return 0
-
-
-def _figures(subject: models.Subject, model: Any, sums: WindowSums) -> ModelResult:
-    loss = mean_per_token(sums.loss, sums.tokens)
-    size = sum(sums.size)
-    return ModelResult(
-        name=subject.name,
-        query_heads=subject.query_heads,
-        kv_heads=subject.kv_heads,
-        parameters=models.parameters(model),
-        kv_cache_bytes_per_token=models.cache_bytes_per_token(model),
-        loss=loss.value,
-        loss_interval=(loss.low, loss.high),
-        bits_per_byte=sum(sums.loss) / math.log(2) / size if size else None,
-    )
-
-
-def _compare(base: WindowSums, seen: WindowSums, figures: ModelResult, seconds: float) -> Comparison:
-    rise = mean_per_token([b - a for a, b in zip(base.loss, seen.loss, strict=True)], seen.tokens)
-    kl = mean_per_token(seen.kl, seen.tokens)
-    agree = mean_per_token(seen.agree, seen.tokens)
-    return Comparison(
-        model=figures,
-        loss_difference=rise.value,
-        loss_difference_interval=(rise.low, rise.high),
-        kl=kl.value,
-        kl_interval=(kl.low, kl.high),
-        top1_agreement=agree.value,
-        top1_interval=(agree.low, agree.high),
-        seconds=seconds,
-    )
 
 
 def device_name(model: Any) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gqa_convert.data.reading import read_records
 from gqa_convert.errors import UsageError
-from gqa_convert.evaluate.text import TokenStream, windows
+from gqa_convert.evaluate.text import TokenStream, Window, windows
 
 NOISE_DENSITY = 0.15
 """Share of a window's tokens that span corruption hides (T5, Raffel et al. 2020, section 3.1.4)."""
@@ -73,13 +73,13 @@ def batches(examples: Sequence[Example], size: int) -> Iterator[Batch]:
         start = stop
 
 
-def causal_examples(stream: TokenStream, *, context: int, stride: int, limit: int | None = None) -> list[Example]:
+def causal_examples(stream: TokenStream, cut: Sequence[Window]) -> list[Example]:
     """Windows of a stream for a decoder-only model: every token predicts the next. See `windows`."""
     ids = torch.tensor(stream.ids, dtype=torch.long)
-    found = []
-    for window in windows(len(ids), context=context, stride=stride, limit=limit):
+    examples = []
+    for window in cut:
         ids_T = ids[window.start : window.start + window.length]
-        found.append(
+        examples.append(
             Example(
                 inputs={"input_ids": ids_T[:-1]},
                 targets=ids_T[1:],
@@ -87,7 +87,7 @@ def causal_examples(stream: TokenStream, *, context: int, stride: int, limit: in
                 size=sum(stream.sizes[i] for i in window.scored),
             )
         )
-    return found
+    return examples
 
 
 def span_examples(
@@ -102,12 +102,12 @@ def span_examples(
         stream: the text.
         sentinels: ids of the sentinel tokens, first to last.
         start: the decoder's first input token.
-        context: tokens a window, before hiding.
+        context: tokens per window, before hiding.
         limit: at most this many windows, evenly spread.
         seed: of the choice of spans.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    examples = []
     for window in windows(len(stream.ids), context=context, stride=context, limit=limit):
         hidden = _hidden_spans(window.length, len(sentinels), generator)
         source: list[int] = []
@@ -119,8 +119,8 @@ def span_examples(
             size += sum(stream.sizes[window.start + first : window.start + last])
             place = last
         source += stream.ids[window.start + place : window.start + window.length]
-        found.append(_pair(source, target, start, size))
-    return found
+        examples.append(_pair(source, target, start, size))
+    return examples
 
 
 def _hidden_spans(length: int, most: int, generator: torch.Generator) -> list[tuple[int, int]]:
@@ -151,14 +151,14 @@ def pair_examples(
     Raises:
         UsageError: if a line lacks one of the two fields.
     """
-    found = []
+    examples = []
     for record in read_records(data):
         texts = [record.get(name) for name in fields]
         if not all(isinstance(text, str) and text for text in texts):
             raise UsageError(f"--data {data}: a line lacks text in {fields[0]!r} or {fields[1]!r}.")
         source, target = (list(tokenizer(text)["input_ids"])[:context] for text in texts)
-        found.append(_pair(source, target, start, len(str(texts[1]).encode())))
-    return found
+        examples.append(_pair(source, target, start, len(str(texts[1]).encode())))
+    return examples
 
 
 def _pair(source: list[int], target: list[int], start: int, size: int) -> Example:

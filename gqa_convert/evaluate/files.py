@@ -9,6 +9,9 @@ from typing import Any
 
 from gqa_convert.errors import OutputError
 
+_LARGEST_JSON = 256 << 20
+"""Bytes; results are a thousandth of it at most."""
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON by way of a temporary file beside it.
@@ -25,10 +28,19 @@ def write_text(path: Path, content: str) -> None:
     Raises:
         OutputError: if it cannot be written.
     """
+    write_bytes(path, content.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file by way of a temporary one beside it; a link in its place is replaced, not followed.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -36,8 +48,10 @@ def write_text(path: Path, content: str) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """Read a JSON file; None if it is missing or damaged (a run then does that part again)."""
+    """Read a JSON file; None if it is missing, no regular file, huge or damaged (a run then does that part again)."""
     try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
+            return None
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -1,7 +1,8 @@
 """Bootstrap intervals of token means, resampled by whole windows.
 
 Tokens of one window are not independent, windows nearly are; a difference between two models is resampled in pairs, so
-what makes one window hard for both cancels out (Koehn 2004; Efron and Tibshirani 1993, chapter 13).
+what makes one window hard for both cancels out (Koehn 2004; Efron and Tibshirani 1993, chapter 13). Windows that
+overlap read some of the same text, so neighbours go together: circular blocks (Politis and Romano 1992).
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ class Estimate:
         return asdict(self)
 
 
-def mean_per_token(sums: Sequence[float], tokens: Sequence[int], *, seed: int = 0) -> Estimate:
+def mean_per_token(sums: Sequence[float], tokens: Sequence[int], *, block: int = 1, seed: int = 0) -> Estimate:
     """Estimate `sum(sums) / sum(tokens)` over windows.
 
     For a paired difference pass the difference of the two models' sums, window by window. With a single window the
     bounds are the value itself.
+
+    Args:
+        sums: of each window, in the order of the text.
+        tokens: of each window.
+        block: neighbouring windows that are drawn together; 1 where they share no text.
+        seed: of the draws.
     """
     top = torch.tensor(sums, dtype=torch.float64)
     bottom = torch.tensor(tokens, dtype=torch.float64)
@@ -40,8 +47,11 @@ def mean_per_token(sums: Sequence[float], tokens: Sequence[int], *, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     means = []
     step = max(1, (1 << 22) // len(top))
+    offsets = torch.arange(block)
     for done in range(0, RESAMPLES, step):
-        chosen = torch.randint(len(top), (min(step, RESAMPLES - done), len(top)), generator=generator)
+        # Blocks that reach past the last window go on with the first; what is drawn too many is cut off.
+        starts = torch.randint(len(top), (min(step, RESAMPLES - done), -(-len(top) // block)), generator=generator)
+        chosen = ((starts[..., None] + offsets) % len(top)).flatten(1)[:, : len(top)]
         means.append(top[chosen].sum(1) / bottom[chosen].sum(1))
     tail = (1 - LEVEL) / 2
     low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()

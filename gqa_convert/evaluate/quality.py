@@ -15,9 +15,8 @@ from gqa_convert.calibrate.self_text import self_tokens
 from gqa_convert.evaluate import examples as ex
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
-from gqa_convert.evaluate.intervals import mean_per_token
 from gqa_convert.evaluate.scoring import score
-from gqa_convert.evaluate.text import TokenStream
+from gqa_convert.evaluate.text import TokenStream, windows
 from gqa_convert.hf.loading import pick_device
 
 if TYPE_CHECKING:
@@ -129,17 +128,16 @@ def _on_own_text(plan: ConvertPlan, out: Path, started: float, trust: bool) -> Q
     subjects = [models.subject(str(folder), trust_remote_code=trust) for folder in (plan.source, out)]
     before, after = (models.load(subject, trust_remote_code=trust) for subject in subjects)
     stream = TokenStream(ids.flatten().tolist(), [0] * ids.numel())
-    sample = ex.causal_examples(stream, context=_LENGTH, stride=_LENGTH)
+    sample = ex.causal_examples(stream, windows(len(stream.ids), context=_LENGTH, stride=_LENGTH))
     first, second, _ = score(before, after, sample)
     assert second is not None
-    kl, agreement = mean_per_token(second.kl, second.tokens), mean_per_token(second.agree, second.tokens)
     return Quality(
         sample="text that the source wrote",
         tokens=sum(first.tokens),
-        loss_before=mean_per_token(first.loss, first.tokens).value,
-        loss_after=mean_per_token(second.loss, second.tokens).value,
-        kl=kl.value,
-        agreement=agreement.value,
+        loss_before=first.mean("loss"),
+        loss_after=second.mean("loss"),
+        kl=second.mean("kl"),
+        agreement=second.mean("top1_agreement"),
         seconds=time.perf_counter() - started,
     )
 

@@ -1,10 +1,23 @@
-"""What an evaluation found: plain values that turn into JSON and back. Imports no torch."""
+"""The results of an evaluation: plain values that turn into JSON and back. Imports no torch."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.evaluate.metrics import Figures, FromBench, Metric, from_json, rows, to_json
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Tasks = dict[str, dict[str, dict[str, float]]]
+"""Values of lm-eval by model, task and metric."""
+
+
+def pair_rows() -> list[Metric]:
+    """The rows of a pair that an evaluation measures."""
+    return [row for row in rows("pair") if not isinstance(row.compute, FromBench)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,26 +28,49 @@ class ModelResult:
         name: folder name.
         query_heads: of the decoder.
         kv_heads: of the decoder.
-        parameters: tied ones counted once.
-        kv_cache_bytes_per_token: measured, in the dtype the model ran in.
-        loss: nats per scored token.
-        loss_interval: its 95 % bootstrap interval.
-        bits_per_byte: loss over the UTF-8 bytes of the scored text.
+        figures: by metric, see `metrics`.
     """
 
     name: str
     query_heads: int
     kv_heads: int
-    parameters: int
-    kv_cache_bytes_per_token: int
-    loss: float
-    loss_interval: tuple[float, float]
-    bits_per_byte: float | None
+    figures: Figures
+
+    @property
+    def loss(self) -> float:
+        """Nats per scored token."""
+        return self.figures["loss"].value
+
+    @property
+    def loss_interval(self) -> tuple[float, float]:
+        """The 95 % bootstrap interval of `loss`."""
+        return _interval(self.figures, "loss")
 
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+        return self.figures["perplexity"].value
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Loss over the UTF-8 bytes of the scored text; None where that is unknown."""
+        figure = self.figures.get("bits_per_byte")
+        return None if figure is None else figure.value
+
+    @property
+    def parameters(self) -> int:
+        """Tied ones counted once."""
+        return int(self.figures["parameters"].value)
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int:
+        """Measured, in the dtype the model ran in."""
+        return int(self.figures["kv_cache_bytes_per_token"].value)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values, each by its metric's name."""
+        heads = {"name": self.name, "query_heads": self.query_heads, "kv_heads": self.kv_heads}
+        return heads | to_json(self.figures, rows("model"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +79,80 @@ class Comparison:
 
     Attributes:
         model: the converted model's own figures.
-        loss_difference: nats per token more than the original.
-        loss_difference_interval: of the same.
-        kl: KL(original || converted), nats per token.
-        kl_interval: of the same.
-        top1_agreement: share of tokens at which both models rank the same token first.
-        top1_interval: of the same.
+        figures: those of the pair, by metric.
         seconds: time to score both models.
     """
 
     model: ModelResult
-    loss_difference: float
-    loss_difference_interval: tuple[float, float]
-    kl: float
-    kl_interval: tuple[float, float]
-    top1_agreement: float
-    top1_interval: tuple[float, float]
+    figures: Figures
     seconds: float
+
+    @property
+    def loss_difference(self) -> float:
+        """Nats per token more than the original."""
+        return self.figures["loss_difference"].value
+
+    @property
+    def loss_difference_interval(self) -> tuple[float, float]:
+        """The interval of `loss_difference`."""
+        return _interval(self.figures, "loss_difference")
+
+    @property
+    def kl(self) -> float:
+        """KL(original || converted), nats per token."""
+        return self.figures["kl"].value
+
+    @property
+    def kl_interval(self) -> tuple[float, float]:
+        """The interval of `kl`."""
+        return _interval(self.figures, "kl")
+
+    @property
+    def top1_agreement(self) -> float:
+        """Share of tokens at which both models rank the same token first."""
+        return self.figures["top1_agreement"].value
+
+    @property
+    def top1_interval(self) -> tuple[float, float]:
+        """The interval of `top1_agreement`."""
+        return _interval(self.figures, "top1_agreement")
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values, each by its metric's name, those of the model under `model`."""
+        return {"model": self.model.to_json(), "seconds": self.seconds} | to_json(self.figures, pair_rows())
+
+
+def _interval(figures: Figures, name: str) -> tuple[float, float]:
+    """The interval of a mean over tokens; the value itself where a file names none."""
+    return figures[name].interval or (figures[name].value, figures[name].value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """Loss rise, in nats per token, of converting this layer alone, with its 95 % bootstrap interval."""
+
+    layer: str
+    loss_difference: float
+    interval: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The cost as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSimilarity:
+    """Mean cosine between the weights of heads that share a group, over all pairs of a layer."""
+
+    layer: str
+    keys_before: float
+    keys_after: float
+    values_before: float
+    values_after: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The similarity as JSON values."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +162,7 @@ class Evaluation:
     Attributes:
         task: `next token`, `span corruption` or `pairs`.
         data: name of the data (no path).
-        context: tokens a window.
+        context: tokens per window.
         stride: tokens from one window to the next.
         windows: windows scored.
         tokens: tokens scored.
@@ -79,8 +172,9 @@ class Evaluation:
         settings: everything else a repetition needs.
         versions: of the libraries.
         base: the original's figures.
-        converted: one entry a conversion.
+        converted: one entry per conversion.
         tasks: results of lm-eval by model name, where asked for.
+        date: the day it was measured on (UTC), as 2026-01-31; empty in files written before it was recorded.
     """
 
     task: str
@@ -96,13 +190,46 @@ class Evaluation:
     versions: dict[str, str]
     base: ModelResult
     converted: tuple[Comparison, ...]
-    tasks: dict[str, Any] = field(default_factory=dict)
+    tasks: Tasks = field(default_factory=dict)
+    date: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The evaluation as JSON values, with `perplexity` and the ratio of caches beside what they follow from."""
-        found: dict[str, Any] = {"format": 1, "kind": "evaluation"} | asdict(self)
-        found["base"]["perplexity"] = self.base.perplexity
-        for entry, made in zip(found["converted"], self.converted, strict=True):
-            entry["model"]["perplexity"] = made.model.perplexity
-            entry["cache_ratio"] = made.model.kv_cache_bytes_per_token / self.base.kv_cache_bytes_per_token
-        return found
+        """The evaluation as JSON values."""
+        values: dict[str, Any] = {"format": 1, "kind": "evaluation"} | asdict(self)
+        values["base"] = self.base.to_json()
+        values["converted"] = [comparison.to_json() for comparison in self.converted]
+        return values
+
+    @classmethod
+    def from_json(cls, values: Any) -> Evaluation:
+        """Undo `to_json`; also reads files from before a metric was there, which then lack its figures.
+
+        Raises:
+            ValueError: if it is no evaluation; says which value is at fault.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        converted = values.get("converted")
+        nested = {
+            "base": _with_figures(values.get("base")),
+            "converted": [
+                _with_figures(entry, pair_rows()) | {"model": _with_figures(entry["model"])}
+                for entry in (converted if isinstance(converted, list) else ())
+                if isinstance(entry, dict) and isinstance(entry.get("model"), dict)
+            ],
+        }
+        return _adapter().validate_python(values | nested)
+
+
+@cache
+def _adapter() -> TypeAdapter[Evaluation]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Evaluation)
+
+
+def _with_figures(values: Any, metrics: list[Metric] | None = None) -> dict[str, Any]:
+    """JSON of a model or a pair with its figures gathered under `figures`."""
+    if not isinstance(values, dict):
+        return {}
+    return values | {"figures": from_json(values, rows("model") if metrics is None else metrics)}

@@ -5,6 +5,7 @@ Shapes: B examples, T targets, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gqa_convert.errors import VerificationError
 from gqa_convert.evaluate.examples import Batch, Example, batches
+from gqa_convert.evaluate.metrics import PerToken, TokenScores, rows
 
 _CHUNK = 1 << 24
 """Logits that are turned into float32 log-probabilities at a time (64 MiB)."""
@@ -22,21 +24,21 @@ _CHUNK = 1 << 24
 
 @dataclass
 class WindowSums:
-    """Sums over the scored tokens of each window; one entry a window.
+    """Sums over the scored tokens of each window; one entry per window.
 
     Attributes:
-        loss: negative log-likelihood, nats.
         tokens: scored tokens.
         size: UTF-8 bytes behind them.
-        kl: KL(original || model), nats; empty for the original itself.
-        agree: tokens at which both models rank the same token first; empty for the original itself.
+        sums: by name, of each metric that is a mean over tokens; those of a pair for a converted model only.
     """
 
-    loss: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     size: list[int] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    agree: list[int] = field(default_factory=list)
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def mean(self, name: str) -> float:
+        """A metric's mean per token over all windows."""
+        return sum(self.sums[name]) / sum(self.tokens)
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:
@@ -82,40 +84,35 @@ def score(
     for sums in (first, second):
         sums.size = [example.size for example in examples]
     for who, sums in (("the original", first), ("the converted model", second)):
-        if not all(abs(value) < float("inf") for value in sums.loss):
+        if not all(math.isfinite(value) for value in sums.sums.get("loss", ())):
             raise VerificationError(f"{who}: the loss is not a finite number; the weights or their dtype are at fault.")
     return first, None if converted is None else second, time.perf_counter() - started
 
 
 def _add(first: WindowSums, second: WindowSums, batch: Batch, logits: Tensor, other: Tensor | None) -> None:
+    """Add one batch; `first` is of the original, `second` of the converted model beside it."""
     device = logits.device
     targets, scored = batch.targets.to(device), batch.scored.to(device)
-    count = len(targets)
-    zero = torch.zeros(count, dtype=torch.float64, device=device)
-    loss, loss_other, kl, agree = zero, zero.clone(), zero.clone(), zero.clone()
-    step = max(1, _CHUNK // (count * logits.shape[-1]))
+    of_one = {row.name: row.compute for row in rows("model") if isinstance(row.compute, PerToken)}
+    of_pair = {row.name: row.compute for row in rows("pair") if isinstance(row.compute, PerToken)}
+    zero_B = torch.zeros(len(targets), dtype=torch.float64, device=device)
+    totals = {name: zero_B.clone() for name in of_one}
+    totals_other = {name: zero_B.clone() for name in of_one | of_pair}
+    step = max(1, _CHUNK // (len(targets) * logits.shape[-1]))
     for t in range(0, targets.shape[1], step):
         part = slice(t, t + step)
-        weight = scored[:, part].double()
-        logp = torch.log_softmax(logits[:, part].float(), -1)
-        loss = loss - (_chosen(logp, targets[:, part]) * weight).sum(1)
+        weight_BT = scored[:, part].double()
+        alone = TokenScores(targets_BT=targets[:, part], logp_BTV=torch.log_softmax(logits[:, part].float(), -1))
+        for name, compute in of_one.items():
+            totals[name] += (compute.values(alone).double() * weight_BT).sum(1)
         if other is None:
             continue
-        logq = torch.log_softmax(other[:, part].to(device).float(), -1)
-        loss_other = loss_other - (_chosen(logq, targets[:, part]) * weight).sum(1)
-        # A logit of -inf (a masked token) gives 0 * inf; such tokens add nothing to the divergence.
-        terms = torch.nan_to_num(logp.exp() * (logp - logq), nan=0.0)
-        kl = kl + (terms.sum(-1).double() * weight).sum(1)
-        agree = agree + ((logp.argmax(-1) == logq.argmax(-1)) * weight).sum(1)
+        logq_BTV = torch.log_softmax(other[:, part].to(device).float(), -1)
+        beside = TokenScores(targets_BT=alone.targets_BT, logp_BTV=logq_BTV, original_BTV=alone.logp_BTV)
+        for name, compute in (of_one | of_pair).items():
+            totals_other[name] += (compute.values(beside).double() * weight_BT).sum(1)
     tokens = scored.sum(1).tolist()
-    first.loss += loss.tolist()
-    first.tokens += tokens
-    if other is not None:
-        second.loss += loss_other.tolist()
-        second.tokens += tokens
-        second.kl += kl.tolist()
-        second.agree += [int(value) for value in agree.tolist()]
-
-
-def _chosen(logp_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    return logp_BTV.gather(-1, targets_BT[..., None]).squeeze(-1).double()
+    for sums, batch_totals in ((first, totals), (second, totals_other)) if other is not None else ((first, totals),):
+        sums.tokens += tokens
+        for name, total_B in batch_totals.items():
+            sums.sums.setdefault(name, []).extend(total_B.tolist())

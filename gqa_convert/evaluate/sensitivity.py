@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,11 @@ from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, make_task
 from gqa_convert.evaluate.intervals import mean_per_token
+from gqa_convert.evaluate.results import LayerCost
 from gqa_convert.evaluate.scoring import score
 from gqa_convert.hf.api import model_class
 from gqa_convert.hf.loading import DTYPES, pick_device
 from gqa_convert.hf.partial import whole_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCost:
-    """Loss rise, in nats per token, of converting this layer alone, with its 95 % bootstrap interval."""
-
-    layer: str
-    loss_difference: float
-    interval: tuple[float, float]
-
-    def to_json(self) -> dict[str, Any]:
-        """The cost as JSON values."""
-        return asdict(self)
 
 
 def layer_costs(
@@ -65,9 +52,9 @@ def layer_costs(
     first, second = (models.subject(str(m), trust_remote_code=trust) for m in (base, converted))
     task = make_task(first, models.load_tokenizer(first, trust_remote_code=trust), settings)
     route = recorded_route(read_provenance(second.folder).get("conversion", {}))
-    made = plan(first.folder, groups=second.kv_heads, route=route, allow_slow=True, trust_remote_code=trust)
-    original = _original(made, first, settings)
-    layers = _changed_by_layer(made, second, original, settings)
+    conversion = plan(first.folder, groups=second.kv_heads, route=route, allow_slow=True, trust_remote_code=trust)
+    original = _original(conversion, first, settings)
+    layers = _changed_by_layer(conversion, second, original, settings)
     if on_total is not None:
         on_total(len(layers))
     sums, _, _ = score(original, None, task.examples, batch_size=settings.batch_size)
@@ -78,33 +65,34 @@ def layer_costs(
         original.load_state_dict(tensors, strict=False)
         seen, _, _ = score(original, None, task.examples, batch_size=settings.batch_size)
         original.load_state_dict(kept, strict=False)
-        rise = mean_per_token([b - a for a, b in zip(sums.loss, seen.loss, strict=True)], seen.tokens)
+        pairs = zip(sums.sums["loss"], seen.sums["loss"], strict=True)
+        rise = mean_per_token([after - before for before, after in pairs], seen.tokens, block=task.block)
         costs.append(LayerCost(layer=name, loss_difference=rise.value, interval=(rise.low, rise.high)))
         if on_layer is not None:
             on_layer(1)
     return costs
 
 
-def _original(made: ConvertPlan, first: models.Subject, settings: EvalSettings) -> Any:
+def _original(conversion: ConvertPlan, first: models.Subject, settings: EvalSettings) -> Any:
     """The original, as a model of the family that it was converted as."""
-    if made.checkpoint.stored is None:
+    if conversion.checkpoint.stored is None:
         trust = settings.trust_remote_code
         return models.load(first, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
-    config = made.anatomy.config
+    config = conversion.anatomy.config
     dtype = DTYPES.get(settings.dtype, torch.float32)
-    model = whole_model(made.checkpoint, model_class(config), config, dtype=dtype)
+    model = whole_model(conversion.checkpoint, model_class(config), config, dtype=dtype)
     return model.to(pick_device(settings.device))
 
 
 def _changed_by_layer(
-    made: ConvertPlan, second: models.Subject, original: Any, settings: EvalSettings
+    conversion: ConvertPlan, second: models.Subject, original: Any, settings: EvalSettings
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The converted weights in the original's shapes, only those that differ, by layer."""
     trust = settings.trust_remote_code
-    if made.anatomy.difference is None:
+    if conversion.anatomy.difference is None:
         raise UnsupportedModelError(f"{second.name}: has as many KV heads as the original; no layer was converted.")
     converted = models.load(second, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
-    expanded = made.anatomy.difference.expand(converted.state_dict())
+    expanded = conversion.anatomy.difference.expand(converted.state_dict())
     state = original.state_dict()
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in expanded.items():

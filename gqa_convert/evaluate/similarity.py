@@ -6,10 +6,9 @@ Heads that compute the same thing in different bases look different until they a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +18,7 @@ from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.block_plan import plan_blocks
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.routes import routed
+from gqa_convert.evaluate.results import LayerSimilarity
 from gqa_convert.heads import Grouping
 from gqa_convert.merge.apply import group_maps
 from gqa_convert.merge.moments import block_moments
@@ -27,21 +27,6 @@ from gqa_convert.merge.registry import get_method
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSimilarity:
-    """Mean cosine between the weights of heads that share a group, over all pairs of a layer."""
-
-    layer: str
-    keys_before: float
-    keys_after: float
-    values_before: float
-    values_after: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The similarity as JSON values."""
-        return asdict(self)
 
 
 def head_similarity(folder: Path, groups: int, *, trust_remote_code: bool = False) -> list[LayerSimilarity]:
@@ -58,19 +43,19 @@ def head_similarity(folder: Path, groups: int, *, trust_remote_code: bool = Fals
     """
     checkpoint = routed(Checkpoint.open(folder), groups=groups, trust_remote_code=trust_remote_code).checkpoint
     anatomy = dissect(checkpoint, groups, trust_remote_code=trust_remote_code)
-    made = plan_blocks(checkpoint, anatomy, Recipe(method="aligned"))
-    if made is None or anatomy.difference is None:
+    blocks = plan_blocks(checkpoint, anatomy, Recipe(method="aligned"))
+    if blocks is None or anatomy.difference is None:
         return []
     source = anatomy.difference.source
-    layouts = rotary_layouts(source, made.freedom)
+    layouts = rotary_layouts(source, blocks.freedom)
 
     def get(name: str) -> Tensor | None:
-        return checkpoint.tensor(made.keys[name]) if name in made.keys else None
+        return checkpoint.tensor(blocks.keys[name]) if name in blocks.keys else None
 
-    found = []
+    layers = []
     method, options = get_method("aligned"), MergeOptions()
-    for names in made.blocks:
-        block = read_block(get, names, made.freedom, layout_for(names, source, layouts))
+    for names in blocks.blocks:
+        block = read_block(get, names, blocks.freedom, layout_for(names, source, layouts))
         moments = block_moments(block)
         grouping = Grouping.contiguous(block.num_kv_heads, groups)
         sums = torch.zeros(4, dtype=torch.float64)
@@ -82,7 +67,7 @@ def head_similarity(folder: Path, groups: int, *, trust_remote_code: bool = Fals
                 [_cosine(keys), _cosine(maps.keys.encode @ keys), _cosine(values), _cosine(maps.values.encode @ values)]
             )
         means = (sums / grouping.num_groups).tolist()
-        found.append(
+        layers.append(
             LayerSimilarity(
                 layer=names.module,
                 keys_before=means[0],
@@ -91,7 +76,7 @@ def head_similarity(folder: Path, groups: int, *, trust_remote_code: bool = Fals
                 values_after=means[3],
             )
         )
-    return found
+    return layers
 
 
 def _cosine(heads_RDX: Tensor) -> Tensor:

@@ -56,14 +56,14 @@ def _find(names: Sequence[str]) -> tuple[list[str], Any]:
     if missing:
         raise UsageError(f"--tasks {missing[0]}: no such file.")
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
-    found = [_task_name(Path(name)) if Path(name) in files else name for name in names]
-    unknown = [name for name in found if name not in manager.all_tasks]
+    task_names = [_task_name(Path(name)) if Path(name) in files else name for name in names]
+    unknown = [name for name in task_names if name not in manager.all_tasks]
     if unknown:
         raise UsageError(
             f"--tasks {unknown[0]}: lm-eval knows no such task. `lm-eval ls tasks` lists them; a task of your own is a "
             "path that ends in .yaml."
         )
-    return found, manager
+    return task_names, manager
 
 
 def _task_name(file: Path) -> str:
@@ -93,7 +93,7 @@ def _run(
     tokenizer = models.load_tokenizer(subject, trust_remote_code=trust_remote_code)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
-        found = lm_eval.simple_evaluate(
+        outcome = lm_eval.simple_evaluate(
             model=wrapped, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000, log_samples=False
         )
     except (FileNotFoundError, ConnectionError, ValueError, KeyError) as error:
@@ -101,7 +101,7 @@ def _run(
         raise UsageError(
             f"--tasks {','.join(tasks)}: lm-eval could not run them ({type(error).__name__}: {why})."
         ) from error
-    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+    return {task: _numbers(metrics) for task, metrics in outcome["results"].items()}
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

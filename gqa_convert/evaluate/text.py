@@ -6,8 +6,10 @@ compared between tokenizers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median_high
 from typing import Any
 
 from gqa_convert.errors import UsageError
@@ -83,7 +85,7 @@ def windows(total: int, *, context: int, stride: int, limit: int | None = None) 
 
     Args:
         total: tokens in the stream.
-        context: tokens a window.
+        context: tokens per window.
         stride: tokens from one window to the next.
         limit: keep only this many windows, evenly spread.
 
@@ -95,15 +97,24 @@ def windows(total: int, *, context: int, stride: int, limit: int | None = None) 
     if total < 2:
         raise UsageError(f"the text has {total} tokens; at least two are needed to predict one from another.")
     context = min(context, total)
-    found = []
+    cut = []
     done = 0
     start = 0
     while start + context <= total:
-        found.append(Window(start, context, max(done - start, 1)))
+        cut.append(Window(start, context, max(done - start, 1)))
         done = start + context
         start += stride
     if stride < context and done < total:
-        found.append(Window(total - context, context, done - (total - context)))
-    if limit is not None and limit < len(found):
-        found = [found[i * len(found) // limit] for i in range(limit)]
-    return found
+        cut.append(Window(total - context, context, done - (total - context)))
+    if limit is not None and limit < len(cut):
+        cut = [cut[i * len(cut) // limit] for i in range(limit)]
+    return cut
+
+
+def overlapping(cut: Sequence[Window]) -> int:
+    """How many neighbouring windows share text, itself included: 2 for windows every half window, 1 side by side.
+
+    The usual number where it is not the same everywhere.
+    """
+    starts = [window.start for window in cut]
+    return median_high(bisect_left(starts, window.start + window.length) - i for i, window in enumerate(cut))

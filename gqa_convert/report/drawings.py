@@ -2,64 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from gqa_convert.evaluate.sweep.points import SweepPoint, frontier
+from gqa_convert.evaluate.metrics import QUALITY, Metric, row, rows
+from gqa_convert.evaluate.sweep.points import SweepPoint, frontiers
 from gqa_convert.report.collect import Run
+from gqa_convert.report.labels import place_labels
 
 COLORS = ("#2f7ed8", "#e0762f", "#3a9d5d", "#b455c8", "#c8a415", "#17a2b8", "#d14a61")
 """Each readable on white and on near black."""
+
+_LOG_FROM = 8
+"""Loss rises are drawn on a logarithmic axis where the largest is this many times the middle one."""
 
 _CONTEXTS = tuple(1 << n for n in range(9, 18))
 
 
 def _by_variant(run: Run) -> dict[str, list[SweepPoint]]:
-    found: dict[str, list[SweepPoint]] = {}
+    variants: dict[str, list[SweepPoint]] = {}
     for point in sorted(run.done, key=lambda p: p.groups):
-        found.setdefault(point.variant, []).append(point)
-    return found
+        variants.setdefault(point.variant, []).append(point)
+    return variants
 
 
-def _frontier(axes: Any, run: Run, cost: Callable[[SweepPoint], float | None], label: str) -> bool:
-    drawn = False
+def _frontier(axes: Any, run: Run, *, cost: Metric) -> bool:
+    """Loss rise against a cost, a colour per variant; labels: KV heads."""
+    quality = row(QUALITY)
+    labels = []
     for color, (variant, points) in zip(COLORS * 9, _by_variant(run).items(), strict=False):
-        known = [(cost(p), p) for p in points if cost(p) is not None and p.loss_difference is not None]
+        known = [p for p in points if p.value(cost.name) is not None]
         if not known:
             continue
-        drawn = True
-        xs, ys = [x for x, _ in known], [p.loss_difference for _, p in known]
-        bars = [
-            [max(0.0, (p.loss_difference or 0) - (p.interval or (0, 0))[0]) for _, p in known],
-            [max(0.0, (p.interval or (0, 0))[1] - (p.loss_difference or 0)) for _, p in known],
-        ]
+        xs, ys = [p.value(cost.name) or 0.0 for p in known], [p.loss_difference or 0.0 for p in known]
+        bars = _bars([(p.loss_difference or 0.0, p.interval) for p in known])
         axes.errorbar(xs, ys, yerr=bars, fmt="o", color=color, capsize=3, label=variant, markersize=6)
-        for x, point in known:
-            axes.annotate(
-                f"{point.groups}", (x, point.loss_difference), textcoords="offset points", xytext=(7, 5), fontsize=9
-            )
-    if not drawn:
+        labels += [(x, y, str(p.groups)) for x, y, p in zip(xs, ys, known, strict=True)]
+    if not labels:
         return False
-    best = {name: i for i, name in enumerate(frontier(run.points, cost))}
-    line = sorted((p for p in run.done if p.name in best), key=lambda p: best[p.name])
-    axes.plot([cost(p) for p in line], [p.loss_difference for p in line], "--", color="#8a8a8a", zorder=0)
-    tolerance = run.sweep["recommendation"]["tolerance"]
-    axes.axhline(tolerance, color="#d14a61", linewidth=1, linestyle=":", label=f"tolerance {tolerance:g}")
-    axes.set_xlabel(label)
-    axes.set_ylabel("loss rise, nats per token")
+    order = frontiers(run.points)[cost.frontier]
+    line = sorted((p for p in run.done if p.name in order), key=lambda p: order.index(p.name))
+    axes.plot([p.value(cost.name) for p in line], [p.loss_difference for p in line], "--", color="#8a8a8a", zorder=0)
+    rises = sorted(y for _, y, _ in labels)
+    if rises[0] > 0 and rises[-1] > _LOG_FROM * rises[len(rises) // 2]:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if run.recommendation is not None:
+        tolerance = run.recommendation.tolerance
+        axes.axhline(tolerance, color="#d14a61", linewidth=1, linestyle=":", label=f"tolerance {tolerance:g}")
+    axes.set_xlabel(f"{cost.label} (labels: KV heads)")
+    axes.set_ylabel(f"{quality.label}, {quality.unit}")
     axes.set_xlim(left=0)
+    axes.margins(y=0.1)
     axes.legend(fontsize=9)
+    place_labels(axes, labels)
     return True
 
 
-def frontier_cache(axes: Any, run: Run) -> bool:
-    """Loss against the share of the cache that is left."""
-    return _frontier(axes, run, lambda p: p.cache_ratio, "KV cache, share of the original's (labels: KV heads)")
-
-
-def frontier_time(axes: Any, run: Run) -> bool:
-    """Loss against decode time."""
-    return _frontier(axes, run, lambda p: p.time_ratio, "decode time, share of the original's (labels: KV heads)")
+def _bars(values: Sequence[tuple[float, tuple[float, float] | None]]) -> list[list[float]]:
+    """Lengths of error bars down and up; none where there is no interval."""
+    bounds = [(value, interval or (value, value)) for value, interval in values]
+    return [
+        [max(0.0, value - low) for value, (low, _) in bounds],
+        [max(0.0, high - value) for value, (_, high) in bounds],
+    ]
 
 
 def uptraining(axes: Any, run: Run) -> bool:
@@ -73,25 +80,25 @@ def uptraining(axes: Any, run: Run) -> bool:
             )
     if not run.curves:
         return False
+    reference = next((curve.reference for curve in run.curves if curve.reference is not None), None)
+    if reference is not None:
+        axes.axhline(reference, color="#8a8a8a", linewidth=1, linestyle=":", label="the original, held out")
     axes.set_xlabel(run.curves[0].unit)
     axes.set_ylabel("loss, nats per token")
-    if any(curve.held_out for curve in run.curves):
+    if reference is not None or any(curve.held_out for curve in run.curves):
         axes.legend(fontsize=9)
     return True
 
 
 def layers(axes: Any, run: Run) -> bool:
     """Loss rise of converting one layer alone."""
-    costs = run.layers.get("layers", ())
-    if not costs:
+    if run.layers is None or not run.layers.layers:
         return False
-    values = [cost["loss_difference"] for cost in costs]
-    bars = [
-        [max(0.0, cost["loss_difference"] - cost["interval"][0]) for cost in costs],
-        [max(0.0, cost["interval"][1] - cost["loss_difference"]) for cost in costs],
-    ]
+    costs = run.layers.layers
+    values = [cost.loss_difference for cost in costs]
+    bars = _bars([(cost.loss_difference, cost.interval) for cost in costs])
     axes.bar(range(len(values)), values, color=COLORS[0], yerr=bars, error_kw={"ecolor": "#8a8a8a", "capsize": 2})
-    axes.set_xlabel(f"layer (converted alone, as in {run.layers['point']})")
+    axes.set_xlabel(f"layer (converted alone, as in {run.layers.point})")
     axes.set_ylabel("loss rise, nats per token")
     axes.set_xticks(_ticks(len(values)))
     return True
@@ -99,17 +106,17 @@ def layers(axes: Any, run: Run) -> bool:
 
 def similarity(axes: Any, run: Run) -> bool:
     """Cosine between the heads of a group, before and after alignment."""
-    found = run.similarity.get("layers", ())
-    if not found:
+    if run.similarity is None or not run.similarity.layers:
         return False
+    compared = run.similarity.layers
     for color, part in zip(COLORS, ("keys", "values"), strict=False):
         for when, style in (("before", "o--"), ("after", "o-")):
-            values = [layer[f"{part}_{when}"] for layer in found]
+            values = [getattr(layer, f"{part}_{when}") for layer in compared]
             label = f"{part}, {'as they stand' if when == 'before' else 'aligned'}"
             axes.plot(range(len(values)), values, style, color=color, markersize=4, label=label)
-    axes.set_xlabel(f"layer (groups of adjacent heads, {run.similarity['groups']} KV heads)")
+    axes.set_xlabel(f"layer (groups of adjacent heads, {run.similarity.groups} KV heads)")
     axes.set_ylabel("cosine of heads in a group")
-    axes.set_xticks(_ticks(len(found)))
+    axes.set_xticks(_ticks(len(compared)))
     axes.legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return True
 
@@ -121,8 +128,10 @@ def _ticks(count: int) -> list[int]:
 def cache(axes: Any, run: Run) -> bool:
     """Cache of one sequence against context, for every number of KV heads."""
     sizes = {p.groups: p.cache_bytes_per_token for p in run.done if p.cache_bytes_per_token}
-    models = [run.base.get("base", {})] + [c["model"] for e in run.evaluations for c in e["converted"]]
-    sizes |= {m["kv_heads"]: m["kv_cache_bytes_per_token"] for m in models if m}
+    models = [run.base.base] if run.base is not None else []
+    models += [comparison.model for evaluation in run.evaluations for comparison in evaluation.converted]
+    measured = ((model.kv_heads, model.figures.get("kv_cache_bytes_per_token")) for model in models)
+    sizes |= {heads: figure.value for heads, figure in measured if figure is not None and figure.value > 0}
     if len(sizes) < 2:
         return False
     for color, (groups, size) in zip(COLORS * 9, sorted(sizes.items(), reverse=True), strict=False):
@@ -137,9 +146,10 @@ def cache(axes: Any, run: Run) -> bool:
     return True
 
 
+_COSTS = {f"frontier-{metric.frontier}": metric for metric in rows() if metric.frontier}
+
 DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
-    "frontier-cache": frontier_cache,
-    "frontier-time": frontier_time,
+    **{name: partial(_frontier, cost=metric) for name, metric in _COSTS.items()},
     "uptraining": uptraining,
     "layers": layers,
     "similarity": similarity,
@@ -147,10 +157,17 @@ DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
 }
 
 TITLES = {
-    "frontier-cache": "Quality against cache",
-    "frontier-time": "Quality against decode time",
+    **{name: f"Quality against {metric.label.partition(',')[0]}" for name, metric in _COSTS.items()},
     "uptraining": "Uptraining",
     "layers": "What each layer costs by itself",
     "similarity": "How alike the heads of a group are",
     "cache": "Cache against context",
+}
+
+CAPTIONS = {
+    **dict.fromkeys(_COSTS, "Bars: 95 % intervals. Dashed: points that no other beats."),
+    "uptraining": "Thin: training loss. With dots: held-out loss.",
+    "layers": "One layer converted, all others as in the original.",
+    "similarity": "Mean cosine of the weights of heads in a group; aligned: after rotating them onto each other.",
+    "cache": "From the measured bytes per token; both axes are logarithmic.",
 }

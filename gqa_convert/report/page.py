@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from html import escape
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
-from gqa_convert.console import size
+from gqa_convert.evaluate import metrics
+from gqa_convert.evaluate.metrics import Against
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
-from gqa_convert.report.drawings import TITLES
-from gqa_convert.report.style import CSS
-from gqa_convert.report.tables import bench_table, evaluation_table, measured_on, points_table
-from gqa_convert.report.words import verdict
+from gqa_convert.report.commands import commands
+from gqa_convert.report.drawings import CAPTIONS, TITLES
+from gqa_convert.report.tables import decoding, measured_on, points_metrics, points_table, quality
+from gqa_convert.report.words import verdict, written_by
 
-_CAPTIONS = {
-    "frontier-cache": "Bars: 95 % intervals. Dashed: points that no other beats.",
-    "frontier-time": "Decode time at the largest cache that was timed. Dashed: points that no other beats.",
-    "uptraining": "Thin: training loss. With dots: held-out loss.",
-    "layers": "One layer converted, all others as in the original.",
-    "similarity": "Mean cosine of the weights of heads in a group; aligned: after rotating them onto each other.",
-    "cache": "From the measured bytes per token; both axes are logarithmic.",
-}
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A large number, what it is, and what that means."""
+
+    number: str
+    label: str
+    hint: str = ""
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("gqa_convert.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html")
 
 
 def page(run: Run, plots: dict[str, str]) -> str:
@@ -29,49 +50,50 @@ def page(run: Run, plots: dict[str, str]) -> str:
         run: what was measured.
         plots: SVG elements by name, see `plots.draw_all`.
     """
-    name = run.base.get("base", {}).get("name") or run.folder.resolve().name
-    parts = [f"<h1>{escape(str(name))}: what grouped-query attention saves and costs</h1>"]
-    parts.append(f'<p class="lead">{escape(verdict(run))}</p>')
-    if run.chosen is not None:
-        parts.append(_numbers(run, run.chosen))
-    if plots:
-        figures = "".join(_figure(key, svg) for key, svg in plots.items())
-        parts.append(f'<h2>Plots</h2><div class="plots">{figures}</div>')
-    if run.points:
-        parts += ["<h2>All points</h2>", points_table(run), measured_on(run.base)]
-        timed = [(p, run.details[p.name].get("bench")) for p in run.done]
-        for point, bench in timed:
-            if bench and (run.chosen is None or point.name == run.chosen.name):
-                parts += [f"<h2>Decoding, {escape(point.name)}</h2>", bench_table(bench)]
-    for evaluation in run.evaluations:
-        parts += ["<h2>Quality</h2>", evaluation_table(evaluation)]
-    for bench in run.benches:
-        parts += ["<h2>Decoding</h2>", bench_table(bench)]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(str(name))}: GQA report</title>\n<style>{CSS}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
+    from markupsafe import Markup
+
+    chosen = run.chosen
+    timed = run.details[chosen.name].timed if chosen is not None else None
+    return _template().render(
+        name=run.base.base.name if run.base is not None else run.folder.resolve().name,
+        verdict=verdict(run),
+        tiles=[] if chosen is None else tiles(run, chosen),
+        figures=[{"title": TITLES[name], "caption": CAPTIONS[name], "svg": Markup(svg)} for name, svg in plots.items()],
+        points=points_table(run),
+        failed=[point for point in run.points if point.status == "failed"],
+        measured_on=measured_on(run.base, points_metrics(run)) if run.base is not None else "",
+        chosen_decoding=decoding(timed, chosen.name) if timed is not None and chosen is not None else None,
+        evaluations=[quality(evaluation) for evaluation in run.evaluations],
+        benches=[decoding(timed) for timed in run.benches],
+        commands=commands(run),
+        written_by=written_by(run),
     )
 
 
-def _numbers(run: Run, point: SweepPoint) -> str:
-    base = run.base["base"]
-    cells = [
-        (f"{base['kv_heads']} → {point.groups}", "KV heads"),
-        (
-            f"{size(base['kv_cache_bytes_per_token'])} → {size(point.cache_bytes_per_token or 0)}",
-            f"KV cache per token (x {point.cache_ratio:.3g})",
-        ),
-        (f"{point.loss_difference:+.4f}", f"loss, nats per token (from {base['loss']:.3f})"),
-        (f"{point.top1_agreement:.1%}", "same most likely token"),
-        (f"{base['parameters']:,} → {point.parameters:,}", "parameters"),
-    ]
-    if point.time_ratio is not None:
-        cells.insert(2, (f"x {point.time_ratio:.2f}", "decode time"))
-    return '<div class="numbers">' + "".join(f"<div><b>{a}</b><span>{b}</span></div>" for a, b in cells) + "</div>"
+def tiles(run: Run, point: SweepPoint) -> list[Tile]:
+    """The large numbers: what a point changes, metric by metric."""
+    assert run.base is not None
+    base = run.base.base
+    numbers = [Tile(f"{base.kv_heads} → {point.groups}", "KV heads")]
+    for metric in metrics.shown("tiles", [point.figures]):
+        figure = point.figures[metric.name]
+        if isinstance(metric.compute, Against):
+            own = metrics.row(metric.compute.metric)
+            if metric.compute.how == "ratio":
+                continue  # said beside the two values it is the ratio of
+            before = own.text(base.figures.get(own.name), missing="unknown")
+            label = f"{', '.join(part for part in (own.label, own.unit) if part)} (from {before})"
+            numbers.append(Tile(metric.text(figure), label, metric.hint))
+        elif metric.of == "model":
+            ratio = metric.comparison if metric.compared is not None and metric.compared.how == "ratio" else None
+            times = ratio.text(point.figures.get(ratio.name)) if ratio is not None else ""
+            label = metric.label + (f" ({times})" if times else "")
+            before = metric.text(base.figures.get(metric.name), missing="unknown")
+            numbers.append(Tile(f"{before} → {metric.text(figure)}", label, metric.hint))
+        else:
+            numbers.append(Tile(metric.show(figure.value), metric.label + _verdict(figure), metric.hint))
+    return numbers
 
 
-def _figure(name: str, svg: str) -> str:
-    return f"<figure><h3>{TITLES[name]}</h3>{svg}<figcaption>{_CAPTIONS[name]}</figcaption></figure>"
+def _verdict(figure: metrics.Figure) -> str:
+    return f" ({figure.verdict})" if figure.verdict else ""

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.errors import OutputError, UsageError
+from gqa_convert.errors import UsageError
+from gqa_convert.evaluate.files import write_bytes, write_text
 from gqa_convert.report import drawings
 from gqa_convert.report.collect import Run
 
@@ -21,6 +22,7 @@ INK = "#123456"
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 11,
     "axes.spines.top": False,
@@ -50,12 +52,12 @@ def draw_all(run: Run, folder: Path) -> dict[str, str]:
         UsageError: if matplotlib is not installed.
         OutputError: if the files cannot be written.
     """
-    made = {}
+    elements = {}
     for name, draw in drawings.DRAWINGS.items():
         svg = _draw(name, draw, run, folder)
         if svg is not None:
-            made[name] = svg
-    return made
+            elements[name] = svg
+    return elements
 
 
 def _draw(name: str, draw: Callable[[Any, Run], bool], run: Run, folder: Path) -> str | None:
@@ -67,12 +69,8 @@ def _draw(name: str, draw: Callable[[Any, Run], bool], run: Run, folder: Path) -
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
         figure.savefig(png, format="png", dpi=160, transparent=False, facecolor="white", metadata={"Software": None})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.svg").write_text(svg.getvalue(), encoding="utf-8")
-        (folder / f"{name}.png").write_bytes(png.getvalue())
-    except OSError as error:
-        raise OutputError(f"{folder}: the plots cannot be written ({error.strerror}).") from error
+    write_text(folder / f"{name}.svg", svg.getvalue())
+    write_bytes(folder / f"{name}.png", png.getvalue())
     return inline_svg(svg.getvalue(), name)
 
 
@@ -88,10 +86,12 @@ def _matplotlib(name: str) -> Iterator[Any]:
 
 
 def inline_svg(text: str, name: str) -> str:
-    """Make a matplotlib SVG fit a page: no prologue, no fixed size, the page's ink, ids of its own."""
+    """Make a matplotlib SVG fit a page: no prologue, no fixed size, the page's ink, ids of its own, and a title."""
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(?:width|height)="[\d.]+pt"', "", svg, count=2)
+    label = f"{drawings.TITLES[name]}. {drawings.CAPTIONS[name]}"
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     svg = svg.replace(INK, "currentColor")
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)

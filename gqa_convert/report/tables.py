@@ -1,167 +1,166 @@
-"""Tables of the page, as HTML. Every value that came from outside is escaped. Imports no torch."""
+"""Tables of the page, as text: the template makes HTML of it, and escapes it. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from gqa_convert.console import size
-from gqa_convert.evaluate.decode.results import lengths
+from gqa_convert.evaluate import metrics
+from gqa_convert.evaluate.decode.results import DecodeResult, lengths
+from gqa_convert.evaluate.metrics import Metric
+from gqa_convert.evaluate.results import Evaluation, Tasks
 from gqa_convert.evaluate.sweep.points import SweepPoint
-from gqa_convert.report.collect import Run
+from gqa_convert.report.collect import Run, Timed
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str = "", best: int | None = None) -> str:
-    """An HTML table in a box that scrolls by itself; cells are HTML already."""
-    lines = [f"<caption>{escape(caption)}</caption>"] if caption else []
-    lines.append("<thead><tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr></thead><tbody>")
-    for number, row in enumerate(rows):
-        mark = ' class="best"' if number == best else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>")
-    return '<div class="scroll"><table>' + "".join(lines) + "</tbody></table></div>"
+@dataclass(frozen=True)
+class Column:
+    """A heading, and what it means for who points at it."""
+
+    text: str
+    hint: str = ""
 
 
-def points_table(run: Run) -> str:
-    """Every point of a sweep, the original first and the chosen one marked."""
-    base = run.base["base"]
-    rows = [_base_row(base)]
-    rows += [_point_row(point, base) for point in run.points]
-    names = [point.name for point in run.points]
-    best = names.index(run.recommended.name) + 1 if run.recommended else None
-    head = ("", "KV heads", "loss", "loss rise [95 %]", "KL", "top-1", "cache/token (of original)", "decode time")
-    return table(head, rows, best=best) + failures(run)
+@dataclass(frozen=True)
+class Row:
+    """Cells, of which the first names the row; `tone` colours the last: good, bad, or not."""
+
+    cells: tuple[str, ...]
+    tone: str = ""
 
 
-def _base_row(base: dict[str, Any]) -> list[str]:
-    return [
-        f"{escape(base['name'])} (original)",
-        str(base["kv_heads"]),
-        f"{base['loss']:.4f}",
-        "",
-        "",
-        "",
-        size(base["kv_cache_bytes_per_token"]),
-        "1",
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table; row `best` is marked; `caption` is read aloud, and shown where `caption_shown`."""
+
+    caption: str
+    head: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    best: int | None = None
+    caption_shown: bool = False
 
 
-def _point_row(point: SweepPoint, base: dict[str, Any]) -> list[str]:
-    if point.status != "done" or point.interval is None or point.cache_bytes_per_token is None:
-        return [escape(point.name), str(point.groups), '<span class="bad">failed</span>', *[""] * 5]
-    loss = base["loss"] + (point.loss_difference or 0.0)
-    return [
-        escape(point.name),
-        str(point.groups),
-        f"{loss:.4f}",
-        f"{point.loss_difference:+.4f} [{point.interval[0]:+.4f}, {point.interval[1]:+.4f}]",
-        f"{point.kl:.4f}",
-        f"{point.top1_agreement:.1%}",
-        f"{size(point.cache_bytes_per_token)} ({point.cache_ratio:.3g})",
-        "" if point.time_ratio is None else f"{point.time_ratio:.2f}",
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """A decode benchmark: its table, what follows from it, and how it was measured."""
+
+    name: str = ""
+    table: Table
+    conclusions: tuple[str, ...]
+    note: str
 
 
-def failures(run: Run) -> str:
-    """Why points failed."""
-    failed = [point for point in run.points if point.status == "failed"]
-    if not failed:
-        return ""
-    items = "".join(f"<li>{escape(point.name)}: {escape(point.error)}</li>" for point in failed)
-    return f'<p class="bad">Failed, the others went on:</p><ul>{items}</ul>'
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """An evaluation: its table, how it was measured, and tasks of lm-eval where they were run."""
+
+    table: Table
+    measured_on: str
+    tasks: Table | None = field(default=None)
 
 
-def evaluation_table(evaluation: dict[str, Any]) -> str:
+def _heads(shown: Sequence[Metric]) -> tuple[Column, ...]:
+    return (Column("model"), Column("KV heads"), *(Column(metric.column, metric.hint) for metric in shown))
+
+
+def _row(name: str, kv_heads: int, figures: metrics.Figures, shown: Sequence[Metric]) -> Row:
+    return Row((name, str(kv_heads), *(metric.cell(figures.get(metric.name)) for metric in shown)))
+
+
+def points_metrics(run: Run) -> list[Metric]:
+    """The columns of the table of points."""
+    return metrics.shown("sweep", [point.figures for point in run.points])
+
+
+def points_table(run: Run) -> Table | None:
+    """Every point of a sweep, the original first and the chosen one marked; None without a sweep."""
+    if not run.points or run.base is None:
+        return None
+    shown = points_metrics(run)
+    base = run.base.base
+    rows = [_row(f"{base.name} (original)", base.kv_heads, base.figures, shown)]
+    rows += [_point_row(point, shown) for point in run.points]
+    best = run.points.index(run.recommended) + 1 if run.recommended else None
+    return Table(caption="All points of the sweep", head=_heads(shown), rows=tuple(rows), best=best)
+
+
+def _point_row(point: SweepPoint, shown: Sequence[Metric]) -> Row:
+    if point.status != "done":
+        return Row((point.name, str(point.groups), *[""] * (len(shown) - 1), "failed"), "bad")
+    return _row(point.name, point.groups, point.figures, shown)
+
+
+def quality(evaluation: Evaluation) -> Quality:
     """One `gqa eval`."""
-    rows = [
-        [
-            f"{escape(evaluation['base']['name'])} (original)",
-            str(evaluation["base"]["kv_heads"]),
-            f"{evaluation['base']['loss']:.4f}",
-            f"{evaluation['base']['perplexity']:.2f}",
-            *[""] * 3,
-            size(evaluation["base"]["kv_cache_bytes_per_token"]),
-        ]
-    ]
-    for made in evaluation["converted"]:
-        low, high = made["loss_difference_interval"]
-        model = made["model"]
-        rows.append(
-            [
-                escape(model["name"]),
-                str(model["kv_heads"]),
-                f"{model['loss']:.4f}",
-                f"{model['perplexity']:.2f}",
-                f"{made['loss_difference']:+.4f} [{low:+.4f}, {high:+.4f}]",
-                f"{made['kl']:.4f}",
-                f"{made['top1_agreement']:.1%}",
-                size(model["kv_cache_bytes_per_token"]),
-            ]
-        )
-    head = ("", "KV heads", "loss", "perplexity", "loss rise [95 %]", "KL", "top-1", "cache/token")
-    return table(head, rows) + measured_on(evaluation) + tasks_table(evaluation.get("tasks", {}))
-
-
-def tasks_table(tasks: dict[str, Any]) -> str:
-    """Results of lm-eval, a row a task and metric, a column a model."""
-    names = list(tasks)
-    keys = dict.fromkeys(
-        (task, key) for scores in tasks.values() for task, metrics in scores.items() for key in metrics
+    base = evaluation.base
+    pairs = [(comparison.model, comparison.model.figures | comparison.figures) for comparison in evaluation.converted]
+    shown = metrics.shown("page", [base.figures, *(figures for _, figures in pairs)])
+    rows = [_row(f"{base.name} (original)", base.kv_heads, base.figures, shown)]
+    rows += [_row(model.name, model.kv_heads, figures, shown) for model, figures in pairs]
+    return Quality(
+        table=Table(caption="Quality of the conversions", head=_heads(shown), rows=tuple(rows)),
+        measured_on=measured_on(evaluation, shown),
+        tasks=tasks_table(evaluation.tasks),
     )
-    rows = [
-        [escape(f"{task}, {key}"), *(_number(tasks[name].get(task, {}).get(key)) for name in names)]
+
+
+def tasks_table(tasks: Tasks) -> Table | None:
+    """Results of lm-eval: a row per task and metric, a column per model; None without any."""
+    keys = dict.fromkeys((task, key) for scores in tasks.values() for task, values in scores.items() for key in values)
+    rows = tuple(
+        Row((f"{task}, {key}", *(_number(scores.get(task, {}).get(key)) for scores in tasks.values())))
         for task, key in keys
-    ]
-    return table(("task", *names), rows, caption="lm-eval") if rows else ""
+    )
+    head = (Column("task"), *(Column(name) for name in tasks))
+    return Table(caption="lm-eval", head=head, rows=rows, caption_shown=True) if rows else None
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, (int, float)) else ""
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
-def measured_on(evaluation: dict[str, Any]) -> str:
-    """How an evaluation was measured, in small print."""
-    versions = ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items())
+def measured_on(evaluation: Evaluation, shown: Sequence[Metric]) -> str:
+    """How an evaluation was measured, and what its figures mean."""
+    versions = ", ".join(f"{name} {version}" for name, version in evaluation.versions.items())
+    when = f" on {evaluation.date}" if evaluation.date else ""
     return (
-        f'<p class="soft">{escape(evaluation["task"])} on {escape(evaluation["data"])}: {evaluation["tokens"]:,} '
-        f"tokens ({size(evaluation['bytes'])} of text) in {evaluation['windows']:,} windows of "
-        f"{evaluation['context']}, one every {evaluation['stride']}; {escape(evaluation['dtype'])} on "
-        f"{escape(evaluation['device'])}; {escape(versions)}. Loss and KL in nats per token, KL(original || "
-        "converted); intervals: bootstrap by window, paired; top-1: both models rank the same token first.</p>"
+        f"{evaluation.task} on {evaluation.data}: {evaluation.tokens:,} tokens ({size(evaluation.bytes)} of text) in "
+        f"{evaluation.windows:,} windows of {evaluation.context}, one every {evaluation.stride}; measured{when} in "
+        f"{evaluation.dtype} on {evaluation.device}; {versions}. {metrics.legend(shown)}."
     )
 
 
-def bench_table(bench: dict[str, Any]) -> str:
-    """One decode benchmark: a row a point and model, then what follows from it."""
-    rows = []
-    for point in bench["points"]:
-        source = point.get("source_tokens")
-        where = f"{point['cache']}, batch {point['batch']}, {lengths(point['context'], source)}"
-        if point["skipped"]:
-            rows.append([escape(where), "", f"left out: {escape(point['skipped'])}", *[""] * 6])
-        rows += [_bench_row(where, model) for model in point["models"]]
-    head = ("cache", "model", "ms/token", "of original", "tokens/s", "cache held", "near floor", "peak", "")
-    lines = "".join(f"<li>{escape(line)}</li>" for line in bench["conclusions"])
+def decoding(timed: Timed, name: str = "") -> Decoding:
+    """One decode benchmark: a row per point and model."""
+    bench, rows = timed.bench, []
+    for point in bench.points:
+        where = f"{point.cache}, batch {point.batch}, {lengths(point.context, point.source_tokens)}"
+        if point.skipped:
+            rows.append(Row((where, "", f"left out: {point.skipped}", *[""] * 6)))
+        rows += [_decode_row(where, model) for model in point.models]
+    head = ("cache", "model", "ms/token", "of original", "tokens/s", "cache held", "near floor", "peak", "verdict")
+    versions = "".join(f"; {name} {version}" for name, version in bench.versions.items())
     note = (
-        f'<p class="soft">{escape(bench["dtype"])} on {escape(bench["device"])}; medians of {bench["rounds"]} '
-        f"interleaved rounds of {bench['steps']} tokens, quartiles in brackets; memory read at "
-        f"{bench['bandwidth'] / 1e9:.1f} GB/s. "
-        "Near floor: time that reading weights and cache alone would take, over the time taken.</p>"
+        f"{bench.dtype} on {bench.device}{versions}; medians of {bench.rounds} interleaved rounds of "
+        f"{bench.steps} tokens, quartiles in brackets; memory read at {bench.bandwidth / 1e9:.1f} GB/s. "
+        "Near floor: time that reading weights and cache alone would take, over the time taken."
     )
-    return table(head, rows) + f"<ul>{lines}</ul>" + note
+    table = Table(caption="Decode time", head=tuple(map(Column, head)), rows=tuple(rows))
+    return Decoding(name=name, table=table, conclusions=timed.conclusions, note=note)
 
 
-def _bench_row(where: str, model: dict[str, Any]) -> list[str]:
-    ratio = model["time_ratio"]
-    tone = {"faster": "good", "slower": "bad"}.get(model["verdict"], "")
-    return [
-        escape(where),
-        f"{escape(model['name'])} ({model['kv_heads']})",
-        f"{model['seconds']['median'] * 1e3:.3g}",
-        "" if ratio is None else f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
-        f"{model['tokens_per_second']:,.0f}",
-        f"{size(model['cache_bytes'])} ({model['cache_ratio']:.3g})",
-        f"{model['floor_share']:.0%}",
-        "unknown" if model["peak_bytes"] is None else size(model["peak_bytes"]),
-        f'<span class="{tone}">{escape(model["verdict"])}</span>',
-    ]
+def _decode_row(where: str, model: DecodeResult) -> Row:
+    ratio = model.time_ratio
+    cells = (
+        where,
+        f"{model.name} ({model.kv_heads})",
+        f"{model.seconds.median * 1e3:.3g}",
+        "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+        f"{model.tokens_per_second:,.0f}",
+        f"{size(model.cache_bytes)} ({model.cache_ratio:.3g})",
+        f"{model.floor_share:.0%}",
+        "unknown" if model.peak_bytes is None else size(model.peak_bytes),
+        model.verdict,
+    )
+    return Row(cells, {"faster": "good", "slower": "bad"}.get(model.verdict, ""))

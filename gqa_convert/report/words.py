@@ -1,51 +1,78 @@
-"""The verdict in a sentence. Imports no torch."""
+"""The verdict in a sentence, and when it was measured. Imports no torch."""
 
 from __future__ import annotations
 
+from gqa_convert import __version__
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
+
+_SAME = 0.03
+"""Decode times this near to the original's are no difference, where no benchmark said so itself."""
 
 
 def verdict(run: Run) -> str:
     """Say what to take, and what it gains and costs; or that nothing fits, and what is nearest."""
-    if not run.points:
+    if not run.points or run.recommendation is None:
         return _single(run)
     point = run.recommended
     if point is None:
-        return str(run.sweep["recommendation"]["reason"])
+        return run.recommendation.reason
     return f"Take {point.groups} KV heads by {point.variant}: {gains(point)}, and {cost(point, run)}."
 
 
 def gains(point: SweepPoint) -> str:
     """What a point saves, in words."""
-    text = f"the KV cache shrinks to {point.cache_ratio:.0%}"
-    if point.time_ratio is None:
+    share = point.cache_ratio
+    text = "the KV cache" + (" was not measured" if share is None else f" shrinks to {share:.0%}")
+    time = point.figures.get("time_ratio")
+    if time is None:
         return text
-    if point.time_ratio < 0.97:
-        return f"{text}, decoding takes {point.time_ratio:.2f} of the time"
-    if point.time_ratio > 1.03:
-        return f"{text}, but decoding is slower here (x {point.time_ratio:.2f})"
+    said = time.verdict or _decode_verdict(time.value)
+    if said == "faster":
+        return f"{text}, decoding takes {time.value:.2f} of the time"
+    if said == "slower":
+        return f"{text}, but decoding is slower here (x {time.value:.2f})"
     return f"{text}, though decoding is no faster here"
+
+
+def _decode_verdict(ratio: float) -> str:
+    if ratio < 1 - _SAME:
+        return "faster"
+    return "slower" if ratio > 1 + _SAME else "no difference"
 
 
 def cost(point: SweepPoint, run: Run) -> str:
     """What a point costs, in words."""
-    assert point.interval is not None
-    tolerance = run.sweep["recommendation"]["tolerance"]
-    return (
-        f"the loss rises by {point.loss_difference:.4f} nats per token (95 % interval {point.interval[0]:.4f} to "
-        f"{point.interval[1]:.4f}), within the tolerance of {tolerance:g}"
-    )
+    assert run.recommendation is not None
+    rise = point.loss_difference or 0.0
+    low, high = point.interval or (rise, rise)
+    interval = f"nats per token (95 % interval {low:.4f} to {high:.4f})"
+    within = f"within the tolerance of {run.recommendation.tolerance:g}"
+    if low <= 0 <= high:
+        return f"the loss does not change measurably: {rise:+.4f} {interval}, {within}"
+    if rise < 0:
+        return f"the loss falls by {-rise:.4f} nats per token (95 % interval {-high:.4f} to {-low:.4f}), {within}"
+    return f"the loss rises by {rise:.4f} {interval}, {within}"
 
 
 def _single(run: Run) -> str:
     parts = []
     for evaluation in run.evaluations:
-        for made in evaluation["converted"]:
-            low, high = made["loss_difference_interval"]
+        for comparison in evaluation.converted:
+            if not {"loss_difference", "cache_ratio"} <= comparison.figures.keys():
+                continue
+            low, high = comparison.loss_difference_interval
             parts.append(
-                f"{made['model']['name']}: the KV cache shrinks to {made['cache_ratio']:.0%}, and the loss changes by "
-                f"{made['loss_difference']:+.4f} nats per token (95 % interval {low:+.4f} to {high:+.4f})."
+                f"{comparison.model.name}: the KV cache shrinks to {comparison.figures['cache_ratio'].value:.0%}, and "
+                f"the loss changes by {comparison.loss_difference:+.4f} nats per token (95 % interval {low:+.4f} to "
+                f"{high:+.4f})."
             )
-    parts += [line + ("" if line.endswith(".") else ".") for bench in run.benches for line in bench["conclusions"]]
+    parts += [line + ("" if line.endswith(".") else ".") for timed in run.benches for line in timed.conclusions]
     return " ".join(parts[:3]) or "An uptraining run; nothing was compared yet."
+
+
+def written_by(run: Run) -> str:
+    """With what the page was written, and when its figures were measured."""
+    days = sorted({e.date for e in (run.base, *run.evaluations) if e is not None and e.date})
+    when = f" Measured on {days[0]}" + (f" to {days[-1]}." if len(days) > 1 else ".") if days else ""
+    return f"Written by gqa report, gqa-convert {__version__}.{when}"

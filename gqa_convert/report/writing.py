@@ -8,7 +8,7 @@ from pathlib import Path
 from gqa_convert.errors import HubError, UsageError
 from gqa_convert.evaluate.files import write_text
 from gqa_convert.report.card import card, may_write
-from gqa_convert.report.collect import Run, read_run
+from gqa_convert.report.collect import Run, inside, read_run
 from gqa_convert.report.page import page
 from gqa_convert.report.plots import draw_all
 from gqa_convert.report.words import verdict
@@ -16,18 +16,19 @@ from gqa_convert.report.words import verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written, and the verdict."""
+    """What was written, model cards that somebody else wrote and that were kept, and the verdict."""
 
     page: Path
     plots: tuple[Path, ...]
     cards: tuple[Path, ...]
+    kept: tuple[Path, ...]
     verdict: str
 
 
 def write_report(folder: Path, *, cards: bool = True, base_model: str = "") -> Report:
     """Write `report.html` and `plots/` into a run folder, and a README.md into every converted folder in it.
 
-    A README.md that somebody wrote for the converted model is left alone.
+    A README.md that is neither ours nor carried over from the original, unchanged, is left alone.
 
     Args:
         folder: the run folder.
@@ -39,18 +40,24 @@ def write_report(folder: Path, *, cards: bool = True, base_model: str = "") -> R
         OutputError: if something cannot be written.
     """
     run = read_run(folder)
-    plots = draw_all(run, folder / "plots")
+    plots = draw_all(run, inside(folder, folder / "plots"))
     write_text(folder / "report.html", page(run, plots))
-    written = []
+    written, kept = [], []
     for point in run.done if cards else ():
         model = run.model_folder(point)
-        if model.is_dir() and may_write(model):
-            write_text(model / "README.md", card(run, point, base_model=base_model))
-            written.append(model / "README.md")
+        if not model.is_dir():
+            continue
+        file = model / "README.md"
+        if not may_write(model):
+            kept.append(file)
+            continue
+        write_text(file, card(run, point, base_model=base_model))
+        written.append(file)
     return Report(
         page=folder / "report.html",
         plots=tuple(folder / "plots" / f"{name}.{kind}" for name in plots for kind in ("svg", "png")),
         cards=tuple(written),
+        kept=tuple(kept),
         verdict=verdict(run),
     )
 
@@ -85,7 +92,7 @@ def _upload(run: Run, model: Path, repo: str, private: bool) -> str:
     try:
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        found = api.upload_folder(repo_id=repo, folder_path=model, commit_message="Converted by gqa-convert")
+        commit = api.upload_folder(repo_id=repo, folder_path=model, commit_message="Converted by gqa-convert")
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise HubError(f"{repo}: could not be uploaded ({' '.join(str(error).split())[:300]}).") from error
-    return str(found)
+    return str(commit)

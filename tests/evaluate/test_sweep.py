@@ -18,10 +18,10 @@ from gqa_convert.evaluate.sweep.settings import SweepSettings
 
 
 def point(groups: int, loss: float, high: float | None = None, variant: str = "mean") -> SweepPoint:
-    return SweepPoint(
-        name=f"{variant}-g{groups}", variant=variant, groups=groups, status="done", loss_difference=loss,
-        interval=(loss, loss if high is None else high), cache_bytes_per_token=groups * 10, time_ratio=groups / 8,
-    )  # fmt: skip
+    identity = {"name": f"{variant}-g{groups}", "variant": variant, "groups": groups, "status": "done"}
+    interval = [loss, loss if high is None else high]
+    figures = {"loss_difference": loss, "interval": interval, "cache_bytes_per_token": groups * 10}
+    return from_json(identity | figures | {"time_ratio": groups / 8})
 
 
 POINTS = [point(4, 0.01, 0.02), point(2, 0.04, 0.06), point(2, 0.03, 0.045, "pca"), point(1, 0.3)]

@@ -1,10 +1,12 @@
 """A run folder as a sweep leaves it, without running one."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread
+from gqa_convert.evaluate.metrics import Figure
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
 from gqa_convert.evaluate.sweep.points import SweepPoint, recommend
 
@@ -12,10 +14,14 @@ HOSTILE = '<script>alert("x")</script>'
 
 
 def model(name: str, kv_heads: int, loss: float) -> ModelResult:
-    return ModelResult(
-        name=name, query_heads=8, kv_heads=kv_heads, parameters=1000 + kv_heads, loss=loss, bits_per_byte=1.0,
-        kv_cache_bytes_per_token=256 * kv_heads, loss_interval=(loss - 0.1, loss + 0.1),
-    )  # fmt: skip
+    figures = {
+        "loss": Figure(loss, (loss - 0.1, loss + 0.1)),
+        "perplexity": Figure(math.exp(loss)),
+        "bits_per_byte": Figure(1.0),
+        "kv_cache_bytes_per_token": Figure(256 * kv_heads),
+        "parameters": Figure(1000 + kv_heads),
+    }
+    return ModelResult(name=name, query_heads=8, kv_heads=kv_heads, figures=figures)
 
 
 def evaluation(*converted: Comparison) -> Evaluation:
@@ -27,10 +33,13 @@ def evaluation(*converted: Comparison) -> Evaluation:
 
 
 def comparison(name: str, kv_heads: int, rise: float) -> Comparison:
-    return Comparison(
-        model=model(name, kv_heads, 4.0 + rise), loss_difference=rise, kl=rise, kl_interval=(rise, rise), seconds=1.0,
-        loss_difference_interval=(rise - 0.01, rise + 0.01), top1_agreement=0.9, top1_interval=(0.9, 0.9),
-    )  # fmt: skip
+    figures = {
+        "loss_difference": Figure(rise, (rise - 0.01, rise + 0.01)),
+        "kl": Figure(rise, (rise, rise)),
+        "top1_agreement": Figure(0.9, (0.9, 0.9)),
+        "cache_ratio": Figure(kv_heads / 8),
+    }
+    return Comparison(model=model(name, kv_heads, 4.0 + rise), figures=figures, seconds=1.0)
 
 
 def bench(name: str, ratio: float) -> Bench:
@@ -57,15 +66,13 @@ def write_run(folder: Path, *, tolerance: float = 0.05, failed: bool = True) -> 
     points = []
     for variant, groups, rise in (("mean", 4, 0.02), ("mean", 2, 0.2), ("pca", 2, 0.03)):
         name = f"{variant}-g{groups}"
-        point = SweepPoint(
-            name=name, variant=variant, groups=groups, status="done", loss_difference=rise,
-            interval=(rise - 0.01, rise + 0.01), kl=rise, top1_agreement=0.9, parameters=1000,
-            cache_bytes_per_token=256 * groups, cache_ratio=groups / 8, time_ratio=0.4 + groups / 20,
-        )  # fmt: skip
+        measured = comparison(name, groups, rise)
+        figures = measured.model.figures | measured.figures | {"time_ratio": Figure(0.4 + groups / 20, None, "faster")}
+        point = SweepPoint(name=name, variant=variant, groups=groups, status="done", figures=figures)
         points.append(point)
-        made = evaluation(comparison(name, groups, rise)).to_json()
-        detail = {"point": point.to_json(), "evaluation": made, "bench": bench(name, 0.5).to_json()}
-        _write(folder / "points" / name / "point.json", detail | {"recipe": {"method": variant, "fold": False}})
+        recipe = {"method": variant, "fold": False}
+        detail = {"point": point.to_json(), "evaluation": evaluation(measured).to_json(), "recipe": recipe}
+        _write(folder / "points" / name / "point.json", detail | {"bench": bench(name, 0.5).to_json()})
         _write(folder / "points" / name / "model" / "config.json", {"model_type": "llama"})
         source = {"name": "tiny", "hub": {"repo_id": "someone/tiny"}}
         _write(folder / "points" / name / "model" / "gqa_convert.json", {"source": source, "versions": {"torch": "2"}})

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,9 +15,11 @@ from gqa_convert.errors import HubError, UsageError
 from gqa_convert.report import writing
 from gqa_convert.report.collect import read_run
 from gqa_convert.report.drawings import DRAWINGS, TITLES
+from gqa_convert.report.labels import place_labels
 from gqa_convert.report.page import page
 from gqa_convert.report.words import verdict
 from gqa_convert.report.writing import push, write_report
+from gqa_convert.uptrain.metrics import MetricsFile
 from tests.report.make_run import HOSTILE, bench, comparison, evaluation, write_run
 
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
@@ -115,15 +119,27 @@ def test_the_card_has_metadata_numbers_and_how_to_load(made: Path) -> None:
     assert "fold False" not in text
 
 
+def carry_over(file: Path, text: str) -> None:
+    """Write a README.md as a conversion carries it over: with its hash in the record."""
+    file.write_text(text)
+    record = json.loads((file.parent / "gqa_convert.json").read_text())
+    record["files"] = {file.name: {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}}
+    (file.parent / "gqa_convert.json").write_text(json.dumps(record))
+
+
 def test_a_card_somebody_wrote_is_kept_and_a_licence_carried_over(tmp_path: Path) -> None:
     write_run(tmp_path)
     theirs = tmp_path / "points" / "mean-g4" / "model" / "README.md"
     theirs.write_text("# My GQA model\n")
     original = tmp_path / "points" / "pca-g2" / "model" / "README.md"
-    original.write_text("---\nlicense: apache-2.0\n---\n# The original\n")
-    found = write_report(tmp_path, base_model="me/mine")
+    carry_over(original, "---\nlicense: apache-2.0\n---\n# The original\n")
+    changed = tmp_path / "points" / "mean-g2" / "model" / "README.md"
+    carry_over(changed, "# The original\n")
+    changed.write_text("# The original, and what I found out about it\n")
+    report = write_report(tmp_path, base_model="me/mine")
     assert theirs.read_text() == "# My GQA model\n"
-    assert theirs not in found.cards
+    assert set(report.kept) == {theirs, changed}
+    assert report.cards == (original,)
     front = yaml.safe_load(original.read_text().split("---")[1])
     assert (front["license"], front["base_model"]) == ("apache-2.0", "me/mine")
 
@@ -143,7 +159,87 @@ def test_lm_eval_results_are_shown(tmp_path: Path) -> None:
     found["tasks"] = {"tiny": {"boolq": {"acc": 0.5}}, "tiny-gqa2": {"boolq": {"acc": 0.25}}}
     (tmp_path / "eval.json").write_text(json.dumps(found))
     run = read_run(tmp_path)
-    assert "<td>boolq, acc</td><td>0.5</td><td>0.25</td>" in page(run, {})
+    assert '<th scope="row">boolq, acc</th><td>0.5</td><td>0.25</td>' in page(run, {})
+
+
+def test_a_run_written_before_metrics_were_rows_still_makes_a_report(tmp_path: Path) -> None:
+    files = json.loads(Path(__file__).with_name("first_format.json").read_text())
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    report = write_report(tmp_path)
+    assert report.verdict == (
+        "Take 2 KV heads by pca: the KV cache shrinks to 25%, decoding takes 0.50 of the time, and the loss rises by "
+        "0.0300 nats per token (95 % interval 0.0200 to 0.0400), within the tolerance of 0.05."
+    )
+    text = report.page.read_text()
+    for cell in ("4.0300", "+0.0300 [+0.0200, +0.0400]", "90.0%", "512 B", "x 0.25", "x 0.50 (faster)", "60.34"):
+        assert f"<td>{cell}</td>" in text
+    assert len(report.plots) == 2 * len(DRAWINGS)
+    assert len(report.cards) == 3
+
+
+def test_headline_and_table_agree_where_decoding_is_no_faster(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    sweep = json.loads((run / "sweep.json").read_text())
+    for point in sweep["points"]:
+        point |= {"time_ratio": 0.96, "time_ratio_verdict": "no difference"}
+    (run / "sweep.json").write_text(json.dumps(sweep))
+    loaded = read_run(run)
+    assert "though decoding is no faster here" in verdict(loaded)
+    assert "<td>x 0.96 (no difference)</td>" in page(loaded, {})
+
+
+def test_commands_date_and_versions_are_on_the_page(made: Path, tmp_path: Path) -> None:
+    text = (made / "report.html").read_text()
+    assert (
+        "gqa sweep tiny --groups 4,2 --methods=mean,pca,first --data=poems.jsonl --context 128 --stride 64 "
+        f"--dtype=float32 --tolerance 0.05 --batch 8,64 --cache-context 2048,8192 --run {made.name}" in text
+    )
+    value = evaluation(comparison("tiny gqa2", 2, 0.1)).to_json() | {"date": "2026-01-31"}
+    (tmp_path / "eval.json").write_text(json.dumps(value))
+    text = page(read_run(tmp_path), {})
+    assert "gqa eval tiny &#39;tiny gqa2&#39; --data=poems.jsonl" in text
+    assert "measured on 2026-01-31" in text
+    assert "torch 2.13.0" in text
+
+
+def test_tables_and_drawings_can_be_read_aloud(made: Path) -> None:
+    text = (made / "report.html").read_text()
+    assert text.count("<table>") == text.count('<thead><tr><th scope="col"') == 2
+    assert re.findall(r"<tr[^>]*><t[dh](?! scope)", text) == [], "the first cell of every row names it"
+    labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', text)
+    assert [label.split(".")[0] for label in labels] == list(TITLES.values())
+    assert all('role="region"' in box and "tabindex" in box for box in re.findall(r'<div class="scroll"[^>]*>', text))
+
+
+def test_the_log_of_an_uptraining_makes_a_curve(tmp_path: Path) -> None:
+    log = MetricsFile(tmp_path / "run" / "metrics.jsonl")
+    log.write("evaluation", 0, {"held_out_loss": 5.0, "held_out_tokens": 64.0, "reference_loss": 3.5})
+    for step in (1, 2):
+        log.write("train", step, {"tokens": step * 100, "loss": 5 - step / 10})
+    log.write("evaluation", 2, {"held_out_loss": 4.5, "held_out_tokens": 64.0})
+    (curve,) = read_run(tmp_path).curves
+    assert (curve.name, curve.unit, curve.reference) == ("run", "tokens", 3.5)
+    assert curve.train == ((100, 4.9), (200, 4.8))
+    assert curve.held_out == ((0, 5.0), (200, 4.5))
+
+
+def test_labels_do_not_overprint() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8))
+    axes = figure.add_subplot()
+    points = [(0.5 + 0.004 * (i % 3), 0.1 + 0.002 * i, "16") for i in range(9)]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 2)
+    place_labels(axes, points)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    assert len(boxes) == len(points)
+    assert [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)] == []
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

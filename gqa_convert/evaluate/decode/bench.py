@@ -49,12 +49,12 @@ def bench(
         raise UsageError(f"two models are called {next(n for n in names if names.count(n) > 1)}: rename a folder.")
     _check_encoders(contenders, settings)
     bandwidth = read_bandwidth(device)
-    made = []
+    points = []
     for kind in settings.caches:
         for context in settings.contexts:
             for batch in settings.batches:
                 point = _point(contenders, settings, kind, batch, context, bandwidth)
-                made.append(point)
+                points.append(point)
                 if on_point is not None:
                     on_point(point)
     return Bench(
@@ -66,7 +66,7 @@ def bench(
         versions={name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
         weights={c.name: c.weight_bytes for c in contenders},
         weights_read={c.name: c.weight_bytes_read for c in contenders},
-        points=tuple(made),
+        points=tuple(points),
         capacities=_capacities(contenders, settings),
     )
 
@@ -165,7 +165,7 @@ def _prefills(
 ) -> list[list[float]] | None:
     if batch * (context if source is None else source) > settings.prefill_tokens:
         return None
-    found: list[list[float]] = [[] for _ in contenders]
+    seconds_by_model: list[list[float]] = [[] for _ in contenders]
     for number in range(settings.rounds + 1):
         for turn in range(len(contenders)):
             i = (turn + number) % len(contenders)
@@ -173,8 +173,8 @@ def _prefills(
             if seconds is None:
                 return None
             if number:
-                found[i].append(seconds)
-    return found
+                seconds_by_model[i].append(seconds)
+    return seconds_by_model
 
 
 def _result(

@@ -70,9 +70,11 @@ def load_contenders(
     Raises:
         GQAConvertError: if one cannot be loaded.
     """
-    found = []
+    contenders = []
     for folder in folders:
-        made = models.subject(str(folder), trust_remote_code=trust_remote_code)
-        model = models.load(made, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        found.append(Contender(name=made.name, query_heads=made.query_heads, kv_heads=made.kv_heads, model=model))
-    return found
+        subject = models.subject(str(folder), trust_remote_code=trust_remote_code)
+        model = models.load(subject, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        contenders.append(
+            Contender(name=subject.name, query_heads=subject.query_heads, kv_heads=subject.kv_heads, model=model)
+        )
+    return contenders

@@ -45,20 +45,20 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     On a GPU as torch's allocator counts it. On the CPU as Linux counts the process's resident memory (its high-water
     mark is reset first); elsewhere it stays None.
     """
-    found = Peak()
+    peak = Peak()
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield found
+        yield peak
         synchronize(device)
-        found.bytes = torch.cuda.max_memory_allocated(device) - before
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     gc.collect()  # or what is freed in the meantime would hide what is taken
     level = _reset_high_water()
-    yield found
+    yield peak
     if level is not None:
-        found.bytes = max(0, _status("VmHWM") - level)
+        peak.bytes = max(0, _status("VmHWM") - level)
 
 
 def _reset_high_water() -> int | None:

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from gqa_convert.evaluate import metrics
+from gqa_convert.evaluate.metrics import QUALITY, Figures
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+_SPELLED = {"loss_difference_interval": "interval", "kv_cache_bytes_per_token": "cache_bytes_per_token"}
+"""Keys of a point that its JSON has always spelled otherwise than an evaluation's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,14 +27,7 @@ class SweepPoint:
         groups: KV heads.
         status: `done` or `failed`.
         error: why it failed.
-        loss_difference: nats per token more than the original.
-        interval: its 95 % bootstrap interval.
-        kl: KL(original || converted), nats per token.
-        top1_agreement: share of tokens.
-        parameters: of the converted model.
-        cache_bytes_per_token: measured.
-        cache_ratio: of the original's.
-        time_ratio: decode time over the original's, at the point where the cache weighs most; None where not measured.
+        figures: of the converted model and of the pair, by metric.
         convert_seconds: to convert.
         uptrained_tokens: tokens it was trained on after merging.
     """
@@ -34,26 +37,66 @@ class SweepPoint:
     groups: int
     status: str
     error: str = ""
-    loss_difference: float | None = None
-    interval: tuple[float, float] | None = None
-    kl: float | None = None
-    top1_agreement: float | None = None
-    parameters: int | None = None
-    cache_bytes_per_token: int | None = None
-    cache_ratio: float | None = None
-    time_ratio: float | None = None
+    figures: Figures = field(default_factory=dict)
     convert_seconds: float | None = None
     uptrained_tokens: int = 0
 
+    def value(self, metric: str) -> float | None:
+        """A figure's value; None where it was not measured."""
+        figure = self.figures.get(metric)
+        return None if figure is None else figure.value
+
+    @property
+    def loss_difference(self) -> float | None:
+        """Nats per token more than the original."""
+        return self.value(QUALITY)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % bootstrap interval of `loss_difference`."""
+        figure = self.figures.get(QUALITY)
+        return None if figure is None else figure.interval
+
+    @property
+    def cache_bytes_per_token(self) -> float | None:
+        """Measured."""
+        return self.value("kv_cache_bytes_per_token")
+
+    @property
+    def cache_ratio(self) -> float | None:
+        """Cache of the original's."""
+        return self.value("cache_ratio")
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Decode time over the original's, where the cache weighs most; None where not measured."""
+        return self.value("time_ratio")
+
     def to_json(self) -> dict[str, Any]:
-        """The point as JSON values."""
-        return asdict(self)
+        """The point as JSON values, its figures beside the rest."""
+        values = asdict(self)
+        del values["figures"]
+        figures = metrics.to_json(self.figures, metrics.rows())
+        return values | {_SPELLED.get(key, key): value for key, value in figures.items()}
 
 
 def from_json(value: dict[str, Any]) -> SweepPoint:
-    """Undo `SweepPoint.to_json`."""
-    interval = value.get("interval")
-    return SweepPoint(**(value | {"interval": None if interval is None else (interval[0], interval[1])}))
+    """Undo `SweepPoint.to_json`.
+
+    Raises:
+        ValueError: if it is no point; says which value is at fault.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    named = value | {name: value[key] for name, key in _SPELLED.items() if key in value}
+    return _adapter().validate_python(named | {"figures": metrics.from_json(named, metrics.rows())})
+
+
+@cache
+def _adapter() -> TypeAdapter[SweepPoint]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(SweepPoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +106,22 @@ class Recommendation:
     name: str | None
     tolerance: float
     reason: str
+
+
+def frontiers(points: Sequence[SweepPoint]) -> dict[str, list[str]]:
+    """The frontier of every cost that a metric names: names of points, see `frontier`."""
+    costs = [metric for metric in metrics.rows() if metric.frontier]
+    return {metric.frontier: frontier(points, _cost(metric)) for metric in costs}
+
+
+def _cost(metric: metrics.Metric) -> Callable[[SweepPoint], float | None]:
+    sign = -1 if metric.better == "higher" else 1
+
+    def cost(point: SweepPoint) -> float | None:
+        value = point.value(metric.name)
+        return None if value is None else sign * value
+
+    return cost
 
 
 def frontier(points: Sequence[SweepPoint], cost: Callable[[SweepPoint], float | None]) -> list[str]:

@@ -1,6 +1,6 @@
 """Convert a model in many ways, measure every result, and say which to take.
 
-Everything lives in a run folder, one folder a point. A point that is finished under the same settings is not done
+Everything lives in a run folder, one folder per point. A point that is finished under the same settings is not done
 again, so an interrupted sweep goes on where it stopped, and a longer list of groups only adds to it. A point that fails
 is recorded with its reason, and the others go on.
 """
@@ -29,9 +29,10 @@ from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.contender import load_contenders
 from gqa_convert.evaluate.evaluation import evaluate
 from gqa_convert.evaluate.files import read_json, write_json
+from gqa_convert.evaluate.metrics import bench_figures, rows
 from gqa_convert.evaluate.sensitivity import layer_costs
 from gqa_convert.evaluate.similarity import head_similarity
-from gqa_convert.evaluate.sweep.points import Recommendation, SweepPoint, from_json, frontier, recommend
+from gqa_convert.evaluate.sweep.points import Recommendation, SweepPoint, from_json, frontiers, recommend
 from gqa_convert.evaluate.sweep.settings import SweepSettings
 from gqa_convert.evaluate.sweep.uptrained import FOLDER, result_folder, uptrain_point
 from gqa_convert.modeling import shipping
@@ -59,10 +60,7 @@ class Sweep:
             "kind": "sweep",
             "base": self.base,
             "points": [point.to_json() for point in self.points],
-            "frontier": {
-                "cache": frontier(self.points, lambda p: p.cache_bytes_per_token),
-                "time": frontier(self.points, lambda p: p.time_ratio),
-            },
+            "frontier": frontiers(self.points),
             "recommendation": asdict(self.recommendation),
             "versions": {name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
         }
@@ -109,11 +107,11 @@ def sweep(
             write_json(run / SUMMARY, _summary(run, base, points, settings).to_json())
             if on_point is not None:
                 on_point(point, known)
-    found = _summary(run, base, points, settings)
+    finished = _summary(run, base, points, settings)
     if settings.sensitivity:
-        _sensitivity(subject, run, settings, found)
+        _sensitivity(subject, run, settings, finished)
         _similarity(subject, run, settings, identity)
-    return found
+    return finished
 
 
 def _summary(run: Path, base: dict[str, Any], points: Sequence[SweepPoint], settings: SweepSettings) -> Sweep:
@@ -130,22 +128,39 @@ def _stamp(text: str | None) -> list[int]:
     file = Path(text) if text else None
     if file is None or not file.is_file():
         return []
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns]
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _measuring(settings: SweepSettings) -> Any:
+    """What decides the figures of a model: the data, how it is cut, and which metrics there are."""
+    return [asdict(settings.evaluation), [metric.name for metric in rows()]]
+
+
+def _known(file: Path, key: str) -> SweepPoint | None:
+    """A point that was finished under the same settings; None where it was not, or its file is damaged."""
+    known = read_json(file)
+    if not isinstance(known, dict) or known.get("fingerprint") != key:
+        return None
+    try:
+        point = from_json(known.get("point", {}))
+    except ValueError:
+        return None
+    return point if point.status == "done" else None
 
 
 def _base(subject: models.Subject, run: Path, settings: SweepSettings, identity: dict[str, Any]) -> dict[str, Any]:
     """The original's own figures, and what it was measured on."""
-    key = _fingerprint(identity, asdict(settings.evaluation), _stamp(settings.evaluation.data))
+    key = _fingerprint(identity, _measuring(settings), _stamp(settings.evaluation.data))
     known = read_json(run / "base.json")
     if known and known.get("fingerprint") == key:
         kept: dict[str, Any] = known
         return kept
-    found = evaluate(subject.folder, [], settings.evaluation).to_json()
-    found |= {"fingerprint": key, "folder": str(subject.folder.resolve())}
-    found["base"]["name"] = subject.name
-    write_json(run / "base.json", found)
-    return found
+    measured = evaluate(subject.folder, [], settings.evaluation).to_json()
+    measured |= {"fingerprint": key, "folder": str(subject.folder.resolve())}
+    measured["base"]["name"] = subject.name
+    write_json(run / "base.json", measured)
+    return measured
 
 
 def _point(
@@ -162,10 +177,10 @@ def _point(
     benchmark = None if settings.benchmark is None else asdict(settings.benchmark)
     trained = [settings.uptrain_tokens, settings.uptrain_config.read_text() if settings.uptrain_config else ""]
     texts = [_stamp(settings.evaluation.data), _stamp(recipe.calibrate)]
-    key = _fingerprint(identity, recipe.to_json(), groups, asdict(settings.evaluation), benchmark, trained, texts)
-    known = read_json(folder / POINT)
-    if known and known.get("fingerprint") == key and known["point"]["status"] == "done":
-        return from_json(known["point"]), True
+    key = _fingerprint(identity, recipe.to_json(), groups, _measuring(settings), benchmark, trained, texts)
+    known = _known(folder / POINT, key)
+    if known is not None:
+        return known, True
     start = _fingerprint(identity, recipe.to_json(), _stamp(recipe.calibrate), groups, trained)
     try:
         measured = _measure(subject, folder, settings, name, variant, recipe, groups, start)
@@ -192,7 +207,7 @@ def _measure(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "model"
     started = time.perf_counter()
-    made = plan(
+    conversion = plan(
         subject.folder,
         groups=groups,
         out=target,
@@ -200,7 +215,7 @@ def _measure(
         allow_slow=settings.allow_slow,
         trust_remote_code=trust,
     )
-    execute(made, force=True, trust_remote_code=trust)
+    execute(conversion, force=True, trust_remote_code=trust)
     seconds = time.perf_counter() - started
     if settings.uptrain_tokens and settings.uptrain_config is not None:
         target = uptrain_point(
@@ -228,14 +243,7 @@ def _measure(
         variant=variant,
         groups=groups,
         status="done",
-        loss_difference=compared.loss_difference,
-        interval=compared.loss_difference_interval,
-        kl=compared.kl,
-        top1_agreement=compared.top1_agreement,
-        parameters=compared.model.parameters,
-        cache_bytes_per_token=compared.model.kv_cache_bytes_per_token,
-        cache_ratio=compared.model.kv_cache_bytes_per_token / evaluation.base.kv_cache_bytes_per_token,
-        time_ratio=_time_ratio(measured),
+        figures=compared.model.figures | compared.figures | (bench_figures(measured) if measured else {}),
         convert_seconds=seconds,
         uptrained_tokens=settings.uptrain_tokens,
     )
@@ -246,25 +254,14 @@ def _measure(
     return {"point": point.to_json(), "evaluation": evaluation.to_json(), "bench": bench_json}
 
 
-def _time_ratio(measured: Any) -> float | None:
-    """The ratio of decode times at the point with the largest cache that was run."""
-    if measured is None:
-        return None
-    run = [point for point in measured.points if point.models]
-    if not run:
-        return None
-    heaviest = max(run, key=lambda point: point.batch * point.context)
-    return float(heaviest.models[1].time_ratio.median)
-
-
-def _sensitivity(subject: models.Subject, run: Path, settings: SweepSettings, found: Sweep) -> None:
+def _sensitivity(subject: models.Subject, run: Path, settings: SweepSettings, finished: Sweep) -> None:
     """Measure the layers of the recommended point, else of the one of least loss that lost anything at all."""
     evaluation = replace(
         settings.evaluation,
         max_windows=min(settings.evaluation.max_windows or SENSITIVITY_WINDOWS, SENSITIVITY_WINDOWS),
     )
-    done = [p for p in found.points if p.status == "done" and p.groups < subject.kv_heads]
-    done.sort(key=lambda p: (p.name != found.recommendation.name, p.loss_difference))
+    done = [p for p in finished.points if p.status == "done" and p.groups < subject.kv_heads]
+    done.sort(key=lambda p: (p.name != finished.recommendation.name, p.loss_difference))
     key = _fingerprint([read_json(run / "points" / p.name / POINT) for p in done], asdict(evaluation))
     known = read_json(run / SENSITIVITY)
     if known and known.get("fingerprint") == key:
@@ -290,5 +287,5 @@ def _similarity(subject: models.Subject, run: Path, settings: SweepSettings, ide
     except UnsupportedModelError as error:
         write_json(run / SIMILARITY, {"fingerprint": key, "groups": max(groups), "layers": [], "why": str(error)})
         return
-    made = [layer.to_json() for layer in layers]
-    write_json(run / SIMILARITY, {"fingerprint": key, "groups": max(groups), "layers": made})
+    written = [layer.to_json() for layer in layers]
+    write_json(run / SIMILARITY, {"fingerprint": key, "groups": max(groups), "layers": written})

@@ -1,0 +1,73 @@
+"""Compute the figures of models and of pairs, row by row of `metrics`, from what scoring has kept of each window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gqa_convert.evaluate.intervals import mean_per_token
+from gqa_convert.evaluate.metrics import Against, Figure, Figures, FromFigures, OfModel, PerToken, rows
+from gqa_convert.evaluate.models import Subject
+from gqa_convert.evaluate.scoring import WindowSums
+
+
+def model_figures(subject: Subject, model: Any, sums: WindowSums, *, block: int) -> Figures:
+    """The figures of one model.
+
+    Args:
+        subject: the model before it was loaded.
+        model: the model.
+        sums: of its windows.
+        block: neighbouring windows that are resampled together, see `intervals`.
+    """
+    figures: Figures = {}
+    for metric in rows("model"):
+        if isinstance(metric.compute, PerToken):
+            figures[metric.name] = _mean(sums.sums[metric.name], sums, block)
+        elif isinstance(metric.compute, OfModel):
+            figures[metric.name] = Figure(metric.compute.value(subject, model))
+        elif isinstance(metric.compute, FromFigures):
+            value = metric.compute.value(figures, sum(sums.tokens), sum(sums.size))
+            if value is not None:
+                figures[metric.name] = Figure(value)
+    return figures
+
+
+def pair_figures(
+    original: WindowSums,
+    converted: WindowSums,
+    of_original: Mapping[str, Figure],
+    of_converted: Mapping[str, Figure],
+    *,
+    block: int,
+) -> Figures:
+    """The figures of a conversion beside its original, except those of the decode benchmark.
+
+    Args:
+        original: the original's sums.
+        converted: the conversion's sums, over the same windows.
+        of_original: the original's own figures.
+        of_converted: the conversion's own figures.
+        block: neighbouring windows that are resampled together.
+    """
+    figures: Figures = {}
+    for metric in rows("pair"):
+        if isinstance(metric.compute, PerToken):
+            figures[metric.name] = _mean(converted.sums[metric.name], converted, block)
+        elif isinstance(metric.compute, Against):
+            name, how = metric.compute.metric, metric.compute.how
+            if how == "difference" and name in converted.sums:
+                pairs = zip(original.sums[name], converted.sums[name], strict=True)
+                figures[metric.name] = _mean([after - before for before, after in pairs], converted, block)
+            elif name in of_original and name in of_converted:
+                before, after = of_original[name].value, of_converted[name].value
+                if how == "difference":
+                    figures[metric.name] = Figure(after - before)
+                elif before:
+                    figures[metric.name] = Figure(after / before)
+    return figures
+
+
+def _mean(sums: list[float], windows: WindowSums, block: int) -> Figure:
+    estimate = mean_per_token(sums, windows.tokens, block=block)
+    return Figure(estimate.value, (estimate.low, estimate.high))
