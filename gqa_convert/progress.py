@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,11 +20,21 @@ from rich.progress import (
 
 from gqa_convert.console import size
 
-if TYPE_CHECKING:
-    pass
 
+class Pace:
+    """Says when a line is due where there is no terminal: one a minute, the first at once or after a minute."""
 
-_SECONDS_BETWEEN_LINES = 60.0
+    seconds = 60.0
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self._last = -self.seconds if at_once else time.monotonic()
+
+    def due(self) -> bool:
+        """Whether a minute has passed since this last said so."""
+        if time.monotonic() - self._last < self.seconds:
+            return False
+        self._last = time.monotonic()
+        return True
 
 
 OnBytes = Callable[[int], None]
@@ -64,21 +73,16 @@ def conversion_progress(total_bytes: int, *, quiet: bool) -> Iterator[tuple[OnBy
 
 
 def _lines(err: Console, total_bytes: int) -> tuple[OnBytes, OnLayer]:
-    state = {"bytes": 0.0, "last": time.monotonic()}
-
-    def due() -> bool:
-        if time.monotonic() - state["last"] < _SECONDS_BETWEEN_LINES:
-            return False
-        state["last"] = time.monotonic()
-        return True
+    pace, written = Pace(), 0
 
     def on_bytes(count: int) -> None:
-        state["bytes"] += count
-        if due():
-            err.print(f"written {size(int(state['bytes']))} of {size(total_bytes)}")
+        nonlocal written
+        written += count
+        if pace.due():
+            err.print(f"written {size(written)} of {size(total_bytes)}")
 
     def on_layer(what: str, done: int, total: int) -> None:
-        if due() or done == total:
+        if pace.due() or done == total:
             err.print(f"{what}: {done} of {total} layers")
 
     return on_bytes, on_layer
@@ -90,7 +94,7 @@ class Counter:
     def __init__(self, what: str, err: Console, progress: Progress | None) -> None:
         self._what, self._err, self._progress = what, err, progress
         self._task = progress.add_task(what, total=None) if progress is not None else None
-        self._done, self._total, self._last = 0, 0, time.monotonic()
+        self._done, self._total, self._pace = 0, 0, Pace()
 
     def total(self, count: int) -> None:
         """Set how many there are."""
@@ -103,8 +107,7 @@ class Counter:
         self._done += count
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
-        elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
+        elif self._pace.due():
             self._err.print(f"{self._what}: {self._done} of {self._total}")
 
     def say(self, line: str) -> None:

@@ -71,11 +71,11 @@ def eval_command(
         trust_remote_code=trust_remote_code,
     )
     with counting("windows", quiet=json) as progress:
-        found = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
+        evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
     if tasks:
-        found = with_tasks(found, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
-    save(found.to_json(), out)
-    emit(found.to_json(), json, lambda: show_evaluation.show_evaluation(found))
+        evaluation = with_tasks(evaluation, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
+    save(evaluation.to_json(), out)
+    emit(evaluation.to_json(), json, lambda: show_evaluation.show_evaluation(evaluation))
 
 
 def bench_command(
@@ -126,9 +126,9 @@ def bench_command(
     )
     with counting("points", quiet=json) as progress:
         progress.total(len(settings.batches) * len(settings.contexts) * len(settings.caches))
-        found = bench(contenders, settings, on_point=lambda point: progress.advance())
-    save(found.to_json(), out)
-    emit(found.to_json(), json, lambda: show_bench.show_bench(found))
+        measured = bench(contenders, settings, on_point=lambda point: progress.advance())
+    save(measured.to_json(), out)
+    emit(measured.to_json(), json, lambda: show_bench.show_bench(measured))
 
 
 def sweep_command(
@@ -215,8 +215,8 @@ def sweep_command(
             progress.advance()
             progress.say(show_sweep.point_line(point, known))
 
-        found = sweep(model, folder, settings, on_point=report, on_total=progress.total)
-    emit(found.to_json(), json, lambda: show_sweep.show_sweep(found))
+        finished = sweep(model, folder, settings, on_point=report, on_total=progress.total)
+    emit(finished.to_json(), json, lambda: show_sweep.show_sweep(finished))
 
 
 def register(app: typer.Typer) -> None:

@@ -26,10 +26,10 @@ def point_line(point: Point) -> str:
     return f"{where}: " + ", ".join(f"{m.name} {m.seconds.median * 1e3:.3g} ms" for m in point.models)
 
 
-def show_bench(found: Bench) -> None:
-    """Print a benchmark: one table a point, then what follows from it."""
+def show_bench(bench: Bench) -> None:
+    """Print a benchmark: one table per point, then what follows from it."""
     out = wide_console()
-    for point in found.points:
+    for point in bench.points:
         if point.skipped:
             out.print(point_line(point), highlight=False)
             continue
@@ -43,17 +43,17 @@ def show_bench(found: Bench) -> None:
             table.add_row(label, *cells)
         out.print(table)
         out.print()
-    for capacity in found.capacities:
+    for capacity in bench.capacities:
         out.print(
             f"{capacity.name}: {capacity.sequences} sequences of {_tokens(capacity)} fit beside the weights in "
             f"{size(capacity.memory_bytes)}",
             highlight=False,
         )
-    for line in conclusions(found):
+    for line in conclusions(bench):
         out.print(f"- {line}", highlight=False)
     out.print(
-        f"{found.dtype} on {found.device}; memory read at {found.bandwidth / 1e9:.1f} GB/s (measured); medians with "
-        f"quartiles of {found.rounds} interleaved rounds of {found.steps} tokens.",
+        f"{bench.dtype} on {bench.device}; memory read at {bench.bandwidth / 1e9:.1f} GB/s (measured); medians with "
+        f"quartiles of {bench.rounds} interleaved rounds of {bench.steps} tokens.",
         highlight=False,
         style="dim",
     )

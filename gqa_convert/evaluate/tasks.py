@@ -29,7 +29,7 @@ def run_tasks(
     Args:
         names: names that lm-eval knows, or paths of YAML files that define one task each.
         subjects: the models.
-        limit: examples a task; None for all.
+        limit: examples per task; None for all.
         batch_size: examples run at a time.
         dtype: see `models.load`.
         device: see `models.load`.

@@ -13,7 +13,7 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.batches import StepBatches
 from gqa_convert.errors import UsageError
 from gqa_convert.hf import api
-from gqa_convert.uptrain import optim
+from gqa_convert.uptrain import optim, parameters
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.model import (
@@ -120,7 +120,7 @@ def build(
         tell(f"documents are kept apart: logits change by {share:.1e} of their size beside another document")
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
-    model = optim.choose_parameters(model, config.train)
+    model = parameters.choose_parameters(model, config.train)
     if config.train.gradient_checkpointing:
         # Its name before transformers 5.22 or so, and since.
         new = hasattr(model, "activation_checkpointing_enable")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gqa_convert.uptrain.config_data import BudgetSection, Count, DataSection, Positive, Section, Share
+from gqa_convert.uptrain.optim import get_optimizer
 
 
 class DistillationSection(Section):
@@ -18,7 +19,7 @@ class DistillationSection(Section):
     teacher: str
     """Folder or hub id of the original."""
     weight: Positive = 1.0
-    """Weight of KL(teacher || model), nats a token."""
+    """Weight of KL(teacher || model), nats per token."""
     cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the language-model loss beside it."""
     temperature: Positive = 1.0
@@ -46,11 +47,15 @@ class ObjectiveSection(Section):
     """Positions whose logits are held in float32 at a time."""
 
 
-class OptimizerSection(Section):
-    """AdamW or Adafactor."""
+def _optimizer(name: str) -> str:
+    return get_optimizer(name).name
 
-    kind: Literal["adamw", "adafactor"] = "adamw"
-    """Adafactor is that of T5: updates scaled by the size of each parameter."""
+
+class OptimizerSection(Section):
+    """The optimiser, see `optim`."""
+
+    kind: Annotated[str, AfterValidator(_optimizer)] = "adamw"
+    """adamw or adafactor, which is that of T5: updates scaled by the size of each parameter."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW."""
     eps: Positive = 1e-8

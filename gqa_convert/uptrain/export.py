@@ -22,7 +22,7 @@ from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.errors import VerificationError
 from gqa_convert.hf import api
-from gqa_convert.uptrain import optim
+from gqa_convert.uptrain import parameters
 from gqa_convert.uptrain.build import Parts
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.source_keys import restore_keys
@@ -206,7 +206,7 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
     target = output / FINAL
     plain = parts.plain
     if parts.plan.config.train.parameters == "lora":
-        plain = optim.merged_model(plain)
+        plain = parameters.merged_model(plain)
         weights = gather_weights(plain)
     else:
         weights = {

@@ -1,81 +1,100 @@
-"""Optimisers, and which parameters they move."""
+"""The optimisers: one row each. Imports no torch until one is made.
+
+A row says how an optimiser is made, how many bytes of state it keeps, and what it cannot do; configuration, plan and
+training loop read the rows: a new optimiser is one more call of `register` below, and nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-from gqa_convert.errors import UsageError
-from gqa_convert.uptrain.config import LoraSection, OptimizerSection, TrainSection
-from gqa_convert.uptrain.model import attention_linears
+    from gqa_convert.uptrain.config import OptimizerSection
+
+ParameterGroups = list[dict[str, Any]]
+"""Groups of parameters as torch's optimisers take them: `params`, `weight_decay`."""
 
 
-def choose_parameters(model: Any, settings: TrainSection) -> Any:
-    """Freeze what is not to be trained; with LoRA, return the model with its adapters.
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """One row.
+
+    Attributes:
+        name: `optimizer.kind` of the configuration.
+        make: makes it over groups of parameters; the learning rate is set before every step.
+        state_bytes: bytes of state for each trained parameter, in training checkpoints and memory.
+        whole_matrices: it looks at whole matrices, so that ZeRO-3, which cuts them up, cannot use it.
+    """
+
+    name: str
+    make: Callable[[ParameterGroups, OptimizerSection], torch.optim.Optimizer]
+    state_bytes: int
+    whole_matrices: bool = False
+
+
+_OPTIMIZERS: dict[str, Optimizer] = {}
+
+
+def register(optimizer: Optimizer) -> Optimizer:
+    """Add a row.
 
     Raises:
-        UsageError: if the model has no attention projections, or peft is missing.
+        ValueError: if the name is taken.
     """
-    if settings.parameters == "all":
-        return model.requires_grad_(True)
-    model.requires_grad_(False)
-    projections = attention_linears(model)
-    if settings.parameters == "attention":
-        for layer in projections.values():
-            layer.requires_grad_(True)
-        return model
-    return _with_lora(model, projections, settings.lora)
+    if optimizer.name in _OPTIMIZERS:
+        raise ValueError(f"optimiser {optimizer.name!r} is registered twice")
+    _OPTIMIZERS[optimizer.name] = optimizer
+    return optimizer
 
 
-def _with_lora(model: Any, projections: Mapping[str, nn.Module], settings: LoraSection) -> Any:
-    for name, layer in projections.items():
-        if "forward" in vars(type(layer)) and isinstance(layer, nn.Linear) and type(layer) is not nn.Linear:
-            # OPT, UMT5, Persimmon: narrow projections that repeat each KV head; an adapter's output would not.
-            raise UsageError(
-                f"train.parameters=lora: {name} is a {type(layer).__name__}, whose output is wider than its weight, so "
-                "adapters do not fit. Train with parameters: attention, or all."
-            )
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UsageError("train.parameters=lora needs peft: pip install 'gqa-convert[lora]'.") from error
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(projections), bias="none")
-    return get_peft_model(model, config)
+def get_optimizer(name: str) -> Optimizer:
+    """The row of that name.
 
-
-def merged_model(model: Any) -> Any:
-    """The plain model again: adapters merged into the projections they sit on."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    Raises:
+        ValueError: if there is none; names those there are.
+    """
+    if name not in _OPTIMIZERS:
+        raise ValueError(f"choose one of {', '.join(_OPTIMIZERS)}")
+    return _OPTIMIZERS[name]
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
-    """Make the optimiser over the parameters that require gradients; the learning rate is set before every step."""
+    """Make the optimiser over the parameters that require gradients; vectors (norms, biases) are not decayed."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: ParameterGroups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    if settings.kind == "adafactor":
-        from transformers.optimization import Adafactor
-
-        # T5's: an outside schedule, updates relative to each parameter's size, no first moment.
-        made: torch.optim.Optimizer = Adafactor(
-            groups, lr=0.0, scale_parameter=True, relative_step=False, warmup_init=False, clip_threshold=1.0
-        )
-        return made
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
-
-
-def state_bytes(settings: OptimizerSection) -> int:
-    """Bytes of optimiser state for a parameter (Adafactor's rows and columns come to almost nothing)."""
-    return 8 if settings.kind == "adamw" else 0
+    return get_optimizer(settings.kind).make([group for group in groups if group["params"]], settings)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use `rate` in the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def _adamw(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def _adafactor(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Optimizer:
+    """T5's: an outside schedule, updates relative to each parameter's size, no first moment."""
+    from transformers.optimization import Adafactor
+
+    optimizer: torch.optim.Optimizer = Adafactor(
+        groups, lr=0.0, scale_parameter=True, relative_step=False, warmup_init=False, clip_threshold=1.0
+    )
+    return optimizer
+
+
+# AdamW keeps two float32 moments; Adafactor the sums of rows and columns, which come to almost nothing.
+register(Optimizer(name="adamw", make=_adamw, state_bytes=8))
+register(Optimizer(name="adafactor", make=_adafactor, state_bytes=0, whole_matrices=True))

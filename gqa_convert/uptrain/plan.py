@@ -14,6 +14,7 @@ from gqa_convert.data.documents import open_corpus
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.metrics import chosen_trackers
+from gqa_convert.uptrain.optim import get_optimizer
 from gqa_convert.uptrain.schedule import Schedule
 
 
@@ -78,7 +79,7 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
         length,
         context=config.data.context,
         teacher=shape_of_folder(teacher) if teacher else None,
-        state_bytes_per_parameter=8 if config.optimizer.kind == "adamw" else 0,
+        state_bytes_per_parameter=get_optimizer(config.optimizer.kind).state_bytes,
     )
     return UptrainPlan(
         config=config,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_SECONDS_BETWEEN_LINES = 60.0
+from gqa_convert.progress import Pace
 
 
 class Display:
@@ -20,7 +19,7 @@ class Display:
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         self._task: Any = None
-        self._last = -_SECONDS_BETWEEN_LINES
+        self._pace = Pace(at_once=True)
         self._total = 0
 
     def tell(self, text: str) -> None:
@@ -52,9 +51,7 @@ class Display:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, numbers=numbers(values))
             return
-        now = time.monotonic()
-        if now - self._last >= _SECONDS_BETWEEN_LINES or step == self._total:
-            self._last = now
+        if self._pace.due() or step == self._total:
             rate = values.get("tokens_per_second")
             left = values["tokens_left"] / rate if rate else 0.0
             self.tell(f"step {step:,} of {self._total:,}: {numbers(values)}, {_duration(left)} left")

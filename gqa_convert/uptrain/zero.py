@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.uptrain.config import UptrainConfig
+from gqa_convert.uptrain.optim import get_optimizer
 
 FOLDER = "deepspeed"
 """Where a training checkpoint holds DeepSpeed's own files."""
@@ -66,8 +67,8 @@ def _conflicts(config: UptrainConfig) -> Iterator[str]:
         yield "start its processes with a launcher (scripts/launch/many_gpus.sh)"
     if train.device == "cpu":
         yield "train.device=cpu makes accelerate leave DeepSpeed out; use auto"
-    if config.optimizer.kind == "adafactor":
-        yield "optimizer.kind=adafactor needs whole matrices, and ZeRO-3 cuts them up; use adamw"
+    if get_optimizer(config.optimizer.kind).whole_matrices:
+        yield f"optimizer.kind={config.optimizer.kind} needs whole matrices, and ZeRO-3 cuts them up; use adamw"
     if train.parameters == "lora":
         yield "train.parameters=lora: adapters are small; use DDP for them"
     if train.precision == "pure_bf16":

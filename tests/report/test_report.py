@@ -219,7 +219,9 @@ def test_the_log_of_an_uptraining_makes_a_curve(tmp_path: Path) -> None:
     for step in (1, 2):
         log.write("train", step, {"tokens": step * 100, "loss": 5 - step / 10})
     log.write("evaluation", 2, {"held_out_loss": 4.5, "held_out_tokens": 64.0})
-    (curve,) = read_run(tmp_path).curves
+    run = read_run(tmp_path)
+    (curve,) = run.curves
+    assert "nothing was compared yet" in page(run, {})
     assert (curve.name, curve.unit, curve.reference) == ("run", "tokens", 3.5)
     assert curve.train == ((100, 4.9), (200, 4.8))
     assert curve.held_out == ((0, 5.0), (200, 4.5))

@@ -137,7 +137,7 @@ def _point(
 def _rounds(
     decoders: Sequence[Decoder], rounds: int, keep: bool
 ) -> tuple[list[list[float]], list[tuple[int, int]], list[int | None]]:
-    """Return seconds a step (one list a model), bytes of its own and cross caches, how far memory rises in a step."""
+    """Return seconds per step (one list per model), bytes of own and cross caches, how far memory rises per step."""
     seconds: list[list[float]] = [[] for _ in decoders]
     held = [(0, 0)] * len(decoders)
     rises: list[int | None] = [None] * len(decoders)
@@ -221,7 +221,7 @@ def _ratios(seconds: list[list[float]], i: int) -> Spread | None:
 
 
 def _capacities(contenders: Sequence[Contender], settings: BenchSettings) -> tuple[Capacity, ...]:
-    """How many sequences fit, from the bytes a token takes as measured; attention's own buffers are not counted."""
+    """How many sequences fit, from the bytes per token as measured; attention's own buffers are not counted."""
     if settings.memory is None:
         return ()
     return tuple(

@@ -34,7 +34,7 @@ class Contender:
 
     @cached_property
     def weight_bytes_read(self) -> int:
-        """Bytes of weights that decoding a token reads."""
+        """Bytes of weights that decoding one token reads."""
         return weights.bytes_read_per_step(self.model)
 
     @cached_property
@@ -43,7 +43,7 @@ class Contender:
         return models.cache_bytes_per_token(self.model), cross
 
     def sequence_bytes(self, context: int, source: int | None) -> int:
-        """Bytes that the caches of one sequence take, from those of a token as measured.
+        """Bytes that the caches of one sequence take, from those per token as measured.
 
         Raises:
             UnsupportedModelError: if its cache is not keys and values.

@@ -1,4 +1,4 @@
-"""What the decode benchmark found: plain values that turn into JSON, and what follows from them. Imports no torch."""
+"""The decode benchmark's results: plain values that turn into JSON, and what follows from them. Imports no torch."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ class BenchSettings:
         contexts: tokens in the cache.
         caches: `dynamic`, `static`.
         mode: see `Decoder`.
-        steps: tokens decoded a round.
-        rounds: timed rounds a point, after one that is not.
+        steps: tokens decoded per round.
+        rounds: timed rounds per point, after one that is not.
         prefill_tokens: leave prefill out where batch x context is more than this; 0: always.
         memory: bytes for which to say how many sequences fit; None: not.
         source_tokens: positions of the encoder's output, for models that have one; None: as many as the context.

@@ -1,0 +1,62 @@
+"""The optimisers are rows: what one of them says is what configuration, plan and training loop go by."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gqa_convert.errors import UsageError
+from gqa_convert.uptrain import optim, zero
+from gqa_convert.uptrain.config import OptimizerSection
+from gqa_convert.uptrain.loop import uptrain
+from gqa_convert.uptrain.optim import Optimizer, make_optimizer
+from gqa_convert.uptrain.plan import plan_rows, resolve
+from gqa_convert.uptrain.read_config import parse_config
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(optim, "_OPTIMIZERS", dict(optim._OPTIMIZERS))
+    made = []
+
+    def make(groups, settings):
+        made.append(torch.optim.SGD(groups, lr=0.0, momentum=settings.betas[0]))
+        return made[-1]
+
+    optim.register(Optimizer(name="toy", make=make, state_bytes=4, whole_matrices=True))
+    return made
+
+
+def test_a_new_row_is_configured_planned_and_trained_with(settings, toy):
+    settings |= {"optimizer": {"kind": "toy"}, "schedule": {"kind": "constant", "peak": 0.3}, "budget": {"steps": 12}}
+    config = parse_config(settings)
+    plan = resolve(config)
+    assert plan.budget.checkpoint_bytes == plan.shape.parameters * (4 + 4)
+    assert dict(plan_rows(plan))["optimizer"].startswith("toy,")
+    assert any("optimizer.kind=toy needs whole matrices" in line for line in zero._conflicts(config))
+    result = uptrain(config)
+    assert len(toy) == 1
+    assert toy[0].param_groups[0]["lr"] == 0.3
+    assert result.loss_after < result.loss_before
+    assert (Path(settings["output"]) / "final" / "model.safetensors").is_file()
+
+
+def test_an_unknown_optimizer_is_named_with_those_there_are(settings):
+    settings["optimizer"] = {"kind": "adam"}
+    with pytest.raises(UsageError, match=r"optimizer\.kind='adam': choose one of adamw, adafactor"):
+        parse_config(settings)
+    with pytest.raises(ValueError, match="registered twice"):
+        optim.register(optim.get_optimizer("adamw"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_a_row_says_how_much_state_it_keeps(name):
+    """Bytes per parameter as they are after a step, up to what a large matrix makes of rows and columns."""
+    model = torch.nn.Linear(256, 512, bias=False)
+    optimizer = make_optimizer(model, OptimizerSection(kind=name))
+    optim.set_learning_rate(optimizer, 1e-3)
+    model(torch.ones(1, 256)).sum().backward()
+    optimizer.step()
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    held = sum(tensor.nbytes for tensor in tensors) / model.weight.numel()
+    assert held == pytest.approx(optim.get_optimizer(name).state_bytes, abs=0.05)
