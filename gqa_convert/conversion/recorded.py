@@ -63,14 +63,13 @@ def read_record(folder: Path) -> Record:
         return Record()
     where = folder / PROVENANCE
     conversion = _section(where, values, "conversion")
-    uptraining = _section(where, values, "uptraining")
     return Record(
         known=True,
         conversion=conversion,
         recipe=_recipe(where, conversion),
         solved=_section(where, values, "solved"),
         trained="uptraining" in values,
-        final=_section(where, uptraining, "tensors"),
+        final=_section(where, values, "tensors"),
     )
 
 
@@ -82,7 +81,8 @@ def _section(where: Path, values: Mapping[str, Any], name: str) -> Mapping[str, 
 
 
 def _recipe(where: Path, conversion: Mapping[str, Any]) -> Recipe:
-    values = conversion.get("recipe") or {name: conversion[name] for name in ("method", "seed") if name in conversion}
+    values = _section(where, conversion, "recipe")
+    values = values or {name: conversion[name] for name in ("method", "seed") if name in conversion}
     try:
         return Recipe.from_json(values)
     except UsageError as error:

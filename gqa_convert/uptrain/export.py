@@ -47,8 +47,8 @@ def write_final(
         weights: its state dict, on the CPU.
         source: the converted folder that training started from.
         target: folder to make.
-        uptraining: what `gqa_convert.json` says under that name; a digest of every tensor is added to it, as
-            `tensors`, by which damage can be told later.
+        uptraining: what `gqa_convert.json` says under that name; beside it, as `tensors`, stands a digest of every
+            tensor, by which damage can be told later.
         trust_remote_code: whether the folder's own code may run.
 
     Raises:
@@ -70,7 +70,7 @@ def write_final(
         if not _same_settings(source, stage, trust_remote_code):
             write_text(stage / CONFIG, checkpoint.config_text)
         digests = {key: tensor_digest(info) for key, info in Checkpoint.open(stage).tensors.items()}
-        record = {**(checkpoint.provenance or {}), "uptraining": {**uptraining, "tensors": digests}}
+        record = {**(checkpoint.provenance or {}), "uptraining": uptraining, "tensors": digests}
         write_provenance(stage / PROVENANCE, record)
 
 
