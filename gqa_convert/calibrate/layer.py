@@ -23,7 +23,7 @@ from gqa_convert.merge.apply import merge_block, method_options
 from gqa_convert.merge.grouping import residual_cost, search_grouping
 from gqa_convert.merge.moments import block_moments
 from gqa_convert.merge.options import MergeOptions
-from gqa_convert.merge.registry import get_method
+from gqa_convert.merge.registry import get_method, plain_method
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Merger:
         search = self.recipe.grouping == "search" and 1 < names.groups < block.num_kv_heads
         moments = block_moments(block, statistics, options) if search or method.maps is not None else None
         if search and moments is not None:
-            measure = method if method.name != "random" else get_method("mean")
+            measure = plain_method() if method.draws else method
             cost = residual_cost(measure, [moments], options)
             grouping = search_grouping(block.num_kv_heads, names.groups, cost, seed=self.recipe.seed).grouping
         merged = merge_block(method, block, grouping, statistics, options, moments=moments)
@@ -188,7 +188,7 @@ def other_state(
     """
     import torch
 
-    pool = get_method("mean").pool
+    pool = plain_method().pool
     assert pool is not None
     done, state = set(solved), {}
     for name, rows in difference.rows.items():

@@ -145,10 +145,24 @@ def show_inspection(found: Inspection) -> None:
 
 def show_checks(folder: Path, checks: Mapping[str, Any]) -> None:
     """Print what verifying a pair found."""
-    rows = [(key.replace("_", " "), str(value)) for key, value in checks.items() if key != "differing"]
+    labels = {
+        "identical": "copied byte for byte",
+        "rewritten": "rewritten for the family",
+        "merged": "heads merged",
+        "solved": "solved by block",
+        "trained": "trained since",
+        "recomputed": "equal when computed again",
+        "recorded_hash": "equal to the recorded hash",
+        "unproven": "finite, no hash recorded",
+    }
+    rows = [
+        (labels.get(key, key.replace("_", " ")), str(value))
+        for key, value in checks.items()
+        if key != "differing" and (value or key not in labels)
+    ]
     differing = list(checks.get("differing", ()))
     if differing:
-        rows.append(("differing", f"{len(differing)} tensors (trained further?), first {differing[0]}"))
+        rows.append(("differing", f"{len(differing)} tensors (trained further? no record), first {differing[0]}"))
     console().print(key_value_table(rows, title=f"{folder}"))
 
 

@@ -31,6 +31,12 @@ class BlockPlan:
     freedom: Freedom
     keys: dict[str, str]
 
+    def parameters(self, names: BlockNames) -> tuple[str, ...]:
+        """Names of the parameters of one block that solving may change."""
+        own = {f"{path}.{part}" for path in (names.q, names.k, names.v, names.o) for part in ("weight", "bias")}
+        own |= {name for extra in self.freedom.extras for name in extra.names(names)}
+        return tuple(name for name in self.keys if name in own)
+
     @property
     def raw_keys(self) -> frozenset[str]:
         """Raw keys that come out of solving instead of the source."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.checkpoint.config_json import edit_json
+from gqa_convert.checkpoint.contents import bytes_digest
+from gqa_convert.checkpoint.dtypes import tensor_bytes, torch_dtype
 from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
-from gqa_convert.checkpoint.safetensors_file import torch_dtype
+from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.checkpoint.resolve import SAFE_INDEX
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
+from gqa_convert.conversion.operations import Operation, Pool, Solve
 from gqa_convert.conversion.plan import ConvertPlan, plan
 from gqa_convert.conversion.prefetch import computed_ahead, computed_together
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.solve import solve_blocks, work_folder
-from gqa_convert.conversion.tensors import merged_tensor, one_thread
+from gqa_convert.conversion.tensors import one_thread, pooled_tensor
 from gqa_convert.conversion.verify import verify_output
 from gqa_convert.errors import UsageError
-from gqa_convert.merge.registry import get_method
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +40,6 @@ OnLayer = Callable[[str, int, int], None]
 VERIFY_LEVELS = ("none", "structure", "logits")
 WRITERS = 2
 """Shards written at a time: one processor copies at half of what memory allows."""
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def convert(
     Raises:
         GQAConvertError: of the kind that fits; nothing is left at `out` then.
     """
-    made = plan(
+    planned = plan(
         source,
         groups=groups,
         cross_groups=cross_groups,
@@ -111,7 +113,7 @@ def convert(
         revision=revision,
     )
     return execute(
-        made,
+        planned,
         verify=verify,
         force=force,
         work=work,
@@ -123,7 +125,7 @@ def convert(
 
 
 def execute(
-    made: ConvertPlan,
+    planned: ConvertPlan,
     *,
     verify: str = "structure",
     force: bool = False,
@@ -136,24 +138,24 @@ def execute(
     """Carry a plan out. See `convert`."""
     if verify not in VERIFY_LEVELS:
         raise UsageError(f"--verify {verify}: choose one of {', '.join(VERIFY_LEVELS)}.")
-    checkpoint = made.checkpoint
+    checkpoint = planned.checkpoint
     side_bytes = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files)
-    needed = made.bytes_out + side_bytes + (1 << 20)
+    needed = planned.bytes_out + side_bytes + (1 << 20)
     with ExitStack() as stack:
         solved = None
-        if made.blocks is not None:
+        if planned.blocks is not None:
             # Solving may take hours: what would be refused at the end is refused before it.
-            check_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed)
-            folder = stack.enter_context(work_folder(made, work))
-            solved = solve_blocks(made, folder, trust_remote_code=trust_remote_code, on_layer=on_layer)
-        checks = _write(made, solved, needed, verify, force, flush, trust_remote_code, on_bytes)
+            check_output(planned.target, force=force, source=checkpoint.folder, needed_bytes=needed)
+            folder = stack.enter_context(work_folder(planned, work))
+            solved = solve_blocks(planned, folder, trust_remote_code=trust_remote_code, on_layer=on_layer)
+        checks = _write(planned, solved, needed, verify, force, flush, trust_remote_code, on_bytes)
     return ConvertResult(
-        out=made.target, plan=made, verified=verify, checks=checks, blocks=solved.reports if solved else ()
+        out=planned.target, plan=planned, verified=verify, checks=checks, blocks=solved.reports if solved else ()
     )
 
 
 def _write(
-    made: ConvertPlan,
+    planned: ConvertPlan,
     solved: SolvedLayers | None,
     needed: int,
     verify: str,
@@ -162,59 +164,63 @@ def _write(
     trust_remote_code: bool,
     on_bytes: OnBytes | None,
 ) -> dict[str, Any]:
-    checkpoint = made.checkpoint
-    with staged_output(made.target, force=force, source=checkpoint.folder, needed_bytes=needed, sync=flush) as folder:
-        _write_weights(made, solved, folder, flush, on_bytes)
-        _write_config(made, folder)
-        for file in made.anatomy.files:
+    checkpoint = planned.checkpoint
+    with staged_output(
+        planned.target, force=force, source=checkpoint.folder, needed_bytes=needed, sync=flush
+    ) as folder:
+        digests = _write_weights(planned, solved, folder, flush, on_bytes)
+        _write_config(planned, folder)
+        for file in planned.anatomy.files:
             shutil.copyfile(file, folder / file.name)
         for path in checkpoint.side_files:
-            if path.name in {file.name for file in made.anatomy.files}:
+            if path.name in {file.name for file in planned.anatomy.files}:
                 continue
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.folder / path, folder / path)
-        checks = verify_output(made, folder, level=verify, trust_remote_code=trust_remote_code)
-        write_provenance(folder / PROVENANCE, provenance(made, solved))
+        checks = verify_output(planned, folder, level=verify, trust_remote_code=trust_remote_code)
+        write_provenance(folder / PROVENANCE, provenance(planned, solved, digests))
     return checks
 
 
 def _write_weights(
-    made: ConvertPlan, solved: SolvedLayers | None, folder: Path, flush: bool, on_bytes: OnBytes | None
-) -> None:
-    checkpoint = made.checkpoint
-    method = get_method(made.method)
-    merges = {merge.key: merge for merge in made.anatomy.merges}
-    names = {raw_key: name for name, raw_key in made.blocks.keys.items()} if made.blocks else {}
-    dropped = set(made.anatomy.dropped)
-    weight_map: dict[str, str] = {}
-    work = []
-    for shard in checkpoint.shards:
-        targets = []
-        for key, info in shard.tensors.items():
-            if key in dropped:
-                continue
-            weight_map[key] = shard.name
-            merge = merges.get(key)
-            if solved is not None and key in names:
-                shape = merge.target_shape if merge else info.shape
-                made_there = partial(_solved_tensor, solved, names[key], info.dtype)
-                targets.append(TargetTensor(key=key, dtype=info.dtype, shape=shape, produce=made_there))
-            elif merge is None and info.load is not None:
-                targets.append(TargetTensor(key=key, dtype=info.dtype, shape=info.shape, produce=info.load))
-            elif merge is None:
-                targets.append(TargetTensor.copy_of(info))
-            else:
-                produce = partial(merged_tensor, checkpoint, merge, method, made.seed)
-                targets.append(TargetTensor(key=key, dtype=info.dtype, shape=merge.target_shape, produce=produce))
-        if targets:
-            work.append(partial(_write_shard, folder / shard.name, targets, dict(shard.metadata)))
+    planned: ConvertPlan, solved: SolvedLayers | None, folder: Path, flush: bool, on_bytes: OnBytes | None
+) -> dict[str, str]:
+    """Write the weight files, and return the digests of the solved tensors by key."""
+    checkpoint = planned.checkpoint
+    digests: dict[str, str] = {}
+    by_shard: dict[str, list[TargetTensor]] = {shard.name: [] for shard in checkpoint.shards}
+    for operation in planned.operations:
+        by_shard[operation.shard].append(_target(checkpoint, operation, solved, digests))
+    work = [
+        partial(_write_shard, folder / shard.name, by_shard[shard.name], dict(shard.metadata))
+        for shard in checkpoint.shards
+        if by_shard[shard.name]
+    ]
     with one_thread(), Flusher() if flush else nullcontext() as flusher:
         tasks = [partial(write, on_bytes, flusher) for write in work]
         for path in computed_together(tasks, WRITERS):
             if flusher is not None:
                 flusher.flush(path)
     if len(checkpoint.shards) > 1:
-        write_index(folder / _INDEX, weight_map, made.bytes_out, made.parameters_out)
+        weight_map = {operation.key: operation.shard for operation in planned.operations}
+        write_index(folder / SAFE_INDEX, weight_map, planned.bytes_out, planned.parameters_out)
+    return dict(sorted(digests.items()))
+
+
+def _target(
+    checkpoint: Checkpoint, operation: Operation, solved: SolvedLayers | None, digests: dict[str, str]
+) -> TargetTensor:
+    """The tensor that an operation writes, and how it comes about."""
+    info = checkpoint.tensors[operation.key]
+    produce: Callable[[], Tensor] | None = info.load
+    if isinstance(operation, Pool):
+        produce = partial(pooled_tensor, checkpoint, operation)
+    elif isinstance(operation, Solve):
+        assert solved is not None
+        produce = partial(_solved_tensor, solved, operation, digests)
+    if produce is None:
+        return TargetTensor.copy_of(info)
+    return TargetTensor(key=operation.key, dtype=operation.dtype, shape=operation.shape, produce=produce)
 
 
 def _write_shard(
@@ -233,36 +239,44 @@ def _write_shard(
         for listener in listeners:
             listener(nbytes)
 
-    with computed_ahead([target.produce for target in targets if target.produce is not None]) as made:
-        stand_ins = iter(made)
+    with computed_ahead([target.produce for target in targets if target.produce is not None]) as produced:
+        stand_ins = iter(produced)
         ready = [t if t.produce is None else replace(t, produce=next(stand_ins)) for t in targets]
         write_shard(path, ready, metadata, on_bytes=tell, sync=False)
     return path
 
 
-def _solved_tensor(solved: SolvedLayers, name: str, dtype: str) -> Tensor:
-    return solved.tensor(name).to(torch_dtype(dtype))
+def _solved_tensor(solved: SolvedLayers, operation: Solve, digests: dict[str, str]) -> Tensor:
+    tensor = solved.tensor(operation.parameter).to(torch_dtype(operation.dtype))
+    digests[operation.key] = bytes_digest(tensor_bytes(tensor))
+    return tensor
 
 
-def _write_config(made: ConvertPlan, folder: Path) -> None:
-    removals = [("transformers_weights",)] if "transformers_weights" in made.checkpoint.config else []
-    text = edit_json(made.checkpoint.config_text, made.anatomy.edits, removals)
+def _write_config(planned: ConvertPlan, folder: Path) -> None:
+    removals = [("transformers_weights",)] if "transformers_weights" in planned.checkpoint.config else []
+    text = edit_json(planned.checkpoint.config_text, planned.anatomy.edits, removals)
     with open(folder / "config.json", "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
-def provenance(made: ConvertPlan, solved: SolvedLayers | None = None) -> dict[str, Any]:
-    """What `gqa_convert.json` says: the source's identity, the recipe, the layouts, and the versions at work."""
-    described = made.to_json()
+def provenance(
+    planned: ConvertPlan, solved: SolvedLayers | None = None, digests: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What `gqa_convert.json` says: the source's identity, the recipe, the layouts, and the versions at work.
+
+    `digests` are those of the solved tensors, which nobody can compute again in seconds.
+    """
+    described = planned.to_json()
     kept = ["model_type", "class", "route", "becomes", "method", "seed", "recipe", "before", "after", "config_edits"]
     kept += ["cross_groups"] if described["cross_groups"] is not None else []
     return {
         "format": 1,
         "tool": {"name": "gqa-convert", "version": installed_version("gqa-convert")},
-        "source": source_identity(made.checkpoint),
+        "source": source_identity(planned.checkpoint),
         "conversion": {key: described[key] for key in kept},
-        "merged": [merge.key for merge in made.anatomy.merges],
-        "dropped": list(made.anatomy.dropped),
+        "merged": [operation.key for operation in planned.operations if isinstance(operation, Pool)],
+        "dropped": list(planned.anatomy.dropped),
+        **({"solved": dict(digests)} if digests else {}),
         **({"blocks": [_block_record(report) for report in solved.reports]} if solved else {}),
         "versions": {name: installed_version(name) for name in ("torch", "transformers", "safetensors")},
     }

@@ -8,11 +8,13 @@ from typing import Any
 
 from gqa_convert.anatomy.anatomy import read_fields
 from gqa_convert.checkpoint.hub import resolve_model
-from gqa_convert.checkpoint.provenance import read_provenance
+from gqa_convert.checkpoint.provenance import PROVENANCE, read_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.conversion.compare import compare_tensors
 from gqa_convert.conversion.plan import plan
-from gqa_convert.conversion.routes import recorded_route, routed
-from gqa_convert.conversion.verify import compare_weights, verify_logits, verify_structure
+from gqa_convert.conversion.recorded import read_record, recorded_plan
+from gqa_convert.conversion.routes import routed
+from gqa_convert.conversion.verify import verify_logits, verify_structure
 from gqa_convert.errors import GQAConvertError, VerificationError
 from gqa_convert.heads import HeadLayout
 from gqa_convert.modeling import shipping
@@ -99,39 +101,39 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, revision: str
 def verify_pair(
     source: str | Path, converted: Path, *, logits: bool = False, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Check a converted folder against its source.
+    """Check a converted folder against its source, by the recipe that its own record tells of.
 
-    Keys, shapes and configuration must be those of the conversion; copied tensors must be identical byte for byte and
-    merged ones equal to the merge computed again, unless the folder was trained further (then they are counted as
-    differing and reported).
+    Keys, shapes and configuration must be those of the conversion. Copied tensors must be the source's byte for byte,
+    pooled and rewritten ones equal to the same computed again. Of what was solved, or trained since, the bytes must
+    have the digest that the record holds. Without any record, tensors that are not those of a conversion by mean are
+    listed as `differing`.
+
+    Returns:
+        Counts of tensors by what they are and by how that was told (see `Comparison`), and what `logits` adds.
 
     Raises:
-        VerificationError: if keys, shapes, configuration or logits are wrong, or a tensor differs in a folder that
-            says it is a bare conversion.
+        VerificationError: if keys, shapes, configuration or logits are wrong, or a tensor is not what the folder's
+            record makes of it.
         GQAConvertError: if either folder cannot be read.
     """
-    target = Checkpoint.open(converted)
-    _, fields = read_fields(target, trust_remote_code=trust_remote_code)
-    record = read_provenance(converted)
-    conversion = record.get("conversion", {})
-    made = plan(
-        source,
-        groups=fields[0].kv_heads,
-        cross_groups=next((f.kv_heads for f in fields if f.cross and f.kv_heads != fields[0].kv_heads), None),
-        out=converted,
-        method=conversion.get("method", "mean"),
-        seed=conversion.get("seed", 0),
-        route=recorded_route(conversion),
-        allow_slow=True,
-        trust_remote_code=trust_remote_code,
-    )
-    checks = verify_structure(made, converted, trust_remote_code=trust_remote_code)
-    checks |= compare_weights(made, converted)
-    if checks["differing"] and record and "uptraining" not in record:
+    record = read_record(converted)
+    planned = recorded_plan(source, converted, record, trust_remote_code=trust_remote_code)
+    checks = verify_structure(planned, converted, trust_remote_code=trust_remote_code)
+    comparison = compare_tensors(planned, Checkpoint.open(converted), record)
+    if comparison.damaged:
         raise VerificationError(
-            f"{converted}: {checks['differing'][0]} is not what converting {made.source} by {made.method} gives "
-            f"({len(checks['differing'])} such tensors)."
+            f"{converted}: {_first(comparison.damaged)} is not what {PROVENANCE} recorded, or not finite."
         )
+    if comparison.differing and record.known:
+        raise VerificationError(
+            f"{converted}: {_first(comparison.differing)} is not what converting {planned.source} by {planned.method} "
+            "gives."
+        )
+    checks |= comparison.to_json()
     if logits:
-        checks |= verify_logits(made, converted, trust_remote_code=trust_remote_code)
+        checks |= verify_logits(planned, converted, trained=record.trained, trust_remote_code=trust_remote_code)
     return checks
+
+
+def _first(keys: list[str]) -> str:
+    return keys[0] + (f" (the first of {len(keys)} such tensors)" if len(keys) > 1 else "")

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gqa_convert.anatomy.anatomy import Anatomy, dissect, read_fields
 from gqa_convert.anatomy.tensor_merges import Merge
+from gqa_convert.checkpoint.dtypes import BITS
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.block_plan import BlockPlan, plan_blocks
+from gqa_convert.conversion.operations import (
+    Copy,
+    Operation,
+    Pool,
+    Rewrite,
+    Solve,
+    operations_of,
+    working_bytes,
+)
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.routes import SETTING, Routed, routed
 from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.heads import HeadLayout
 from gqa_convert.modeling import shipping
-from gqa_convert.modeling.transpile.view import computed_keys, computing_bytes
-
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+from gqa_convert.modeling.transpile.view import computing_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertPlan:
     """What `execute` will do. Plain values but for `checkpoint` and `anatomy`, which carry what executing needs.
 
-    `model_type` and `class_name` are the source's; `becomes` says what is written instead, and why, where that is of
-    another family.
+    `operations` is the list of what is written, one for every tensor: what is said of tensors, sizes and caches is
+    summed over it. `model_type` and `class_name` are the source's; `becomes` says what is written instead, and why,
+    where that is of another family. `kept_cache_bytes` are those per token of layers that keep their KV heads.
     """
 
     source: Path
@@ -37,18 +48,12 @@ class ConvertPlan:
     recipe: Recipe
     layout_before: HeadLayout
     layout_after: HeadLayout
-    merged_tensors: int
-    copied_tensors: int
-    rewritten_tensors: int
-    dropped_tensors: int
+    operations: tuple[Operation, ...] = field(repr=False)
     config_edits: dict[str, Any]
     side_files: tuple[str, ...]
     bytes_in: int
-    bytes_out: int
     parameters_in: int
-    parameters_out: int
-    kv_cache_bytes_per_token_before: int
-    kv_cache_bytes_per_token_after: int
+    kept_cache_bytes: int
     working_bytes: int
     notes: tuple[str, ...]
     route: str = SETTING
@@ -68,9 +73,55 @@ class ConvertPlan:
         return self.recipe.seed
 
     @property
+    def merged_tensors(self) -> int:
+        """Tensors whose KV heads are pooled, each by itself."""
+        return self._count(Pool)
+
+    @property
     def solved_tensors(self) -> int:
         """Tensors that are solved with their whole attention block: q, k, v and o."""
-        return len(self.blocks.raw_keys) if self.blocks else 0
+        return self._count(Solve)
+
+    @property
+    def copied_tensors(self) -> int:
+        """Tensors that keep their bytes."""
+        return self._count(Copy)
+
+    @property
+    def rewritten_tensors(self) -> int:
+        """Tensors that are computed for another family, with all their heads."""
+        return self._count(Rewrite)
+
+    @property
+    def dropped_tensors(self) -> int:
+        """Tensors of the source that are not written."""
+        return len(self.anatomy.dropped)
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of all tensors that are written."""
+        return sum(operation.nbytes for operation in self.operations)
+
+    @cached_property
+    def parameters_out(self) -> int:
+        """Elements of all tensors that are written."""
+        return sum(operation.numel for operation in self.operations)
+
+    @property
+    def kv_cache_bytes_per_token_before(self) -> int:
+        """Bytes that the source keeps of a token in all layers, in the dtype of its weights; 0 where unknown."""
+        return self.kept_cache_bytes + sum(operation.cache_bytes_before for operation in self._of_heads())
+
+    @property
+    def kv_cache_bytes_per_token_after(self) -> int:
+        """The same of the converted model."""
+        return self.kept_cache_bytes + sum(operation.cache_bytes_after for operation in self._of_heads())
+
+    def _of_heads(self) -> Iterator[Pool | Solve]:
+        return (operation for operation in self.operations if isinstance(operation, Pool | Solve))
+
+    def _count(self, kind: type[Operation]) -> int:
+        return sum(isinstance(operation, kind) for operation in self.operations)
 
     @property
     def groups(self) -> int:
@@ -90,8 +141,14 @@ class ConvertPlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values: sizes in bytes, counts of tensors, layouts."""
         merges = [
-            {"key": m.key, "sources": list(m.sources), "from": list(m.shape), "to": list(m.target_shape)}
-            for m in self.anatomy.merges
+            {
+                "key": operation.key,
+                "sources": list(operation.sources),
+                "from": list(operation.source_shape),
+                "to": list(operation.shape),
+                "by": type(operation).__name__.lower(),
+            }
+            for operation in self._of_heads()
         ]
         return {
             "source": str(self.source),
@@ -194,24 +251,13 @@ def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, trust
     checkpoint = way.checkpoint
     stored = checkpoint.stored or checkpoint
     blocks = plan_blocks(checkpoint, anatomy, recipe)
-    solved = blocks.raw_keys if blocks else frozenset()
     recipe = blocks.recipe if blocks else recipe
-    tensors = checkpoint.tensors
-    by_key = {merge.key: merge for merge in anatomy.merges}
-    dropped = set(anatomy.dropped)
-    kept, rewritten = tensors.keys() - by_key.keys() - dropped - solved, computed_keys(checkpoint)
-    bytes_out = parameters_out = 0
-    for key, info in tensors.items():
-        if key in dropped:
-            continue
-        merge = by_key.get(key)
-        bytes_out += info.nbytes * _numel(merge.target_shape) // _numel(merge.shape) if merge else info.nbytes
-        parameters_out += _numel(merge.target_shape if merge else info.shape)
-    before, after = _cache_bytes(checkpoint, anatomy.merges)
+    operations = operations_of(checkpoint, anatomy, recipe, blocks)
     apart = any(field.target is not None for field in anatomy.fields)
+    kept = 0
     if not anatomy.merges or (apart and len(anatomy.changed_fields) < len(anatomy.fields)):
         whole = unchanged_cache_bytes(checkpoint, anatomy, trust_remote_code=trust_remote_code)
-        before, after = whole, whole - before + after
+        kept = whole - _cache_bytes(checkpoint, anatomy.merges)
     main = anatomy.fields[0]
     return ConvertPlan(
         source=checkpoint.folder,
@@ -225,19 +271,13 @@ def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, trust
         layout_after=HeadLayout(
             num_query_heads=main.query_heads, num_kv_heads=anatomy.groups, head_dim=anatomy.head_dim
         ),
-        merged_tensors=len(by_key.keys() - solved),
-        copied_tensors=len(kept - rewritten),
-        rewritten_tensors=len(kept & rewritten),
-        dropped_tensors=len(dropped),
+        operations=operations,
         config_edits={".".join(path): value for path, value in anatomy.edits.items()},
         side_files=tuple(str(path) for path in checkpoint.side_files) + tuple(file.name for file in anatomy.files),
         bytes_in=stored.total_bytes,
-        bytes_out=bytes_out,
-        parameters_in=sum(_numel(info.shape) for info in stored.tensors.values()),
-        parameters_out=parameters_out,
-        kv_cache_bytes_per_token_before=before,
-        kv_cache_bytes_per_token_after=after,
-        working_bytes=max((_working_bytes(checkpoint, merge) for merge in anatomy.merges), default=0)
+        parameters_in=sum(info.numel for info in stored.tensors.values()),
+        kept_cache_bytes=kept,
+        working_bytes=max((working_bytes(checkpoint, operation) for operation in operations), default=0)
         + computing_bytes(checkpoint),
         route=way.route,
         becomes=way.becomes,
@@ -252,20 +292,9 @@ def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, trust
     )
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def _cache_bytes(checkpoint: Checkpoint, merges: tuple[Merge, ...]) -> tuple[int, int]:
-    before = after = 0
-    for merge in merges:
-        width = _DTYPE_BYTES[checkpoint.tensors[merge.key].dtype]
-        before += merge.cached * width
-        after += merge.cached_target * width
-    return before, after
+def _cache_bytes(checkpoint: Checkpoint, merges: tuple[Merge, ...]) -> int:
+    """KV-cache bytes per token of what could be merged, before it is."""
+    return sum(merge.cached * BITS[checkpoint.tensors[merge.key].dtype] // 8 for merge in merges)
 
 
 def unchanged_cache_bytes(checkpoint: Checkpoint, anatomy: Anatomy, *, trust_remote_code: bool) -> int:
@@ -278,14 +307,8 @@ def unchanged_cache_bytes(checkpoint: Checkpoint, anatomy: Anatomy, *, trust_rem
             probe = dissect(checkpoint, groups, trust_remote_code=trust_remote_code)
         except GQAConvertError:
             continue
-        return _cache_bytes(checkpoint, probe.merges)[0]
+        return _cache_bytes(checkpoint, probe.merges)
     return 0
-
-
-def _working_bytes(checkpoint: Checkpoint, merge: Merge) -> int:
-    """Peak of one merge: the source tensor, its result, and the float32 halves of the running mean."""
-    source = sum(checkpoint.tensors[key].nbytes for key in merge.sources)
-    return source + checkpoint.tensors[merge.key].nbytes + 12 * _numel(merge.target_shape)
 
 
 def _code_notes(anatomy: Anatomy) -> tuple[str, ...]:

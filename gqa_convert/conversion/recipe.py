@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from gqa_convert.errors import UsageError
@@ -77,6 +78,21 @@ class Recipe:
     def uses_blocks(self) -> bool:
         """True if whole attention blocks are solved, not single tensors pooled."""
         return self.merge_method.maps is not None or self.grouping != "contiguous" or self.refit
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Recipe:
+        """Read back what `to_json` gives; what it leaves out plays no part.
+
+        Raises:
+            UsageError: if there is a choice that this version does not know, or cannot honour.
+        """
+        unknown = sorted(values.keys() - {each.name for each in fields(cls)})
+        if unknown:
+            raise UsageError(f"{unknown[0]}: no such choice of a recipe.")
+        try:
+            return cls(**values)
+        except (TypeError, AttributeError, ValueError) as error:
+            raise UsageError(f"a choice of the recipe is of the wrong kind ({error}).") from error
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values; only what plays a part."""

@@ -18,7 +18,7 @@ OnLayer = Callable[[str, int, int], None]
 
 
 @contextmanager
-def work_folder(made: ConvertPlan, work: str | Path | None) -> Iterator[Path]:
+def work_folder(planned: ConvertPlan, work: str | Path | None) -> Iterator[Path]:
     """Yield the folder for solved layers: the user's, kept, or one beside the target that is removed at the end.
 
     After an exception it stays, so that the same command goes on where it stopped.
@@ -26,13 +26,13 @@ def work_folder(made: ConvertPlan, work: str | Path | None) -> Iterator[Path]:
     if work is not None:
         yield Path(work).expanduser().absolute()
         return
-    folder = made.target.absolute().with_name(f".{made.target.name}.work")
+    folder = planned.target.absolute().with_name(f".{planned.target.name}.work")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def solve_blocks(
-    made: ConvertPlan, work: Path, *, trust_remote_code: bool = False, on_layer: OnLayer | None = None
+    planned: ConvertPlan, work: Path, *, trust_remote_code: bool = False, on_layer: OnLayer | None = None
 ) -> SolvedLayers:
     """Carry out the part of a plan that solves whole attention blocks.
 
@@ -44,23 +44,23 @@ def solve_blocks(
     from gqa_convert.calibrate.inputs import calibration_inputs
     from gqa_convert.calibrate.solve import solve
 
-    assert made.blocks is not None
+    assert planned.blocks is not None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = calibration_inputs(
-        made.recipe,
-        made.checkpoint,
-        made.anatomy.config,
+        planned.recipe,
+        planned.checkpoint,
+        planned.anatomy.config,
         work=work,
         device=device,
         trust_remote_code=trust_remote_code,
         on_layer=on_layer,
     )
     return solve(
-        made.checkpoint,
-        made.anatomy,
-        made.blocks.blocks,
-        made.blocks.freedom,
-        made.recipe,
+        planned.checkpoint,
+        planned.anatomy,
+        planned.blocks.blocks,
+        planned.blocks.freedom,
+        planned.recipe,
         inputs,
         work=work,
         device=device,

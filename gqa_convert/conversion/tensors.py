@@ -1,19 +1,21 @@
-"""Merge one tensor of a checkpoint: read, checked, pooled in float32, given back in its own dtype."""
+"""Pool one tensor of a checkpoint: read, checked, merged in float32, given back in its own dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from gqa_convert.anatomy.tensor_merges import Merge
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError
-from gqa_convert.merge.registry import MergeMethod, get_method
+from gqa_convert.merge.registry import get_method
 from gqa_convert.merge.seeding import generator_for
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gqa_convert.conversion.operations import Pool
 
 
 @contextmanager
@@ -32,30 +34,24 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def merged_tensor(checkpoint: Checkpoint, merge: Merge, method: MergeMethod, seed: int) -> Tensor:
-    """Compute one merged tensor from the source's, in float32, in the source's dtype.
+def pooled_tensor(checkpoint: Checkpoint, operation: Pool) -> Tensor:
+    """Compute one merged tensor from the checkpoint's, in float32, in its own dtype.
 
     Raises:
         CheckpointError: if a source tensor holds a value that is not finite.
     """
     import torch
 
-    parts = [checkpoint.tensor(key) for key in merge.sources]
-    for key, part in zip(merge.sources, parts, strict=True):
+    parts = [checkpoint.tensor(key) for key in operation.sources]
+    for key, part in zip(operation.sources, parts, strict=True):
         _check_finite(checkpoint, key, part)
-    if method.name == "random" and not merge.is_projection:
-        method = get_method("mean")  # a norm or bias redrawn about zero is damage that no paper means by "random"
-    generator = generator_for(seed, merge.key) if method.name == "random" else None
-
-    pooled = method.pool or get_method("mean").pool  # a method of whole blocks leaves norms and the like to the mean
-
-    def pool(x: Tensor, grouping: Any, dim: int) -> Tensor:
-        assert pooled is not None
-        return pooled(x, grouping, dim, generator=generator)
-
+    method = get_method(operation.method)
+    assert method.pool is not None
+    generator = generator_for(operation.seed, operation.key) if method.draws else None
+    pool = partial(method.pool, generator=generator)
     if len(parts) > 1:
-        return merge.rows.merge(torch.stack(parts), pool).squeeze(0)
-    return merge.rows.merge(parts[0], pool)
+        return operation.rows.merge(torch.stack(parts), pool, operation.grouping).squeeze(0)
+    return operation.rows.merge(parts[0], pool, operation.grouping)
 
 
 def _check_finite(checkpoint: Checkpoint, key: str, x: Tensor) -> None:

@@ -9,7 +9,7 @@ here anew from the loaded parameters, so that heads merged in the wrong groups o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,10 @@ from gqa_convert.anatomy.anatomy import check_target
 from gqa_convert.anatomy.kv_fields import get_path
 from gqa_convert.checkpoint.dtypes import torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.conversion.tensors import merged_tensor, one_thread
 from gqa_convert.errors import VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_heads
 from gqa_convert.hf import api
 from gqa_convert.hf.partial import whole_model
-from gqa_convert.merge.registry import get_method
 from gqa_convert.modeling.transpile.view import widened
 from gqa_convert.tiny.forward import logits
 from gqa_convert.tiny.model import text_inputs
@@ -41,8 +39,8 @@ MEAN_TOLERANCE = 10 * LOGIT_TOLERANCE
 """The same where means are taken anew: another order of summing may round to the other neighbour in half precision."""
 
 
-def verify_output(made: ConvertPlan, folder: Path, *, level: str, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Verify a folder written by following `made`.
+def verify_output(planned: ConvertPlan, folder: Path, *, level: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Verify a folder written by following `planned`.
 
     Returns:
         What was checked, with counts and the largest logit difference where models were run.
@@ -52,85 +50,92 @@ def verify_output(made: ConvertPlan, folder: Path, *, level: str, trust_remote_c
     """
     if level == "none":
         return {}
-    checks = verify_structure(made, folder, trust_remote_code=trust_remote_code)
+    checks = verify_structure(planned, folder, trust_remote_code=trust_remote_code)
     if level == "logits":
-        checks |= verify_logits(made, folder, trust_remote_code=trust_remote_code)
+        checks |= verify_logits(planned, folder, trust_remote_code=trust_remote_code)
     return checks
 
 
-def verify_structure(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def verify_structure(planned: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Check configuration, keys, shapes and dtypes without reading a weight. See `verify_output`."""
     written = Checkpoint.open(folder)
     config = api.load_config(folder, trust_remote_code=trust_remote_code)
-    expected = made.anatomy.target_config.model_type
+    expected = planned.anatomy.target_config.model_type
     if config.model_type != expected:
         raise VerificationError(f"{folder / 'config.json'}: model_type is {config.model_type}, not {expected}.")
-    for kv_field in made.anatomy.changed_fields:
+    for kv_field in planned.anatomy.changed_fields:
         value = get_path(config, kv_field.path)
-        wanted = kv_field.wanted(made.groups)
+        wanted = kv_field.wanted(planned.groups)
         if value != wanted and get_path(written.config, kv_field.path) != wanted:
             raise VerificationError(f"{folder / 'config.json'}: {kv_field.name} reads {value}, not {wanted}.")
     shapes = {key: info.shape for key, info in written.tensors.items()}
-    check_target(made.anatomy, shapes, made.checkpoint.tensors)
-    merged = {merge.key for merge in made.anatomy.merges}
-    for key, info in written.tensors.items():
-        source = made.checkpoint.tensors[key]
-        if info.dtype != source.dtype or (key not in merged and info.shape != source.shape):
-            raise VerificationError(f"{key}: {info.dtype} {info.shape} written, {source.dtype} {source.shape} planned.")
-    if written.total_bytes != made.bytes_out:
-        raise VerificationError(f"{folder}: {written.total_bytes} bytes of tensors, {made.bytes_out} planned.")
-    return {"tensors": len(shapes), "merged": len(merged), "bytes": written.total_bytes}
+    check_target(planned.anatomy, shapes, planned.checkpoint.tensors)
+    for operation in planned.operations:
+        info = written.tensors[operation.key]
+        if (info.dtype, info.shape) != (operation.dtype, operation.shape):
+            raise VerificationError(
+                f"{info.key}: {info.dtype} {info.shape} written, {operation.dtype} {operation.shape} planned."
+            )
+    if written.total_bytes != planned.bytes_out:
+        raise VerificationError(f"{folder}: {written.total_bytes} bytes of tensors, {planned.bytes_out} planned.")
+    return {"tensors": len(shapes), "merged": planned.merged_tensors, "bytes": written.total_bytes}
 
 
-def verify_logits(made: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Run both models in float32 and compare. Both are held in memory. See the module's docstring."""
-    converted = _load(made.anatomy.target_config, folder, trust_remote_code)
+def verify_logits(
+    planned: ConvertPlan, folder: Path, *, trained: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Run both models in float32 and compare. Both are held in memory. See the module's docstring.
+
+    `trained` says that the folder was trained since, so that its heads are means of the source's no more.
+    """
+    converted = _load(planned.anatomy.target_config, folder, trust_remote_code)
     inputs = _inputs(converted)
-    checks = verify_transpiling(made.checkpoint, made.anatomy, inputs) if made.checkpoint.stored else {}
-    source = _source_model(made, trust_remote_code)
-    seen = _logits(made, converted, inputs)
+    checks = verify_transpiling(planned.checkpoint, planned.anatomy, inputs) if planned.checkpoint.stored else {}
+    source = _source_model(planned, trust_remote_code)
+    seen = _logits(planned, converted, inputs)
     scale = max(float(seen.abs().max()), 1e-30)
     replaced = [(source.state_dict(), LOGIT_TOLERANCE, "the source")]
-    difference = made.anatomy.difference
+    difference = planned.anatomy.difference
     if difference is not None:
         replaced = [(difference.expand(converted.state_dict()), LOGIT_TOLERANCE, "the source with merged heads")]
-        if made.method == "mean" and made.blocks is None:
-            means = _with_means(made, difference, source.state_dict())
+        if planned.method == "mean" and planned.blocks is None and not trained:
+            means = _with_means(planned, difference, source.state_dict())
             replaced.insert(0, (means, MEAN_TOLERANCE, "the source with the means of adjacent heads"))
     worst = 0.0
     for state, tolerance, what in replaced:
         source.load_state_dict(state, strict=False)
-        worst = float((_logits(made, source, inputs) - seen).abs().max())
+        worst = float((_logits(planned, source, inputs) - seen).abs().max())
         if not worst <= tolerance * scale:
             raise VerificationError(f"{folder}: logits differ by {worst:.3g} at scale {scale:.3g} from {what}.")
     return {"logit_difference": worst, "logit_scale": scale, **checks}
 
 
-def _source_model(made: ConvertPlan, trust_remote_code: bool) -> Any:
+def _source_model(planned: ConvertPlan, trust_remote_code: bool) -> Any:
     """The source in float32: as it is stored, or as the model of another family that it is converted as."""
     import torch
 
-    if made.checkpoint.stored is None:
-        return _load(made.anatomy.config, made.source, trust_remote_code)
-    cls = api.model_class(made.anatomy.config)
-    return whole_model(made.checkpoint, cls, made.anatomy.config, dtype=torch.float32)
+    if planned.checkpoint.stored is None:
+        return _load(planned.anatomy.config, planned.source, trust_remote_code)
+    cls = api.model_class(planned.anatomy.config)
+    return whole_model(planned.checkpoint, cls, planned.anatomy.config, dtype=torch.float32)
 
 
-def _logits(made: ConvertPlan, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def _logits(planned: ConvertPlan, model: Any, inputs: dict[str, Tensor]) -> Tensor:
     try:
         return logits(model, inputs)
     except Exception as error:
         raise VerificationError(
-            f"{made.class_name}: cannot be run on text alone ({type(error).__name__}: {error}). Use --verify structure."
+            f"{planned.class_name}: cannot be run on text alone ({type(error).__name__}: {error}). "
+            "Use --verify structure."
         ) from error
 
 
-def _with_means(made: ConvertPlan, difference: ShapeDifference, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_means(planned: ConvertPlan, difference: ShapeDifference, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Replace every KV head in the source model's state by the mean of its group, in the precision of the file."""
     import torch
 
-    merges = made.anatomy.merges
-    stored = {merge.name: torch_dtype(made.checkpoint.tensors[merge.key].dtype) for merge in merges}
+    merges = planned.anatomy.merges
+    stored = {merge.name: torch_dtype(planned.checkpoint.tensors[merge.key].dtype) for merge in merges}
     usual = next(iter(stored.values()))
     means = dict(state)
     for name, rows in difference.rows.items():
@@ -171,49 +176,6 @@ def _inputs(model: Any) -> dict[str, Tensor]:
     """
     text = model.config.get_text_config(decoder=True)
     return text_inputs(model, vocabulary=int(getattr(text, "vocab_size", None) or 2 * TEXT_IDS) // 2)
-
-
-def compare_weights(made: ConvertPlan, folder: Path) -> dict[str, Any]:
-    """Compare every tensor of a converted folder with the source's bytes, or with the merge computed again.
-
-    Returns:
-        Counts of `identical` (copied byte for byte) and `merged` (as the plan's method gives them) tensors, and the
-        keys of `differing` ones (a checkpoint that was trained further differs everywhere).
-    """
-    written = Checkpoint.open(folder)
-    merges = {merge.key: merge for merge in made.anatomy.merges}
-    identical = as_merged = 0
-    differing: list[str] = []
-    for key, same in _compare(made, written):
-        if not same:
-            differing.append(key)
-        elif key in merges:
-            as_merged += 1
-        else:
-            identical += 1
-    return {"identical": identical, "merged": as_merged, "differing": differing}
-
-
-def _compare(made: ConvertPlan, written: Checkpoint) -> Iterator[tuple[str, bool]]:
-    import torch
-
-    method = get_method(made.method)
-    merges = {merge.key: merge for merge in made.anatomy.merges}
-    for key in written.tensors:
-        seen = written.tensor(key)
-        if key in merges:
-            with one_thread():
-                expected = merged_tensor(made.checkpoint, merges[key], method, made.seed)
-        else:
-            expected = made.checkpoint.tensor(key)
-        same = seen.shape == expected.shape and seen.dtype == expected.dtype
-        yield key, same and torch.equal(_bits(seen), _bits(expected))
-
-
-def _bits(x: Tensor) -> Tensor:
-    import torch
-
-    return x.contiguous().flatten().view(torch.uint8)
 
 
 def verify_transpiling(view: Checkpoint, anatomy: Anatomy, inputs: dict[str, Tensor]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from gqa_convert.merge.block import AttentionBlock
 from gqa_convert.merge.maps import GroupMaps, HeadMaps, residual
 from gqa_convert.merge.moments import BlockMoments, block_moments
 from gqa_convert.merge.options import MergeOptions
+from gqa_convert.merge.registry import plain_method
 from gqa_convert.merge.seeding import generator_for
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def group_maps(
     """
     if method.maps is not None:
         return method.maps(moments, members, options)
-    if method.pool is None or method.name == "random":
-        raise ValueError(f"method {method.name!r} is no linear map of the heads")
+    if method.pool is None or method.draws:
+        raise ValueError(f"method {method.name!r} draws its heads, which is no linear map of the old ones")
     return GroupMaps(
         keys=_pool_maps(method.pool, len(members), moments.block.w_k),
         values=_pool_maps(method.pool, len(members), moments.block.w_v),
@@ -95,7 +96,7 @@ def merge_block(
     if grouping.group_size == 1:
         return MergedBlock(block=block.permuted(grouping), report=replace(report, key_residual=0.0, value_residual=0.0))
     if method.pool is not None:
-        return MergedBlock(block=_pooled(method.pool, block, grouping, options), report=report)
+        return MergedBlock(block=_pooled(method, block, grouping, options), report=report)
     moments = moments or block_moments(block, statistics, options)
     maps = [group_maps(method, moments, members, options) for members in grouping.members]
     key_loss, value_loss = 0.0, 0.0
@@ -121,10 +122,12 @@ def _pool_maps(pool: PoolFunction, size: int, weight_KDY: Tensor) -> HeadMaps:
     return HeadMaps(encode=split_heads(encode, size, 1).transpose(0, 1), decode=eye[:dim, :dim].expand(size, dim, dim))
 
 
-def _pooled(pool: PoolFunction, block: AttentionBlock, grouping: Grouping, options: MergeOptions) -> AttentionBlock:
+def _pooled(method: MergeMethod, block: AttentionBlock, grouping: Grouping, options: MergeOptions) -> AttentionBlock:
     def merge(name: str, tensor: Tensor) -> Tensor:
+        by = plain_method() if method.draws and name.startswith("b_") else method
+        assert by.pool is not None
         generator = generator_for(options.seed, f"{options.key}.{name}")
-        return split_heads(pool(merge_heads(tensor), grouping, 0, generator=generator), grouping.num_groups)
+        return split_heads(by.pool(merge_heads(tensor), grouping, 0, generator=generator), grouping.num_groups)
 
     return replace(
         block.permuted(grouping),

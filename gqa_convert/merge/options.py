@@ -18,6 +18,6 @@ class MergeOptions:
     renorm: bool = False
     """`aligned` only: scale each mean back to the size of its members."""
     seed: int = 0
-    """`random` only."""
+    """Methods that draw only: see `MergeMethod.draws`."""
     key: str = ""
-    """`random` only: the raw name of the layer, so that layers differ."""
+    """Methods that draw only: the path of the attention block, so that layers differ."""

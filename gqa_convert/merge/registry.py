@@ -66,6 +66,10 @@ class MergeMethod:
     """True if q and o change in value too (under any other grouping than the contiguous one their heads also move)."""
     folds: bool = False
     """True if the method makes use of `MergeOptions.max_context`."""
+    draws: bool = False
+    """True if the method draws random numbers: a `PoolFunction` from the generator it is given, a `MapFunction` from
+    `gqa_convert.merge.seeding.generator_for(options.seed, options.key)`. Such a method merges projections alone: norms
+    and biases go by `plain_method`, and so does a search for groups."""
     pool: PoolFunction | None = None
     """The merge of one tensor; None for a method that must see the whole block."""
     maps: MapFunction | None = None
@@ -86,6 +90,7 @@ def merge_method(
     needs_statistics: bool,
     touches_query_output: bool,
     folds: bool = False,
+    draws: bool = False,
     cost: CostFunction | None = None,
 ) -> Callable[[_Function], _Function]:
     """Register the decorated function as the merge method `name`.
@@ -106,6 +111,7 @@ def merge_method(
             needs_statistics=needs_statistics,
             touches_query_output=touches_query_output,
             folds=folds,
+            draws=draws,
             pool=None if touches_query_output else function,
             maps=function if touches_query_output else None,
             cost=cost,
@@ -121,6 +127,11 @@ def all_methods() -> dict[str, MergeMethod]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(_METHODS.items()))
+
+
+def plain_method() -> MergeMethod:
+    """The paper's mean, for what a method leaves alone: norms, biases and convolutions beside the projections."""
+    return get_method("mean")
 
 
 def get_method(name: str) -> MergeMethod:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gqa_convert.checkpoint.config_json import edit_json
+from gqa_convert.checkpoint.contents import tensor_digest
 from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
 from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
 from gqa_convert.checkpoint.staging import check_output, staged_output
@@ -48,7 +49,8 @@ def write_final(
         weights: its state dict, on the CPU.
         source: the converted folder that training started from.
         target: folder to make.
-        uptraining: what `gqa_convert.json` says under that name.
+        uptraining: what `gqa_convert.json` says under that name; beside it, as `tensors`, stands a digest of every
+            tensor, by which damage can be told later.
         trust_remote_code: whether the folder's own code may run.
 
     Raises:
@@ -70,7 +72,9 @@ def write_final(
         if not _same_settings(source, stage, trust_remote_code):
             write_text(stage / CONFIG, checkpoint.config_text)
         _readable(stage)
-        write_provenance(stage / PROVENANCE, {**(checkpoint.provenance or {}), "uptraining": uptraining})
+        digests = {key: tensor_digest(info) for key, info in Checkpoint.open(stage).tensors.items()}
+        record = {**(checkpoint.provenance or {}), "uptraining": uptraining, "tensors": digests}
+        write_provenance(stage / PROVENANCE, record)
 
 
 def _readable(folder: Path) -> None:

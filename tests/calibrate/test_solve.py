@@ -9,10 +9,10 @@ import torch
 from gqa_convert.calibrate import activations, session
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.solve import SolvedLayers, solve
+from gqa_convert.conversion.operations import pool_of
 from gqa_convert.conversion.recipe import Recipe
-from gqa_convert.conversion.tensors import merged_tensor
+from gqa_convert.conversion.tensors import pooled_tensor
 from gqa_convert.errors import UsageError
-from gqa_convert.merge.registry import get_method
 
 FAST = Recipe(method="pca", grouping="search", fold=True, max_context=32, calibrate="text", refit_tokens=64)
 REFIT = Recipe(**{**vars(FAST), "refit": True, "refit_steps": 30})
@@ -38,7 +38,8 @@ def test_mean_is_the_conversion_that_pools(case, work):
     found = case("qwen2")
     result = solved(found, Recipe(), None, work)
     for merge in found.anatomy.merges:
-        pooled = merged_tensor(found.saved.checkpoint, merge, get_method("mean"), 0)
+        checkpoint = found.saved.checkpoint
+        pooled = pooled_tensor(checkpoint, pool_of(checkpoint.tensors[merge.key], merge, Recipe()))
         torch.testing.assert_close(result.tensor(merge.name), pooled)
 
 

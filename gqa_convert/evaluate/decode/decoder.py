@@ -86,7 +86,7 @@ class Decoder:
 
     @torch.inference_mode()
     def seconds_per_step(self) -> float:
-        """Decode `steps` tokens for every sequence, take the cache back to where it was, and return seconds per step."""
+        """Decode `steps` tokens per sequence, take the cache back to where it was, and return seconds per step."""
         seconds = timed(self._run, self.device)
         self._rewind()
         return seconds / self.steps

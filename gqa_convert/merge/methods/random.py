@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     reference="Ainslie et al. 2023 (arXiv 2305.13245), section 3.3 and figure 4",
     needs_statistics=False,
     touches_query_output=False,
+    draws=True,
 )
 def pool(
     x: Tensor, grouping: Grouping, dim: int, *, generator: Generator | None = None, std: float | None = None

@@ -77,9 +77,9 @@ class Computed:
         return stored + math.prod(self.part.shape) * (8 + BITS[self.dtype] // 8)
 
 
-def computed_keys(checkpoint: Checkpoint) -> frozenset[str]:
-    """The tensors of a view that are computed, not copied; none of a plain checkpoint."""
-    return frozenset(key for key, info in checkpoint.tensors.items() if _is_computed(info))
+def computed_from(info: TensorInfo) -> tuple[str, ...] | None:
+    """Raw keys of the stored tensors that a view's tensor is computed from; None for a tensor that is copied."""
+    return tuple(stored.key for stored in _computed(info).stored) if _is_computed(info) else None
 
 
 def computing_bytes(checkpoint: Checkpoint) -> int:
