@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +42,9 @@ from gqa_convert.cli.uptrain import uptrain_command
 from gqa_convert.conversion.recipe import make_recipe
 from gqa_convert.errors import GQAConvertError
 from gqa_convert.progress import conversion_progress
+
+if TYPE_CHECKING:
+    from gqa_convert.conversion.plan import ConvertPlan
 
 app = typer.Typer(
     name="gqa",
@@ -104,6 +108,7 @@ def convert_command(
     the output appears whole or not at all.
     """
     from gqa_convert.conversion import execute, plan
+    from gqa_convert.conversion.forecast import forecast
 
     recipe = make_recipe(
         preset,
@@ -132,8 +137,11 @@ def convert_command(
         revision=revision,
     )
     if dry_run:
-        emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
+        _emit_plan(made, json)
         return
+    cost = forecast(made)
+    if cost is not None and not json:
+        typer.echo(f"solving attention blocks: {show_conversion.solving_words(cost)}", err=True)
     with conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
         result = execute.execute(
             made,
@@ -193,7 +201,15 @@ def plan_command(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
+    _emit_plan(made, json)
+
+
+def _emit_plan(made: ConvertPlan, json: bool) -> None:
+    from gqa_convert.conversion.forecast import forecast
+
+    cost = forecast(made)
+    described = made.to_json() | {"forecast": None if cost is None else asdict(cost)}
+    emit(described, json, lambda: show_conversion.show_plan(made, cost))
 
 
 @app.command("inspect")

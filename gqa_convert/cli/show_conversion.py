@@ -14,8 +14,10 @@ from gqa_convert.console import console, key_value_table, size
 if TYPE_CHECKING:
     from gqa_convert.anatomy.families import Family
     from gqa_convert.conversion.execute import ConvertResult
+    from gqa_convert.conversion.forecast import Forecast
     from gqa_convert.conversion.inspect import Inspection
     from gqa_convert.conversion.plan import ConvertPlan
+    from gqa_convert.conversion.recipe import Recipe
     from gqa_convert.evaluate.quality import Quality
     from gqa_convert.heads import HeadLayout
     from gqa_convert.merge.registry import MergeMethod
@@ -45,8 +47,29 @@ def recipe_words(made: ConvertPlan) -> str:
     return words
 
 
-def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
-    """The plan as label and value, for a table."""
+def usual_loss(recipe: Recipe) -> str:
+    """What a recipe of this kind has cost where it was measured (docs/merging.md), in words."""
+    if not recipe.uses_blocks:
+        return "usually not usable before uptraining: +1 to +7 nats per token where it was measured"
+    if not recipe.refit:
+        return "+0.1 to +1.4 nats per token where it was measured; uptrain afterwards"
+    return "0 to +0.8 nats per token where it was measured; the end says what it was"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `40 s`, `14 min`, `5.2 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def solving_words(cost: Forecast) -> str:
+    """What solving will take, in words."""
+    return f"about {duration(cost.seconds)} and {size(cost.memory_bytes)} on this machine"
+
+
+def plan_rows(made: ConvertPlan, cost: Forecast | None = None) -> list[tuple[str, str]]:
+    """The plan as label and value, for a table; with what solving it will take, where that was estimated."""
     rows = [
         ("source", str(made.source)),
         ("target", str(made.target)),
@@ -73,20 +96,26 @@ def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
             _cache(made.kv_cache_bytes_per_token_before, made.kv_cache_bytes_per_token_after),
         ),
         ("tensor parallel", f"up to {made.max_tensor_parallel} without replicating KV heads"),
+        *([("solving", solving_words(cost))] if cost is not None else []),
+        *([("usual loss", usual_loss(made.recipe))] if made.groups < made.layout_before.num_kv_heads else []),
         ("working memory", f"{size(made.working_bytes)} at most beyond the libraries'"),
     ]
     return rows + [("note", note) for note in made.notes]
 
 
-def show_plan(made: ConvertPlan) -> None:
+def show_plan(made: ConvertPlan, cost: Forecast | None = None) -> None:
     """Print a plan."""
-    console().print(key_value_table(plan_rows(made)))
+    console().print(key_value_table(plan_rows(made, cost)))
 
 
 def show_result(result: ConvertResult, quality: Quality | None = None) -> None:
     """Print what a conversion did, what it cost where that was measured, and what to do next."""
     out = console()
-    out.print(key_value_table([row for row in plan_rows(result.plan) if row[0] not in ("target", "working memory")]))
+    out.print(
+        key_value_table(
+            [row for row in plan_rows(result.plan) if row[0] not in ("target", "working memory", "usual loss")]
+        )
+    )
     checked = result.checks
     if checked:
         logits = ""
@@ -95,8 +124,27 @@ def show_result(result: ConvertResult, quality: Quality | None = None) -> None:
         filled = type(result.plan.anatomy.target_model).__name__
         out.print(f"verified: {checked['tensors']} tensors fill the {filled} of config.json{logits}")
     out.print(f"[bold green]wrote[/] {result.out}", highlight=False)
-    for line in quality_lines(result, quality):
+    for line in (*bad_blocks(result), *quality_lines(result, quality)):
         out.print(line, highlight=False, markup=False)
+
+
+_BAD_ERROR = 0.5
+"""Share of its output that a refitted block may miss before it is named."""
+_NAMED = 4
+
+
+def bad_blocks(result: ConvertResult) -> list[str]:
+    """A warning that names the blocks whose refit left more than half of their output unexplained."""
+    errors = {block.module: block.error_after for block in result.blocks if block.error_after is not None}
+    bad = sorted((module for module in errors if errors[module] > _BAD_ERROR), key=lambda module: -errors[module])
+    if not bad:
+        return []
+    named = ", ".join(f"{module} ({errors[module]:.2f})" for module in bad[:_NAMED])
+    return [
+        f"warning: {len(bad)} of {len(errors)} attention blocks stay bad after the refit, by their error on held-out "
+        f"windows as a share of their output: {named}{', ...' if len(bad) > _NAMED else ''}. More --refit-steps or "
+        "more groups help, and uptraining does."
+    ]
 
 
 def quality_lines(result: ConvertResult, quality: Quality | None) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.budget.machine import free_memory, matmul_rate
 from gqa_convert.calibrate.self_text import self_tokens
 from gqa_convert.evaluate import examples as ex
 from gqa_convert.evaluate import models
@@ -162,10 +163,7 @@ def _on_data(plan: ConvertPlan, out: Path, data: str, started: float, trust: boo
 
 def _too_dear(plan: ConvertPlan, most_seconds: float) -> str:
     """Why a measurement is not made unasked; empty if it may be."""
-    import psutil
-
-    memory = 4 * (plan.parameters_in + plan.parameters_out)
-    free = psutil.virtual_memory().available
+    memory, free = 4 * (plan.parameters_in + plan.parameters_out), free_memory()
     if pick_device("auto").type == "cpu" and memory > MEMORY_SHARE * free:
         return f"both models take {memory / 2**30:.1f} GiB in float32, of {free / 2**30:.1f} GiB that are free"
     seconds = estimated_seconds(plan.parameters_in)
@@ -176,15 +174,7 @@ def _too_dear(plan: ConvertPlan, most_seconds: float) -> str:
 
 def estimated_seconds(parameters: int) -> float:
     """About how long measuring on the model's own text takes here, after a trial of the processor (or GPU)."""
-    import torch
-
-    device = pick_device("auto")
-    size = 1024
-    matrix = torch.ones(size, size, device=device)
-    matrix @ matrix
-    started = time.perf_counter()
-    (matrix @ matrix).sum().item()
-    rate = 2 * size**3 / (time.perf_counter() - started)
+    rate = matmul_rate()
     tokens = _WINDOWS * _LENGTH
     # Small products reach perhaps a third of that rate; writing passes over all weights once per step besides.
     return 3 * (3 * 2 * parameters * tokens / rate) + _LENGTH * 4 * parameters / 2e10 + 8 * 4 * parameters / 1e9

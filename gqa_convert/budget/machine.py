@@ -1,0 +1,42 @@
+"""What this machine does per second, by a short trial, and how much memory it has free. Torch waits until then."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_SIZE = 1024
+
+
+def matmul_rate(dtype: torch.dtype | None = None) -> float:
+    """Floating-point operations per second of a large matrix product, on the GPU where there is one.
+
+    Of processors the time they worked is counted, so that whatever else runs on the machine does not matter.
+
+    Args:
+        dtype: of the product; float32 by default.
+    """
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    a, b = (torch.ones(_SIZE, _SIZE, dtype=dtype or torch.float32, device=device) for _ in range(2))
+    on_gpu = device.type == "cuda"
+    clock, units = (time.perf_counter, 1) if on_gpu else (time.process_time, torch.get_num_threads())
+    best = float("inf")
+    for _ in range(3):  # the first of them only wakes the machine
+        started = clock()
+        a @ b
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, clock() - started)
+    return 2 * _SIZE**3 * units / max(best, 1e-9)
+
+
+def free_memory() -> int:
+    """Bytes of memory that could be had without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
