@@ -38,7 +38,7 @@ from gqa_convert.cli.options import (
     Version,
     emit,
 )
-from gqa_convert.cli.uptrain import uptrain_command
+from gqa_convert.cli.uptrain import uptrain_app
 from gqa_convert.conversion.recipe import make_recipe
 from gqa_convert.errors import GQAConvertError
 from gqa_convert.progress import conversion_progress
@@ -282,7 +282,7 @@ report_commands.register(app)
 
 
 app.command("budget")(budget_command)
-app.command("uptrain")(uptrain_command)
+app.add_typer(uptrain_app, name="uptrain")
 
 
 @app.callback(invoke_without_command=True)

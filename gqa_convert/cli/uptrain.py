@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from gqa_convert.cli.options import AsJson, DryRun
+from gqa_convert.cli.options import SETTINGS, AsJson, DryRun, Force, Trust
 
 if TYPE_CHECKING:
     from gqa_convert.uptrain.loop import UptrainResult
@@ -26,6 +27,8 @@ def uptrain_command(
     """Uptrain a converted checkpoint as CONFIG says; run it again to go on where it was stopped.
 
     SIGTERM or SIGUSR1 saves and exits with code 75 at the next step.
+
+    `gqa uptrain export RUN --out FOLDER` makes a plain model of any checkpoint of a run.
     """
     from gqa_convert.uptrain.read_config import load_config
 
@@ -44,6 +47,49 @@ def uptrain_command(
     from gqa_convert.uptrain.loop import uptrain
 
     _show(uptrain(settings, quiet=json), json)
+
+
+def export_command(
+    run: Annotated[Path, typer.Argument(help="The output of a run, or one of its checkpoints.", metavar="RUN")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint. (default: the newest whole one)")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The converted model that the run started from, if it was moved.")
+    ] = None,
+    force: Force = False,
+    json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make a plain transformers folder of a checkpoint, whichever engine and however many processes saved it."""
+    from gqa_convert.console import console
+    from gqa_convert.uptrain.from_checkpoint import export_checkpoint
+
+    folder, found = export_checkpoint(
+        run,
+        out,
+        step=step,
+        model=model,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        tell=lambda text: typer.echo(text, err=True),
+    )
+    if json:
+        typer.echo(jsonlib.dumps({"folder": str(folder), "step": found}, indent=2))
+    else:
+        console().print(f"[bold green]wrote[/] {folder} (step {found:,})", highlight=False)
+
+
+class _RunOrExport(TyperGroup):
+    """`gqa uptrain CONFIG` is `gqa uptrain run CONFIG`: what is no command's name is a configuration."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args[:1] in (["export"], [_RUN]) else [_RUN, *args])
+
+
+_RUN = "run"
+uptrain_app = typer.Typer(cls=_RunOrExport, context_settings=SETTINGS, help="Uptrain a converted checkpoint.")
+uptrain_app.command(_RUN, context_settings=SETTINGS)(uptrain_command)
+uptrain_app.command("export", context_settings=SETTINGS)(export_command)
 
 
 def _show(result: UptrainResult, json: bool) -> None:

@@ -87,7 +87,7 @@ class CheckpointStore:
             _sync(path)
         _write(stage / MARKER, json.dumps({"step": step, "files": files}, indent=2))
         _sync(stage)
-        target = self._path(step)
+        target = self.path(step)
         if target.exists():  # a damaged one, or it would have been resumed from
             shutil.rmtree(target)
         os.rename(stage, target)
@@ -115,17 +115,18 @@ class CheckpointStore:
             fault: says what keeps an undamaged folder from being used; None if nothing does.
         """
         for step in sorted(self._steps(), reverse=True):
-            problem = damage(self._path(step), step) or fault(self._path(step))
+            problem = damage(self.path(step), step) or fault(self.path(step))
             if problem is None:
-                return SavedCheckpoint(self._path(step), step)
-            tell(f"{self._path(step)}: {problem}; trying an older checkpoint")
+                return SavedCheckpoint(self.path(step), step)
+            tell(f"{self.path(step)}: {problem}; trying an older checkpoint")
         return None
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints by their marker (not hashed), ascending."""
-        return sorted(step for step in self._steps() if (self._path(step) / MARKER).is_file())
+        return sorted(step for step in self._steps() if (self.path(step) / MARKER).is_file())
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of `step`."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
     def _steps(self) -> Iterator[int]:
@@ -137,8 +138,8 @@ class CheckpointStore:
     def _prune(self) -> None:
         for step in self.steps()[: -self._keep]:
             # Without its marker it is no checkpoint any more, however far the removal gets.
-            (self._path(step) / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(self._path(step), ignore_errors=True)
+            (self.path(step) / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(self.path(step), ignore_errors=True)
 
 
 def open_checkpoint(folder: Path, *, fault: Callable[[Path], str | None] = lambda _: None) -> SavedCheckpoint:

@@ -25,6 +25,7 @@ from gqa_convert.errors import VerificationError
 from gqa_convert.hf import api
 from gqa_convert.uptrain import parameters
 from gqa_convert.uptrain.build import Parts
+from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.source_keys import restore_keys
 from gqa_convert.uptrain.state import gather_weights
@@ -41,8 +42,9 @@ def write_final(
     target: Path,
     uptraining: dict[str, Any],
     trust_remote_code: bool = False,
+    force: bool = True,
 ) -> None:
-    """Write the trained model, atomically; an earlier one at `target` is replaced.
+    """Write the trained model, atomically.
 
     Args:
         model: the transformers model, for its keys and configuration.
@@ -52,6 +54,7 @@ def write_final(
         uptraining: what `gqa_convert.json` says under that name; beside it, as `tensors`, stands a digest of every
             tensor, by which damage can be told later.
         trust_remote_code: whether the folder's own code may run.
+        force: replace an earlier one at `target`.
 
     Raises:
         OutputError: if it cannot be written.
@@ -59,7 +62,7 @@ def write_final(
     """
     checkpoint = Checkpoint.open(source)
     needed = checkpoint.total_bytes
-    with staged_output(target, force=True, source=source, needed_bytes=needed) as stage:
+    with staged_output(target, force=force, source=source, needed_bytes=needed) as stage:
         with api.quiet():
             model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
         restore_keys(stage, checkpoint, _key_map(source, trust_remote_code))
@@ -230,13 +233,12 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
     return target
 
 
-def provenance(parts: Parts, losses: dict[str, float], seconds: float) -> dict[str, Any]:
-    """What `gqa_convert.json` says of the training. Names no path: they mean nothing elsewhere."""
-    plan = parts.plan
-    config = plan.config.model_dump(mode="json")
+def told_config(run: UptrainConfig) -> dict[str, Any]:
+    """A run's settings as `gqa_convert.json` tells them: without paths, which mean nothing elsewhere."""
+    config = run.model_dump(mode="json")
     for section, key in (("data", "cache"), ("data", "source"), ("data", "held_out_source"), ("log", "project")):
         config[section].pop(key, None)
-    source = plan.config.data.source
+    source = run.data.source
     config["data"]["source"] = {"kind": source.kind, "names": [Path(path).name for path in source.paths]}
     if source.kind == "hub":
         config["data"]["source"] = source.model_dump(mode="json")
@@ -245,8 +247,14 @@ def provenance(parts: Parts, losses: dict[str, float], seconds: float) -> dict[s
     distillation = config["objective"].get("distillation")
     if distillation:
         distillation["teacher"] = Path(distillation["teacher"]).name
+    return config
+
+
+def provenance(parts: Parts, losses: dict[str, float], seconds: float) -> dict[str, Any]:
+    """What `gqa_convert.json` says of the training."""
+    plan = parts.plan
     return {
-        "config": config,
+        "config": told_config(plan.config),
         "steps": plan.horizon.steps,
         "tokens": plan.horizon.tokens,
         "alpha": plan.horizon.alpha,

@@ -51,6 +51,7 @@ def checkpoint_state(
         "step": step,
         "tokens": step * made.horizon.batch_tokens,
         "identity": identity(made, weights),
+        "config": made.config.model_dump(mode="json"),
         "data": data,
         "guards": guards,
         "losses": losses,

@@ -48,22 +48,23 @@ def load_whole(folder: Path, model: nn.Module, optimizer: Any | None) -> None:
     Args:
         folder: the training checkpoint.
         model: with the same parameters to train, sharded or whole.
-        optimizer: of its parameters; None to leave the optimiser's state alone.
+        optimizer: of its parameters; None to read weights alone, of whichever parameters are there.
 
     Raises:
         CheckpointError: if the checkpoint is of another model or optimiser, or cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    trained = trained_parameters(model)
+    named = {plain_name(name): value for name, value in model.named_parameters()}
+    trained = set(trained_parameters(model))
     try:
         with safe_open(folder / MODEL, "pt") as saved, torch.no_grad():
             keys = {plain_name(key): key for key in saved.keys()}  # noqa: SIM118 - no dictionary
-            if keys.keys() != trained.keys():
-                odd = sorted(keys.keys() ^ trained.keys())
+            odd = sorted(keys.keys() - named.keys() if optimizer is None else keys.keys() ^ trained)
+            if odd:
                 raise CheckpointError(f"{folder}: holds other parameters than are trained now, for one {odd[0]}.")
-            for name, parameter in trained.items():
-                value = saved.get_tensor(keys[name])
+            for name, key in keys.items():
+                parameter, value = named[name], saved.get_tensor(key)
                 if value.shape != parameter.shape:
                     raise CheckpointError(
                         f"{folder}: {name} has shape {list(value.shape)} there, the model's {list(parameter.shape)}."

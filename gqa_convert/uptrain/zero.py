@@ -8,8 +8,9 @@ process holds a part, checkpoints, and making weights whole again.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,28 @@ def load_zero(folder: Path, model: Any) -> None:
         found, _ = model.load_checkpoint(str(folder / FOLDER), tag=_TAG, load_module_strict=False)
     if found is None:
         raise CheckpointError(f"{folder}: DeepSpeed cannot read its files. Resume from another checkpoint.")
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """The trained parameters of a training checkpoint in float32, joined from what every process wrote.
+
+    Raises:
+        UsageError: if DeepSpeed is not installed.
+        CheckpointError: if its files cannot be read.
+    """
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise UsageError(f"{folder}: reading it needs DeepSpeed: pip install 'gqa-convert[deepspeed]'.") from error
+    try:
+        with _tensors_only(), redirect_stdout(sys.stderr):
+            found = get_fp32_state_dict_from_zero_checkpoint(
+                str(folder / FOLDER), tag=_TAG, exclude_frozen_parameters=True
+            )
+    except Exception as error:  # of a damaged file, whatever its parts come to
+        words = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: DeepSpeed cannot read its files ({words}).") from error
+    return dict(found)
 
 
 @contextmanager

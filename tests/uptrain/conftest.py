@@ -47,6 +47,18 @@ def make_tiny(folder, *, kv_heads=2, seed=0, sharpness=1.0):
     return folder
 
 
+def mark_again(folder):
+    """Write a marker that fits what is in the folder now, as somebody who means harm would."""
+    from gqa_convert.uptrain.checkpoints import MARKER, _digests, _files
+
+    paths = [path for path in _files(folder) if path.name != MARKER]
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _digests(paths), strict=True)
+    }
+    (folder / MARKER).write_text(json.dumps({"step": 0, "files": files}))
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     rng = random.Random(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import make_tiny, mark_again
 from safetensors.torch import load_file, save_file
 
 from gqa_convert.data.store import StoreWriter
@@ -23,7 +23,7 @@ from gqa_convert.errors import (
     UsageError,
 )
 from gqa_convert.uptrain import corpus, loop
-from gqa_convert.uptrain.checkpoints import MARKER, STATE, CheckpointStore, _digests, _files
+from gqa_convert.uptrain.checkpoints import MARKER, STATE, CheckpointStore
 from gqa_convert.uptrain.faults import clear_faults
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import apply_overrides, load_config, parse_config
@@ -33,16 +33,6 @@ from gqa_convert.uptrain.resume import unusable
 def run(settings, **changes):
     merged = {**settings, **{key: {**settings.get(key, {}), **value} for key, value in changes.items()}}
     return loop.uptrain(parse_config(merged), quiet=True)
-
-
-def mark_again(folder):
-    """Write a marker that fits what is in the folder now, as somebody who means harm would."""
-    paths = [path for path in _files(folder) if path.name != MARKER]
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, _digests(paths), strict=True)
-    }
-    (folder / MARKER).write_text(json.dumps({"step": 0, "files": files}))
 
 
 @pytest.fixture

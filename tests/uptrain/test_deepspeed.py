@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.uptrain import loop, zero
+from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
@@ -109,6 +110,10 @@ def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write
     assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
     _, info = AutoModelForCausalLM.from_pretrained(output / "final", output_loading_info=True)
     assert not info["missing_keys"]
+    exported, step = export_checkpoint(output, tmp_path / "plain")
+    assert step == 20
+    plain = load_file(exported / "model.safetensors")
+    assert all(torch.equal(plain[key], ours[key]) for key in ours)
     # One process has no DeepSpeed: it must not take the checkpoint for its own.
     settings["train"] |= {"device": "cpu"}
     with pytest.raises(CheckpointError, match="DeepSpeed's weights; resume with the engine"):
