@@ -85,6 +85,18 @@ def test_a_sweep_goes_on_where_it_stopped(
     assert [known for _, known in seen] == [False, False, True, False, True], "the same names, other bytes"
 
 
+@pytest.mark.parametrize("damage", ["[]", '{"fingerprint": "KEY"}', '{"fingerprint": "KEY", "point": [1]}', '{"fi'])
+def test_damaged_files_are_measured_again(llama: Path, lines: Path, tmp_path: Path, damage: str) -> None:
+    run, seen = tmp_path / "run", []
+    mine = settings(lines, groups=(2,), sensitivity=False)
+    sweep(str(llama), run, mine)
+    for file in (run / "points" / "mean-g2" / "point.json", run / "base.json"):
+        key = json.loads(file.read_text())["fingerprint"]
+        file.write_text(damage.replace("KEY", key if file.name == "point.json" else "another"))
+    sweep(str(llama), run, mine, on_point=lambda p, known: seen.append((p.name, known)))
+    assert seen == [("mean-g2", False)]
+
+
 def test_a_failed_point_does_not_lose_the_rest(
     llama: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,23 +139,26 @@ def _measuring(settings: SweepSettings) -> Any:
 
 def _known(file: Path, key: str) -> SweepPoint | None:
     """A point that was finished under the same settings; None where it was not, or its file is damaged."""
-    known = read_json(file)
-    if not isinstance(known, dict) or known.get("fingerprint") != key:
-        return None
+    known = _of_this_key(file, key)
     try:
-        point = from_json(known.get("point", {}))
+        point = from_json(known.get("point", {})) if known is not None else None
     except ValueError:
         return None
-    return point if point.status == "done" else None
+    return point if point is not None and point.status == "done" else None
+
+
+def _of_this_key(file: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier run wrote under the same settings; None where it did not, or the file is damaged."""
+    known = read_json(file)
+    return known if isinstance(known, dict) and known.get("fingerprint") == key else None
 
 
 def _base(subject: models.Subject, run: Path, settings: SweepSettings, identity: dict[str, Any]) -> dict[str, Any]:
     """The original's own figures, and what it was measured on."""
     key = _fingerprint(identity, _measuring(settings), _stamp(settings.evaluation.data))
-    known = read_json(run / "base.json")
-    if known and known.get("fingerprint") == key:
-        kept: dict[str, Any] = known
-        return kept
+    known = _of_this_key(run / "base.json", key)
+    if known is not None:
+        return known
     measured = evaluate(subject.folder, [], settings.evaluation).to_json()
     measured |= {"fingerprint": key, "folder": str(subject.folder.resolve())}
     measured["base"]["name"] = subject.name
@@ -263,8 +266,7 @@ def _sensitivity(subject: models.Subject, run: Path, settings: SweepSettings, fi
     done = [p for p in finished.points if p.status == "done" and p.groups < subject.kv_heads]
     done.sort(key=lambda p: (p.name != finished.recommendation.name, p.loss_difference))
     key = _fingerprint([read_json(run / "points" / p.name / POINT) for p in done], asdict(evaluation))
-    known = read_json(run / SENSITIVITY)
-    if known and known.get("fingerprint") == key:
+    if _of_this_key(run / SENSITIVITY, key) is not None:
         return
     for point in done:
         folder = result_folder(run / "points" / point.name)
@@ -279,8 +281,7 @@ def _similarity(subject: models.Subject, run: Path, settings: SweepSettings, ide
     """Compare the heads of the groups; left out for an architecture whose heads cannot be aligned."""
     groups = [g for g in settings.groups if g < subject.kv_heads]
     key = _fingerprint(identity, max(groups, default=0))
-    known = read_json(run / SIMILARITY)
-    if not groups or (known and known.get("fingerprint") == key):
+    if not groups or _of_this_key(run / SIMILARITY, key) is not None:
         return
     try:
         layers = head_similarity(subject.folder, max(groups), trust_remote_code=settings.evaluation.trust_remote_code)
