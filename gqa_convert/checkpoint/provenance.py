@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_convert.checkpoint.reader import CONFIG, PROVENANCE, Checkpoint
-from gqa_convert.checkpoint.resolve import hub_snapshot
+from gqa_convert.checkpoint.links import hub_snapshot
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.errors import CheckpointError
 
