@@ -87,6 +87,20 @@ def read_regular(path: Path, limit: int, *, inside: Path | None = None) -> bytes
     return b"".join(parts)
 
 
+def read_object(path: Path, limit: int) -> dict[str, Any]:
+    """Read a JSON object from a regular file of at most `limit` bytes.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is anything else.
+    """
+    try:
+        return parse_object(path, read_regular(path, limit).decode("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is not UTF-8 text ({error.reason}).") from error
+
+
 def parse_object(path: Path, text: str) -> dict[str, Any]:
     """Parse a JSON object, a byte-order mark before it allowed.
 

@@ -157,7 +157,7 @@ def _config_text(folder: Path) -> str:
         whole = whole_weights(folder)
         if whole is not None:
             raise UnsupportedModelError(
-                f"{folder}: adapter_config.json says that this is a PEFT adapter, but {whole.name} holds a whole model. "
+                f"{folder}: adapter_config.json says this is a PEFT adapter, but {whole.name} holds a whole model. "
                 "If the adapter was merged into it, remove adapter_config.json. Merge it otherwise: merge_and_unload()."
             )
         raise UnsupportedModelError(
@@ -243,12 +243,29 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """Read a folder's own gqa_convert.json; None if it has none.
 
     Raises:
-        CheckpointError: if it is a link out of the folder, no regular file, or not a JSON object.
+        CheckpointError: if it is a link out of the folder, no regular file, or no record.
     """
     path = folder / PROVENANCE
     try:
-        return parse_object(path, read_regular(path, MAX_RECORD_BYTES, inside=folder).decode("utf-8"))
+        record = parse_object(path, read_regular(path, MAX_RECORD_BYTES, inside=folder).decode("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    _check_record(path, record)
+    return record
+
+
+def _check_record(path: Path, record: dict[str, Any]) -> None:
+    parts: list[tuple[str, Any, type, str]] = [
+        (name, record.get(name, {}), dict, "JSON object") for name in ("tool", "source", "conversion", "uptraining")
+    ]
+    conversion = record.get("conversion")
+    if isinstance(conversion, dict):
+        parts += [("conversion.method", conversion.get("method", ""), str, "text")]
+        parts += [("conversion.seed", conversion.get("seed", 0), int, "integer")]
+    for name, value, kind, called in parts:
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(value).__name__}, not {called}: no record of a conversion."
+            )

@@ -58,6 +58,16 @@ def check_names(folder: Path, keys: Collection[str]) -> None:
         )
 
 
+def foreign_prefix(keys: Collection[str], missing: str) -> str:
+    """What to add to the news that a tensor is missing: that it is there under a name with something before it."""
+    longer = next((key for key in keys if key.endswith(f".{missing}")), None)
+    if longer is None:
+        return ""
+    prefix = longer.removesuffix(missing)
+    every = "Every" if all(key.startswith(prefix) for key in keys) else "A"
+    return f" {every} tensor's name begins with {prefix!r}, as a wrapper around the model leaves it: save without it."
+
+
 def _first_lora(keys: Collection[str]) -> str | None:
     return next((key for key in keys if _LORA.search(key)), None)
 
@@ -98,7 +108,7 @@ def check_counts(where: Path, config: Mapping[str, Any], tensors: int) -> None:
             raise CheckpointError(f"{where}: {'.'.join(path)!a} is {_spelled(value)}, more than any model has.")
 
 
-def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int | float]]:
     waiting: list[tuple[tuple[str, ...], Any]] = [((), values)]
     while waiting:
         path, value = waiting.pop()
@@ -110,6 +120,7 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], float
             yield path, value
 
 
-def _spelled(value: float) -> str:
-    text = f"{value:,}" if isinstance(value, float) or value.bit_length() < 200 else f"a number of {value.bit_length()} bits"
-    return text[:80]
+def _spelled(value: int | float) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length():,} bits"
+    return f"{value:,}"

@@ -105,6 +105,18 @@ def split_side_files(folder: Path, weight_files: tuple[Path, ...]) -> tuple[tupl
     return tuple(sorted(copied)), tuple(sorted(left))
 
 
+def side_file_bytes(folder: Path, relative: Path) -> int:
+    """Size of a side file.
+
+    Raises:
+        CheckpointError: if it is gone.
+    """
+    try:
+        return os.stat(folder / relative).st_size
+    except OSError as error:
+        raise CheckpointError(f"{folder / relative}: can no longer be read ({error.strerror}).") from error
+
+
 def copy_side_file(folder: Path, relative: Path, target: Path) -> None:
     """Copy one side file of `folder` to the same place below `target`, unless it has become a link out of the folder.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,9 +39,10 @@ from gqa_convert.cli.options import (
     Version,
     emit,
 )
+from gqa_convert.cli.signals import stopped_by_signals
 from gqa_convert.cli.uptrain import uptrain_command
 from gqa_convert.conversion.recipe import make_recipe
-from gqa_convert.errors import GQAConvertError
+from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.progress import conversion_progress
 
 app = typer.Typer(
@@ -134,7 +137,7 @@ def convert_command(
     if dry_run:
         emit(made.to_json(), json, lambda: show_conversion.show_plan(made))
         return
-    with conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
+    with stopped_by_signals(), conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
         result = execute.execute(
             made,
             verify=verify,
@@ -280,15 +283,31 @@ _INTERRUPTED = 130
 
 def run_command(run: Callable[[], Any]) -> None:
     """Run a command; a `GQAConvertError` becomes one line on standard error and its exit code."""
+    _print_anything()
     try:
+        _check_working_directory()
         run()
     except GQAConvertError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
             typer.echo("interrupted.", err=True)
         raise
+
+
+def _print_anything() -> None:
+    """Let names that are no text (bytes that are not UTF-8) be printed, escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError("the working directory no longer exists. Change to one that does.") from error
 
 
 def main() -> None:

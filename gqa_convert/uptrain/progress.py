@@ -6,8 +6,9 @@ import time
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gqa_convert.console import plain_console
 
 _SECONDS_BETWEEN_LINES = 60.0
 
@@ -17,7 +18,7 @@ class Display:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = plain_console(stderr=True, soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         self._task: Any = None
         self._last = -_SECONDS_BETWEEN_LINES
@@ -39,7 +40,7 @@ class Display:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
         )
         self._progress = Progress(*columns, console=self._console, transient=True)
         self._progress.start()
