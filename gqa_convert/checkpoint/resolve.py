@@ -150,7 +150,7 @@ def _no_weights(folder: Path) -> str:
 def _seen_instead(folder: Path, names: list[str]) -> str:
     for name in (SAFE_WEIGHTS, SAFE_INDEX, BIN_WEIGHTS, BIN_INDEX):
         if name in names:
-            what = "a link to nothing" if os.path.islink(folder / name) else "no regular file"
+            what = "no regular file" if os.path.exists(folder / name) else "a link to nothing"
             return f": {name} is {what}. Put the file itself there."
     for name in names:
         if (variant := _VARIANT.fullmatch(name)) and (folder / name).is_file():
