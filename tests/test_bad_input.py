@@ -257,7 +257,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = 
     "record is a pipe": (pipe("gqa_convert.json"), CHECKPOINT, ("gqa_convert.json", "pipe")),
     "weights are a pipe": (pipe(WEIGHTS), CHECKPOINT, (WEIGHTS, "no regular file")),
     "config is a device": (link("config.json", "/dev/zero"), CHECKPOINT, ("config.json", "device")),
-    "record is a device": (link("gqa_convert.json", "/dev/zero"), CHECKPOINT, ("gqa_convert.json", "device")),
+    "record is a device": (link("gqa_convert.json", "/dev/zero"), CHECKPOINT, ("gqa_convert.json", "link")),
     "weights are a device": (link(WEIGHTS, "/dev/zero"), CHECKPOINT, (WEIGHTS, "no regular file")),
     "record leads away": (link("gqa_convert.json", "/etc/hostname"), CHECKPOINT, ("gqa_convert.json", "link")),
     "record is a list": (write("gqa_convert.json", b"[]"), CHECKPOINT, ("gqa_convert.json", "list")),

@@ -48,12 +48,14 @@ def open_regular(path: Path) -> BinaryIO:
 def open_inside(folder: Path, path: Path) -> BinaryIO:
     """Open a regular file that must lie in `folder`, links resolved, or in the same hub cache entry.
 
-    What was opened is what was looked at: a file swapped for a link at any moment is noticed.
+    It is looked at before it is opened, and again after: a file swapped for a link at any moment is noticed.
 
     Raises:
         CheckpointError: if it leads elsewhere or is no regular file.
         OSError: if it cannot be opened.
     """
+    if not stays_inside(folder, path):
+        raise CheckpointError(f"{path}: a link that leaves the model folder. Refused: put the file itself there.")
     file = open_regular(path)
     real, seen = Path(os.path.realpath(path)), os.fstat(file.fileno())
     try:

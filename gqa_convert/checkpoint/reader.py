@@ -12,7 +12,7 @@ from gqa_convert.checkpoint.files import MAX_CONFIG_BYTES, MAX_RECORD_BYTES, par
 from gqa_convert.checkpoint.pickled import read_pickled
 from gqa_convert.checkpoint.resolve import SAFE_WEIGHTS, WeightSet, resolve_weights, whole_weights
 from gqa_convert.checkpoint.safetensors_file import TensorInfo, read_header
-from gqa_convert.checkpoint.sanity import check_counts, check_filled, check_names
+from gqa_convert.checkpoint.sanity import check_counts, check_filled, check_names, check_types
 from gqa_convert.checkpoint.side_files import split_side_files
 from gqa_convert.errors import CheckpointError, UnsupportedModelError
 
@@ -100,6 +100,7 @@ class Checkpoint:
         if "auto_map" not in config:  # code of its own may name its modules as it likes
             check_names(folder, tensors)
         check_filled(folder, tensors)
+        check_types(folder / CONFIG, config)
         check_counts(folder / CONFIG, config, len(tensors))
         side, left = split_side_files(folder, weights.files)
         return cls(

@@ -87,6 +87,66 @@ def check_filled(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         )
 
 
+def check_types(where: Path, config: Mapping[str, Any]) -> None:
+    """Refuse values of a kind that no reader of config.json expects where they stand.
+
+    Raises:
+        CheckpointError: naming the field.
+    """
+    for path, value in _sections(config):
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"{where}: {_dotted(path)} is {_kind(value)}, not a JSON object.")
+        for key, kinds, called in _KINDS:
+            if not isinstance(value.get(key), (*kinds, type(None))):
+                raise CheckpointError(f"{where}: {_dotted(path, key)} is {_kind(value[key])}, not {called}.")
+        for inner, called in (("architectures", "text"), ("layer_types", "text")):
+            listed = value.get(inner) or []
+            if not all(isinstance(each, str) and each.isprintable() for each in listed):
+                raise CheckpointError(f"{where}: {_dotted(path, inner)} holds something else than {called}.")
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(value.get(key), str) and value[key].removeprefix("torch.") not in _DTYPES:
+                raise CheckpointError(f"{where}: {_dotted(path, key)} is {value[key][:40]!a}, no format of numbers.")
+
+
+_SECTION = re.compile(
+    r"(text|vision|audio|decoder|encoder|generator|thinker|talker|llm|language|speech)_config|decoder|encoder"
+)
+_KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("model_type", (str,), "text"),
+    ("architectures", (list,), "a list"),
+    ("layer_types", (list,), "a list"),
+    ("auto_map", (dict,), "a JSON object"),
+    ("quantization_config", (dict,), "a JSON object"),
+    ("rope_scaling", (dict,), "a JSON object"),
+    ("rope_parameters", (dict,), "a JSON object"),
+    ("attn_config", (dict,), "a JSON object"),
+    ("dtype", (str, dict), "the name of a floating format"),
+    ("torch_dtype", (str, dict), "the name of a floating format"),
+)
+_DTYPES = frozenset(
+    ["float16", "bfloat16", "float32", "float64", "half", "float", "double", "auto", "fp16", "bf16", "fp32"]
+) | {f"float8_{kind}" for kind in ("e4m3fn", "e5m2", "e8m0fnu", "e4m3fnuz", "e5m2fnuz")}
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The configuration and those nested in it, which are named by their part of the model."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), config)]
+    while waiting:
+        path, value = waiting.pop()
+        yield path, value
+        for key, inner in value.items() if isinstance(value, Mapping) else ():
+            if _SECTION.fullmatch(key) and inner is not None:
+                waiting.append(((*path, key), inner))
+
+
+def _dotted(path: tuple[str, ...], *more: str) -> str:
+    return ascii(".".join((*path, *more)))
+
+
+def _kind(value: Any) -> str:
+    return {dict: "a JSON object", list: "a list", str: "text", bool: "a truth value"}.get(type(value), "a number")
+
+
 def check_counts(where: Path, config: Mapping[str, Any], tensors: int) -> None:
     """Refuse numbers of layers, heads or experts that building the model would never come to the end of.
 

@@ -118,6 +118,8 @@ def model_class(config: Any, *, folder: Path | None = None, trust_remote_code: b
     Raises:
         UnsupportedModelError: if transformers has no generative model for the configuration.
     """
+    import transformers
+
     names = list(getattr(config, "architectures", None) or ())
     if shipping.is_shipped(str(config.model_type)):
         shipped: type[nn.Module] = shipping.class_named(names[0] if names else "", folder)
@@ -131,29 +133,15 @@ def model_class(config: Any, *, folder: Path | None = None, trust_remote_code: b
                 found: type[nn.Module] = get_class_from_dynamic_module(str(reference), str(folder))
                 return found
     for name in names:
-        found_native = native_class(name)
+        found_native: type[nn.Module] | None = getattr(transformers, name, None)
         if found_native is not None:
             return found_native
     for cls in _auto_classes(config.model_type):
         return cls
     raise UnsupportedModelError(
         f"{config.model_type}: transformers {version()} has no generative model for it"
-        + (f" (architectures: {', '.join(map(str, names))})." if names else ".")
+        + (f" (architectures: {', '.join(names)})." if names else ".")
     )
-
-
-def native_class(name: Any) -> type[nn.Module] | None:
-    """Return the model class of transformers of that name; None where the name stands for anything else, or nothing.
-
-    A configuration may name what it likes, and what it names is called: only models are.
-    """
-    import transformers
-
-    try:
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
-    except Exception:  # its module needs what is not installed
-        return None
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def _auto_classes(model_type: str) -> Iterator[type[nn.Module]]:

@@ -146,7 +146,12 @@ def head_counts(model: Any) -> tuple[int, int | None]:
 
     counts: dict[bool, set[int]] = {False: set(), True: set()}
     for path, module in modeling_gqa.decoder_attention(model).items():
-        counts[modeling_gqa.is_cross(path, module)].add(modeling_gqa.query_heads(module))
+        try:
+            counts[modeling_gqa.is_cross(path, module)].add(modeling_gqa.query_heads(module))
+        except StopIteration as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {path} does not say how many heads it has. Is this a class of the model type?"
+            ) from error
     if not counts[False]:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot become a grouped-query model here: it has no decoder, and encoders keep no "

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.errors import UnsupportedModelError
-from gqa_convert.hf import api
 from gqa_convert.modeling import shipping
 from gqa_convert.tiny.mappings import mapping_names
 from gqa_convert.tiny.sizes import TEXT_IDS
@@ -32,7 +31,7 @@ def model_class(config: Any, architectures: list[str] | None = None) -> Any:
     for name in architectures or config.architectures or ():
         if shipping.is_shipped(config.model_type):
             return shipping.class_named(name)
-        cls = api.native_class(name)
+        cls = getattr(transformers, name, None)
         if cls is not None:
             return cls
     native = config.model_type.removeprefix(shipping.TYPE_PREFIX)
