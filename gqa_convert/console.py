@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _UNWRAPPED = 10_000
 
 
 def console() -> Console:
     """The console for results; where it is no terminal nothing is wrapped, so that paths and lines stay whole."""
-    return Console() if sys.stdout.isatty() else Console(soft_wrap=True, width=_UNWRAPPED)
+    return plain_console() if sys.stdout.isatty() else plain_console(soft_wrap=True, width=_UNWRAPPED)
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints text as it is: paths and names may hold what rich takes for markup (`out[red]`, `:ok:`)."""
+    return Console(markup=False, emoji=False, **options)
+
+
+def show_written(out: Console, rest: object) -> None:
+    """Print `wrote` and what was written."""
+    out.print(Text.assemble(("wrote", "bold green"), f" {rest}"), highlight=False)
 
 
 def size(count: int) -> str:
@@ -38,4 +50,4 @@ def key_value_table(rows: Sequence[tuple[str, str]], title: str = "") -> Table:
 
 def wide_console() -> Console:
     """The console for wide tables; as wide as they need where no terminal limits them."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return plain_console() if sys.stdout.isatty() else plain_console(width=200)

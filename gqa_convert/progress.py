@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from gqa_convert.console import size
+from gqa_convert.console import plain_console, size
 
 
 class Pace:
@@ -54,11 +54,13 @@ def conversion_progress(total_bytes: int, *, quiet: bool) -> Iterator[tuple[OnBy
     if quiet:
         yield lambda count: None, lambda what, done, total: None
         return
-    err = Console(stderr=True)
+    err = plain_console(stderr=True)
     if not err.is_terminal:
         yield _lines(err, total_bytes)
         return
-    layers = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    layers = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )
     written = Progress(
         TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     )
@@ -117,7 +119,7 @@ class Counter:
 
 class _Silent(Counter):
     def __init__(self) -> None:
-        super().__init__("", Console(quiet=True), None)
+        super().__init__("", plain_console(quiet=True), None)
 
 
 @contextmanager
@@ -126,10 +128,10 @@ def counting(what: str, *, quiet: bool) -> Iterator[Counter]:
     if quiet:
         yield _Silent()
         return
-    err = Console(stderr=True)
+    err = plain_console(stderr=True)
     if not err.is_terminal:
         yield Counter(what, err, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         yield Counter(what, err, progress)

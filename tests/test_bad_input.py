@@ -17,6 +17,8 @@ import pytest
 import torch
 from support import Command, Finished, tree
 
+from gqa_convert import convert
+
 USAGE, VERIFICATION, CHECKPOINT, UNSUPPORTED, OUTPUT, HUB = 2, 3, 4, 5, 6, 7
 K = "model.layers.0.self_attn.k_proj.weight"
 WEIGHTS = "model.safetensors"
@@ -67,10 +69,14 @@ def lie_about_length(length: int) -> Callable[[Path], None]:
 
 
 def lie_about_shape(source: Path) -> None:
+    lie(source, [64, 128])
+
+
+def lie(source: Path, shape: list[int]) -> None:
     data = (source / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    header[K]["shape"] = [64, 128]
+    header[K]["shape"] = shape
     text = json.dumps(header).encode()
     (source / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
@@ -134,6 +140,29 @@ def quantise(suffix: str, method: str) -> Callable[[Path], None]:
         factories.change_config(source, quantization_config={"quant_method": method, "bits": 4})
 
     return make
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def make(source: Path) -> None:
+        (source / name).unlink(missing_ok=True)
+        os.mkfifo(source / name)
+
+    return make
+
+
+def link(name: str, target: str) -> Callable[[Path], None]:
+    def make(source: Path) -> None:
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to(target)
+
+    return make
+
+
+def views_without_end(source: Path) -> None:
+    """92 KB that would become a gigabyte."""
+    tensors = factories.tensors_of(source)
+    (source / WEIGHTS).unlink()
+    torch.save({**tensors, "extra.weight": torch.zeros(1).expand(1 << 28)}, source / "pytorch_model.bin")
 
 
 def bitsandbytes(source: Path) -> None:
@@ -212,6 +241,48 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = 
         UNSUPPORTED,
         ("deepseek_v3", "latent"),
     ),
+    "no KV heads": (lambda s: factories.change_config(s, num_key_value_heads=0), CHECKPOINT, ("num_key_value_heads",)),
+    "layers without end": (
+        lambda s: factories.change_config(s, num_hidden_layers=2**63),
+        CHECKPOINT,
+        ("num_hidden_layers", "tensors"),
+    ),
+    "more layers than tensors": (
+        lambda s: factories.change_config(s, num_hidden_layers=300),
+        CHECKPOINT,
+        ("model.layers.10.self_attn.k_proj.weight",),
+    ),
+    "heads without end": (lambda s: factories.change_config(s, num_attention_heads=2**62), CHECKPOINT, ("heads",)),
+    "config is a pipe": (pipe("config.json"), CHECKPOINT, ("config.json", "pipe")),
+    "record is a pipe": (pipe("gqa_convert.json"), CHECKPOINT, ("gqa_convert.json", "pipe")),
+    "weights are a pipe": (pipe(WEIGHTS), CHECKPOINT, (WEIGHTS, "no regular file")),
+    "config is a device": (link("config.json", "/dev/zero"), CHECKPOINT, ("config.json", "device")),
+    "record is a device": (link("gqa_convert.json", "/dev/zero"), CHECKPOINT, ("gqa_convert.json", "link")),
+    "weights are a device": (link(WEIGHTS, "/dev/zero"), CHECKPOINT, (WEIGHTS, "no regular file")),
+    "record leads away": (link("gqa_convert.json", "/etc/hostname"), CHECKPOINT, ("gqa_convert.json", "link")),
+    "record is a list": (write("gqa_convert.json", b"[]"), CHECKPOINT, ("gqa_convert.json", "list")),
+    "record of lists": (write("gqa_convert.json", b'{"tool": []}'), CHECKPOINT, ("gqa_convert.json", "'tool'")),
+    "views without end": (views_without_end, CHECKPOINT, ("pytorch_model.bin", "extra.weight")),
+    "a shape that no number tells": (
+        lambda s: lie(s, [2**62] * 60),
+        CHECKPOINT,
+        (WEIGHTS, K, "more elements"),
+    ),
+    "compiled": (
+        change(lambda t: [t.update({f"_orig_mod.{k}": t.pop(k)}) for k in list(t)]),
+        CHECKPOINT,
+        ("_orig_mod",),
+    ),
+    "a wrapper's names": (
+        change(lambda t: [t.update({f"net.{k}": t.pop(k)}) for k in list(t)]),
+        CHECKPOINT,
+        ("'net.'", "wrapper"),
+    ),
+    "architectures name a function": (
+        lambda s: factories.change_config(s, model_type="mamba", architectures=["pipeline"]),
+        UNSUPPORTED,
+        ("mamba",),
+    ),
     "no attention": (config_of(model_type="mamba", architectures=["MambaForCausalLM"]), UNSUPPORTED, ("mamba",)),
 }
 
@@ -235,6 +306,28 @@ def test_bad_source(name: str, tmp_path: Path, command: Command, monkeypatch: py
 def test_missing_folder(source: str, code: int, tmp_path: Path, command: Command) -> None:
     assert_refused(command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "out"), code, source)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("modles/llama", "models/llama"), ("models/lama", "models/llama"), ("sorce", "source")]
+)
+def test_a_mistyped_path_is_no_hub_id(
+    typed: str, meant: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    (tmp_path / "source").mkdir()
+    assert_refused(
+        command("gqa-convert", typed, "--groups", 4), CHECKPOINT, f"{typed}: no such folder", f"did you mean {meant}?"
+    )
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_name_below_a_folder_that_is_here(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    assert_refused(command("gqa-convert", "org/other", "--groups", 4), CHECKPOINT, "no such folder in org/")
 
 
 @pytest.mark.usefixtures("offline")
@@ -287,13 +380,125 @@ def test_existing_output(tmp_path: Path, command: Command) -> None:
     assert tree(tmp_path) == before
 
 
-def test_force_does_not_replace_what_is_no_model(tmp_path: Path, command: Command) -> None:
-    source = factories.make(tmp_path / "source")
-    out = tmp_path / "thesis"
+def thesis(out: Path) -> None:
     out.mkdir()
     (out / "chapter.txt").write_text("years of work")
-    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", out, "--force"), OUTPUT, "thesis")
-    assert (out / "chapter.txt").read_text() == "years of work"
+
+
+def thesis_with_a_config(out: Path) -> None:
+    thesis(out)
+    (out / "config.json").write_text('{"font": "Times"}')
+
+
+def original_model(out: Path) -> None:
+    factories.make(out, seed=1)
+    (out / "optimizer.pt").write_bytes(b"weeks of training")
+
+
+def output_with_notes(out: Path) -> None:
+    convert(factories.make(out.with_name("other")), groups=2, out=out)
+    (out / "notes.txt").write_text("what I saw")
+
+
+def output_trained_further(out: Path) -> None:
+    convert(factories.make(out.with_name("other")), groups=2, out=out)
+    (out / "training_args.bin").write_bytes(b"x")
+
+
+def record_of_something_else(out: Path) -> None:
+    thesis_with_a_config(out)
+    (out / "gqa_convert.json").write_text('{"tool": {"name": "gqa-convert"}, "conversion": {}, "files": {}}')
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        thesis,
+        thesis_with_a_config,
+        original_model,
+        output_with_notes,
+        output_trained_further,
+        record_of_something_else,
+    ],
+)
+def test_force_replaces_nothing_but_what_we_wrote(
+    make: Callable[[Path], None], tmp_path: Path, command: Command
+) -> None:
+    source, out = factories.make(tmp_path / "source"), tmp_path / "thesis"
+    make(out)
+    before = tree(tmp_path)
+    assert_refused(
+        command("gqa-convert", source, "--groups", 4, "--out", out, "--force"), OUTPUT, "thesis", "never replaced"
+    )
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["home", "working directory"])
+def test_force_replaces_no_place_that_people_are_in(
+    place: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = factories.make(tmp_path / "source")
+    out = convert(source, groups=2, out=tmp_path / "out").out
+    if place == "home":
+        monkeypatch.setenv("HOME", str(out))
+    else:
+        monkeypatch.chdir(out)
+    before = tree(out)
+    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", out, "--force"), OUTPUT, place)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("work", ["source", "source/work", "source/deep/work", "link/work"])
+def test_work_in_the_source_is_refused_before_anything_is_solved(work: str, tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    (tmp_path / "link").symlink_to(source)
+    before = tree(tmp_path)
+    chosen = ("--groups", 4, "--method", "pca", "--work", tmp_path / work)
+    assert_refused(command("gqa-convert", source, *chosen), OUTPUT, "source", "--work")
+    assert tree(tmp_path) == before
+    assert not (source / "work").exists()
+
+
+def test_work_in_the_output_is_refused(tmp_path: Path, command: Command) -> None:
+    source, out = factories.make(tmp_path / "source"), tmp_path / "out"
+    chosen = ("--groups", 4, "--method", "pca", "--out", out, "--work", out / "work")
+    assert_refused(command("gqa-convert", source, *chosen), OUTPUT, "--work")
+    assert not out.exists()
+
+
+def test_a_work_folder_of_that_name_that_is_somebody_elses_is_not_removed(tmp_path: Path) -> None:
+    source = factories.make(tmp_path / "source")
+    work = tmp_path / ".out.work"
+    (work / "layers-notes").mkdir(parents=True)
+    (work / "plans.txt").write_text("x")
+    convert(source, groups=4, out=tmp_path / "out", method="pca")
+    assert sorted(path.name for path in work.iterdir()) == ["layers-notes", "plans.txt"]
+
+
+@pytest.mark.parametrize("name", ["o[red]ut", "[bold]", "o:smile:ut", "o\\[x]ut", "ö ü", "ou\nt", "x" * 240])
+def test_any_name_is_shown_and_made_as_it_is(name: str, tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    for extra in ((), ("--force",)):
+        finished = command("gqa-convert", source, "--groups", 4, "--out", tmp_path / name, *extra)
+        assert finished.code == 0, finished.err
+        assert f"wrote {tmp_path / name}" in finished.out
+    assert (tmp_path / name / "config.json").exists()
+    finished = command("gqa-convert", source, "--groups", 4, "--out", tmp_path / name)
+    assert finished.code == OUTPUT
+    assert len(finished.err.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["source", name])
+
+
+def test_names_that_are_no_text(tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / os.fsdecode(b"sour\xffce"))
+    (source / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    out = tmp_path / os.fsdecode(b"o\xffut")
+    for extra in ((), ("--force",)):
+        finished = command("gqa-convert", source, "--groups", 4, "--out", out, *extra)
+        assert finished.code == 0, finished.err
+        assert "o\\udcffut" in finished.out
+    assert (out / os.fsdecode(b"caf\xe9.txt")).exists()
+    assert_refused(command("gqa-convert", source, "--groups", 3), USAGE, "--groups 3")
 
 
 def test_output_where_a_file_is(tmp_path: Path, command: Command) -> None:

@@ -19,6 +19,8 @@ import torch
 from support import tree
 
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
+from gqa_convert.cli.signals import stopped_by_signals
+from gqa_convert.errors import Preempted
 
 HIDDEN, HEADS = 512, 8
 
@@ -149,6 +151,39 @@ def worker() -> Iterator[Worker]:
 def test_five_kills_leave_nothing_half_done(force: bool, worker: Worker, tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", 30)
     assert check(worker.run, source, kills=5, seed=1, force=force) >= 1
+
+
+def test_a_signal_to_stop_is_answered_and_leaves_nothing(tmp_path: Path) -> None:
+    source, out = make_source(tmp_path / "source", 400), tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gqa_convert.cli", "convert", source, "--groups", "2", "--out", out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(tmp_path.glob(".out.tmp-*/*.safetensors")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    printed, said = process.communicate()
+    assert process.returncode == 75, said
+    assert printed == ""
+    assert said.splitlines()[-1].startswith("error: stopped by SIGTERM: nothing was left at --out")
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_handlers_come_back_and_what_is_ignored_stays_ignored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match=number.name), stopped_by_signals():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        with stopped_by_signals():
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.slow

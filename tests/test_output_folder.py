@@ -186,8 +186,10 @@ def test_default_target_lies_beside_the_source(tmp_path: Path, monkeypatch: pyte
 
 def test_force_replaces_a_conversion_whole(tmp_path: Path) -> None:
     source = factories.make(tmp_path / "source")
+    (source / "stale.txt").write_text("from before")
     out = convert(source, groups=4).out
-    (out / "stale.txt").write_text("from before")
+    assert (out / "stale.txt").exists()
+    (source / "stale.txt").unlink()
     convert(source, groups=2, out=out, force=True)
     assert not (out / "stale.txt").exists()
     assert factories.load(out).config.num_key_value_heads == 2

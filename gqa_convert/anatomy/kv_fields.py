@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gqa_convert.anatomy import family_facts
-from gqa_convert.errors import UnsupportedModelError, UsageError
+from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
 from gqa_convert.heads import divisors
 from gqa_convert.hf.api import config_from_dict
 
@@ -73,7 +73,16 @@ def find_kv_fields(config: Any, values: Mapping[str, Any]) -> tuple[KVField, ...
         fields = tuple(field for prefix in prefixes for field in _fields_at(config, prefix, values))
         if fields:
             return fields
+    _check_stated(values)
     return ()
+
+
+def _check_stated(values: Mapping[str, Any]) -> None:
+    """Tell a configuration that states no KV heads to speak of from one whose family has no such setting."""
+    for prefix, section in (("", values), ("text_config.", values.get("text_config"))):
+        for name, value in section.items() if isinstance(section, Mapping) else ():
+            if _KV_NAME.match(name) and isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise CheckpointError(f"config.json: {prefix}{name} is {value}; attention needs at least one KV head.")
 
 
 def decoder_paths(config: Any) -> Iterator[tuple[Path, ...]]:

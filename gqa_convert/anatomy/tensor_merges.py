@@ -11,6 +11,7 @@ from gqa_convert.anatomy.shapes import ShapeDifference, index_of
 from gqa_convert.checkpoint.dtypes import FLOATS
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.safetensors_file import TensorInfo
+from gqa_convert.checkpoint.sanity import foreign_prefix
 from gqa_convert.errors import CheckpointError, UnsupportedModelError
 from gqa_convert.hf import api
 from gqa_convert.hf.api import KeyMap
@@ -197,6 +198,7 @@ class Finder:
             f"{self.checkpoint.folder}: the weights lack {missing[0]}"
             + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
             + f", which config.json ({self.difference.source.config.model_type}) calls for."
+            + foreign_prefix(self.checkpoint.tensors, missing[0])
         )
 
     def _wrong_shape(self, raw_key: str, shape: tuple[int, ...], expected: str) -> CheckpointError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ _FORMAT = 2
 
 _Described = tuple[dict[str, TensorInfo], dict[str, Any], dict[str, str]]
 """A file's tensors, its report, and the SHA-256 of each tensor's bytes."""
+
+STORES = re.compile(r"(layers|moments|text)-[0-9a-f]{16}")
+"""Names of the folders that stores make."""
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gqa_convert.checkpoint.files import open_regular
 from gqa_convert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -117,10 +118,10 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> torch.Tensor:
     data = torch.empty(nbytes, dtype=torch.uint8)
     view, done = data.numpy().data, 0
     try:
-        with open(file, "rb", buffering=0) as stream:
+        with open_regular(file) as stream:
             stream.seek(offset)
             while done < nbytes:
-                got = stream.readinto(view[done:])
+                got = stream.readinto(view[done:])  # type: ignore[attr-defined]
                 if not got:
                     raise CheckpointError(
                         f"{file}: ends {nbytes - done:,} bytes early: it changed while it was being read."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from glob import escape
 from pathlib import Path, PurePosixPath
 
+from gqa_convert.checkpoint.files import MAX_CONFIG_BYTES, read_object
 from gqa_convert.checkpoint.reader import CONFIG
 from gqa_convert.checkpoint.resolve import BIN_INDEX, BIN_WEIGHTS, SAFE_INDEX, SAFE_WEIGHTS, read_weight_map
 from gqa_convert.checkpoint.side_files import is_side_file
@@ -40,6 +41,16 @@ def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | 
         raise CheckpointError(f"{model}: is a file. Give the folder that holds config.json and the weights.")
     if not model or model.startswith(("./", "../", "/", "~")) or model in (".", "..") or model.count("/") > 1:
         raise CheckpointError(f"{model or repr(model)}: no such folder.")
+    try:
+        return _from_hub(model, revision, cache_dir)
+    except HubError as error:
+        hint = _local_hint(model) if revision is None and _is_absent(error) else ""
+        if not hint:
+            raise
+        raise CheckpointError(f"{model}: no such folder{hint}. As a hub id: {error}") from error
+
+
+def _from_hub(model: str, revision: str | None, cache_dir: Path | None) -> Path:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -55,6 +66,39 @@ def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | 
                 return resolve_local(model, revision=revision, cache_dir=cache_dir)
             except OSError:
                 raise error from None
+
+
+def _is_absent(error: HubError) -> bool:
+    """Whether a model was not found under its name, for whatever reason, as opposed to refused."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    refused = (errors.GatedRepoError, errors.RevisionNotFoundError)
+    return not isinstance(cause, refused) and (
+        not isinstance(cause, errors.HfHubHTTPError) or isinstance(cause, errors.RepositoryNotFoundError)
+    )
+
+
+def _local_hint(model: str) -> str:
+    """What speaks for a mistyped path: a folder of nearly that name, or one that is there to hold it. Else empty."""
+    first, _, second = model.partition("/")
+    if not second:
+        near = _nearest(Path(), first)
+    elif os.path.isdir(first):
+        near = [f"{first}/{name}" for name in _nearest(Path(first), second)]
+        if not near:
+            return f" in {first}/"
+    else:
+        near = [f"{name}/{second}" for name in _nearest(Path(), first) if os.path.isdir(os.path.join(name, second))]
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _nearest(folder: Path, name: str) -> list[str]:
+    try:
+        names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return get_close_matches(name, names, n=1, cutoff=0.75)
 
 
 def resolve_local(model: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Path:
@@ -97,10 +141,7 @@ def _download(model: str, revision: str | None, cache_dir: Path | None) -> Path:
 
 def _weights(folder: Path, files: list[str]) -> list[str]:
     """Choose the weight files of a repository in the order of `resolve_weights`."""
-    try:
-        explicit = json.loads((folder / CONFIG).read_text("utf-8")).get("transformers_weights")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: not a JSON object ({error}).") from error
+    explicit = read_object(folder / CONFIG, MAX_CONFIG_BYTES).get("transformers_weights")
     if isinstance(explicit, str):
         return [name for name in files if name == explicit]
     for whole, index in ((SAFE_WEIGHTS, SAFE_INDEX), (BIN_WEIGHTS, BIN_INDEX)):
@@ -151,7 +192,8 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
         raise HubError(
-            f"{at}: not (completely) in the local hub cache, and {why}. Go online, or give a folder."
+            f"{at}: no such folder here; not (completely) in the local hub cache, and {why}. "
+            "Go online, or give a folder."
         ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no"
@@ -160,7 +202,8 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         reach = _is_unreachable(error)
         raise HubError(
-            f"{at}: {constants.ENDPOINT} cannot be reached ({line}). Check the network, or give a folder."
+            f"{at}: no such folder here, and {constants.ENDPOINT} cannot be reached ({line}). Check the spelling and "
+            "the network."
             if reach
             else f"{at}: download failed ({line})."
         ) from error

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_SLACK = 1 << 20
+"""Bytes that views may repeat in any file."""
+
+
 def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """List the tensors of a pickled checkpoint file, in file order.
 
@@ -45,11 +49,18 @@ def read_pickled(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
     with FakeTensorMode():
         table = _unpickle(path)
-    return _untie((_describe(path, key, tensor, records), tensor.stride()) for key, tensor in table.items())
+    described = [(_describe(path, key, tensor, records), tensor.stride()) for key, tensor in table.items()]
+    return _untie(path, described)
 
 
-def _untie(described: Iterable[tuple[TensorInfo, tuple[int, ...]]]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Keep the first of the names that share the same view (offset, dtype, shape, strides) of the same bytes."""
+def _untie(
+    path: Path, described: Iterable[tuple[TensorInfo, tuple[int, ...]]]
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Keep the first of the names that share the same view (offset, dtype, shape, strides) of the same bytes.
+
+    Views may repeat their bytes (an expanded buffer, a transposed tied table), but not without bound: a file of a few
+    kilobytes could claim to hold terabytes.
+    """
     tensors: dict[str, TensorInfo] = {}
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
@@ -59,6 +70,13 @@ def _untie(described: Iterable[tuple[TensorInfo, tuple[int, ...]]]) -> tuple[dic
             tensors[info.key] = info
         else:
             aliases[info.key] = kept
+    size, claimed = path.stat().st_size, sum(info.nbytes for info in tensors.values())
+    if claimed > 2 * size + _SLACK:
+        largest = max(tensors.values(), key=lambda info: info.nbytes)
+        raise CheckpointError(
+            f"{path}: {size:,} bytes claim to hold tensors of {claimed:,}, such as {largest.key!r} of shape "
+            f"{str(list(largest.shape))[:80]}: views that repeat their bytes. Save contiguous tensors."
+        )
     return tensors, aliases
 
 
@@ -105,11 +123,23 @@ def _unpickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(table, dict):
         raise CheckpointError(f"{path}: holds a {type(table).__name__}, not a table of tensors.")
     for key, value in table.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path}: a key is a {type(key).__name__}, not a tensor's name.")
+        if value is None and key.endswith("_extra_state"):
+            continue  # what layers of TransformerEngine leave where they have nothing to say; transformers passes it by
+        if isinstance(value, dict) and any(isinstance(inner, torch.Tensor) for inner in value.values()):
+            raise CheckpointError(
+                f"{path}: {key!r} is a dict that holds the tensors: a training checkpoint. Save that table alone."
+            )
+        if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{path}: {key!r} is a {type(value).__name__}, not a tensor. Not a model's weights?")
+        try:
+            key.encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"{path}: {key!a} is no text, so no tensor's name.") from error
         if value.layout != torch.strided or value.is_quantized:
             raise CheckpointError(f"{path}: {key!r} is a sparse or quantised tensor. Save it as a plain one first.")
-    return table
+    return {key: value for key, value in table.items() if value is not None}
 
 
 def _describe(path: Path, key: str, tensor: torch.Tensor, records: dict[int, int]) -> TensorInfo:
@@ -167,4 +197,4 @@ def _read_legacy(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             load=partial(file.load, key),
         )
         described.append((info, tensor.stride()))
-    return _untie(described)
+    return _untie(path, described)

@@ -6,15 +6,17 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.checkpoint.reader import CONFIG, PROVENANCE, Checkpoint
-from gqa_convert.checkpoint.resolve import hub_snapshot
+from gqa_convert.checkpoint.links import hub_snapshot
+from gqa_convert.checkpoint.ownership import TOOL, written_files
+from gqa_convert.checkpoint.reader import CONFIG, PROVENANCE, Checkpoint, read_record
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.errors import CheckpointError
 
-__all__ = ["PROVENANCE", "source_identity", "write_provenance"]
+__all__ = ["PROVENANCE", "read_provenance", "source_identity", "write_provenance"]
 
 _CHUNK = 8 << 20
 
@@ -43,7 +45,7 @@ def source_identity(checkpoint: Checkpoint, hash_files: bool = False) -> dict[st
     try:
         identity["config_sha256"] = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
         identity["files"] = [_file_identity(file, repo, hash_files) for file in checkpoint.weight_files]
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:  # zipfile knows many ways to complain
         raise CheckpointError(f"{folder}: can no longer be read ({error}).") from error
     return identity
 
@@ -51,10 +53,19 @@ def source_identity(checkpoint: Checkpoint, hash_files: bool = False) -> dict[st
 def write_provenance(path: Path, data: dict[str, Any]) -> None:
     """Write provenance as indented JSON and flush it to the disk.
 
+    It goes into the folder last: the record lists every other file that is there by then, by which the folder can be
+    recognised as ours later.
+
     Raises:
         OSError: if writing fails.
     """
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    record = {
+        "format": 1,
+        "tool": {"name": TOOL, "version": version(TOOL)},
+        **data,
+        "files": written_files(path.parent),
+    }
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _file_identity(file: Path, repo: Path | None, hash_file: bool) -> dict[str, Any]:
@@ -101,11 +112,9 @@ def _hash(chunks: Iterator[bytes]) -> str:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Return a converted folder's `gqa_convert.json`, empty if it has none."""
-    from gqa_convert.checkpoint.provenance import PROVENANCE
+    """Return a converted folder's `gqa_convert.json`, empty if it has none.
 
-    path = folder / PROVENANCE
-    if not path.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    return read_record(folder) or {}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.checkpoint.dtypes import from_bytes, read_bytes
+from gqa_convert.checkpoint.files import MAX_CONFIG_BYTES, MAX_RECORD_BYTES, parse_object, read_regular
 from gqa_convert.checkpoint.pickled import read_pickled
-from gqa_convert.checkpoint.resolve import SAFE_WEIGHTS, WeightSet, resolve_weights
+from gqa_convert.checkpoint.resolve import SAFE_WEIGHTS, WeightSet, resolve_weights, whole_weights
 from gqa_convert.checkpoint.safetensors_file import TensorInfo, read_header
+from gqa_convert.checkpoint.sanity import check_counts, check_filled, check_names, check_types
 from gqa_convert.checkpoint.side_files import split_side_files
 from gqa_convert.errors import CheckpointError, UnsupportedModelError
 
@@ -29,7 +30,7 @@ class Shard:
     Attributes:
         name: the file name under which a converted copy of it is written (always `*.safetensors`).
         file: where it is read from.
-        tensors: its tensors by key, in file order.
+        tensors: its tensors by key, in file order; stale copies that an index leads past are not among them.
         metadata: the safetensors `__metadata__`; empty for pickled files.
         aliases: names that a pickled file gives to a tensor it also holds under another name, with that other name.
     """
@@ -61,6 +62,7 @@ class Checkpoint:
         side_files: files to carry into a copy (tokenizer, chat template, remote code, ...), relative to `folder`.
         left_files: files a copy leaves behind (other weights, training state), relative to `folder`.
         provenance: the folder's gqa_convert.json if it was itself converted.
+        notes: what a user should know of how the weights were read.
         stored: None for a checkpoint as it lies in its folder; for a view of it in another family's terms, that one.
     """
 
@@ -74,6 +76,7 @@ class Checkpoint:
     side_files: tuple[Path, ...]
     left_files: tuple[Path, ...]
     provenance: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
     stored: Checkpoint | None = field(default=None, repr=False)
 
     @classmethod
@@ -86,11 +89,19 @@ class Checkpoint:
         """
         folder = Path(folder)
         text = _config_text(folder)
-        config = _json_object(folder / CONFIG, text)
+        config = parse_object(folder / CONFIG, text)
         weights = resolve_weights(folder, config)
         shards = _shards(weights)
-        tensors = _merged(shards)
         _check_index(weights, shards)
+        shards, notes = _without_stale(weights, shards)
+        tensors = {key: info for shard in shards for key, info in shard.tensors.items()}
+        if not tensors:
+            raise CheckpointError(f"{shards[0].file}: holds no tensors.")
+        if "auto_map" not in config:  # code of its own may name its modules as it likes
+            check_names(folder, tensors)
+        check_filled(folder, tensors)
+        check_types(folder / CONFIG, config)
+        check_counts(folder / CONFIG, config, len(tensors))
         side, left = split_side_files(folder, weights.files)
         return cls(
             folder=folder,
@@ -102,7 +113,8 @@ class Checkpoint:
             is_sharded=len(shards) > 1,
             side_files=side,
             left_files=left,
-            provenance=_provenance(folder),
+            provenance=read_record(folder),
+            notes=notes,
         )
 
     @cached_property
@@ -143,28 +155,24 @@ def _config_text(folder: Path) -> str:
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder}: {what}. Give a folder that holds config.json and the weights.")
     if (folder / "adapter_config.json").is_file():
+        whole = whole_weights(folder)
+        if whole is not None:
+            raise UnsupportedModelError(
+                f"{folder}: adapter_config.json says this is a PEFT adapter, but {whole.name} holds a whole model. "
+                "If the adapter was merged into it, remove adapter_config.json. Merge it otherwise: merge_and_unload()."
+            )
         raise UnsupportedModelError(
             f"{folder}: a PEFT adapter (adapter_config.json), not a whole model. Merge it into its base model first: "
             "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)."
         )
     try:
-        return (folder / CONFIG).read_bytes().decode("utf-8")
+        return read_regular(folder / CONFIG, MAX_CONFIG_BYTES).decode("utf-8")
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: has no config.json, so it is not a transformers checkpoint.") from error
     except OSError as error:
         raise CheckpointError(f"{folder / CONFIG}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{folder / CONFIG}: is not UTF-8 text ({error.reason}).") from error
-
-
-def _json_object(path: Path, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds a {type(found).__name__}, not a JSON object.")
-    return found
 
 
 def _shards(weights: WeightSet) -> tuple[Shard, ...]:
@@ -184,19 +192,45 @@ def _shards(weights: WeightSet) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
-def _merged(shards: tuple[Shard, ...]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
+def _without_stale(weights: WeightSet, shards: tuple[Shard, ...]) -> tuple[tuple[Shard, ...], tuple[str, ...]]:
+    """Drop the older copies of tensors that several files hold, where index and transformers agree which is in force.
+
+    transformers reads the files in order and keeps the last copy of a tensor, whatever the index says.
+    """
+    last: dict[str, Shard] = {}
+    stale: set[tuple[str, str]] = set()
     for shard in shards:
-        for key, info in shard.tensors.items():
-            if key in tensors:
-                raise CheckpointError(
-                    f"{shard.file.parent}: {tensors[key].file.name} and {shard.file.name} both hold {key!r}. "
-                    "One of them is stale: download the checkpoint again."
-                )
-            tensors[key] = info
-    if not tensors:
-        raise CheckpointError(f"{shards[0].file}: holds no tensors.")
-    return tensors
+        for key in (*shard.tensors, *shard.aliases):
+            if key in last:
+                named = weights.weight_map.get(key)
+                if named != shard.file.name and named in {other.file.name for other in shards}:
+                    advice = f"The index means {named}, but transformers takes the last file: remove the other copy."
+                else:
+                    advice = "One of them is stale: download the checkpoint again."
+                if named != shard.file.name:
+                    raise CheckpointError(
+                        f"{shard.file.parent}: {last[key].file.name} and {shard.file.name} both hold {key!r}. {advice}"
+                    )
+                stale.add((last[key].name, key))
+            last[key] = shard
+    if not stale:
+        return shards, ()
+    note = f"{len(stale)} stale copies of tensors are left out: the index names another file for them"
+    return tuple(_without(shard, {key for name, key in stale if name == shard.name}) for shard in shards), (note,)
+
+
+def _without(shard: Shard, stale: set[str]) -> Shard:
+    """Take tensors out of a shard; a name that shared one of them keeps it."""
+    tensors: dict[str, TensorInfo] = {}
+    heirs: dict[str, str] = {}
+    aliases = {alias: kept for alias, kept in shard.aliases.items() if alias not in stale}
+    for key, info in shard.tensors.items():
+        heir = key if key not in stale else next((alias for alias, kept in aliases.items() if kept == key), None)
+        if heir is not None:
+            tensors[heir] = info if heir == key else replace(info, key=heir)
+            heirs[key] = heir
+    aliases = {alias: heirs[kept] for alias, kept in aliases.items() if heirs[kept] != alias}
+    return replace(shard, tensors=tensors, aliases=aliases)
 
 
 def _check_index(weights: WeightSet, shards: tuple[Shard, ...]) -> None:
@@ -206,10 +240,33 @@ def _check_index(weights: WeightSet, shards: tuple[Shard, ...]) -> None:
             raise CheckpointError(f"{weights.index}: says that {name} holds {key!r}, but it does not.")
 
 
-def _provenance(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Read a folder's own gqa_convert.json; None if it has none.
+
+    Raises:
+        CheckpointError: if it is a link out of the folder, no regular file, or no record.
+    """
+    path = folder / PROVENANCE
     try:
-        return _json_object(folder / PROVENANCE, (folder / PROVENANCE).read_text("utf-8"))
+        record = parse_object(path, read_regular(path, MAX_RECORD_BYTES, inside=folder).decode("utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / PROVENANCE}: cannot be read ({error}).") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    _check_record(path, record)
+    return record
+
+
+def _check_record(path: Path, record: dict[str, Any]) -> None:
+    parts: list[tuple[str, Any, type, str]] = [
+        (name, record.get(name, {}), dict, "JSON object") for name in ("tool", "source", "conversion", "uptraining")
+    ]
+    conversion = record.get("conversion")
+    if isinstance(conversion, dict):
+        parts += [("conversion.method", conversion.get("method", ""), str, "text")]
+        parts += [("conversion.seed", conversion.get("seed", 0), int, "integer")]
+    for name, value, kind, called in parts:
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"{path}: {name!r} is a {type(value).__name__}, not {called}: no record of a conversion."
+            )

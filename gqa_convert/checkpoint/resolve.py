@@ -1,20 +1,21 @@
 """Which files hold a model's weights: the same choice, in the same order, that transformers 5 makes.
 
 A name that comes from inside the folder (an index file's entries, `transformers_weights`) is not trusted: the file it
-names must lie inside the folder, symlinks resolved. A Hugging Face hub cache is the one exception: there
-`models--X--Y/snapshots/REV/file` is a symlink to `models--X--Y/blobs/HASH`, so a link may lead anywhere inside the
-same `models--X--Y`. The fixed names (`model.safetensors`, `pytorch_model.bin`, the index files themselves) are the
-user's own choice of folder, so a link under such a name is followed wherever it leads, as transformers does.
+names must lie inside the folder (see `links`). The fixed names (`model.safetensors`, `pytorch_model.bin`, the index
+files themselves) are the user's own choice of folder, so a link under such a name is followed wherever it leads, as
+transformers does.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gqa_convert.checkpoint.files import MAX_RECORD_BYTES, parse_object, read_regular
+from gqa_convert.checkpoint.links import stays_inside
 from gqa_convert.errors import CheckpointError
 
 SAFE_WEIGHTS = "model.safetensors"
@@ -64,26 +65,6 @@ def resolve_weights(folder: Path, config: dict[str, Any]) -> WeightSet:
     raise CheckpointError(_no_weights(folder))
 
 
-def hub_snapshot(folder: Path) -> tuple[Path, str] | None:
-    """Return the `models--X--Y` folder and the revision if `folder` is a hub cache's snapshot or inside one."""
-    real = Path(os.path.realpath(folder))
-    for here in (real, *real.parents):
-        repo = here.parent.parent
-        if here.parent.name == "snapshots" and repo.name.startswith("models--"):
-            return repo, here.name
-    return None
-
-
-def stays_inside(folder: Path, file: Path) -> bool:
-    """Tell whether `file`, symlinks resolved, lies in `folder`, or in the same hub cache entry if it is a snapshot."""
-    snapshot = hub_snapshot(folder)
-    home = snapshot[0] if snapshot else Path(os.path.realpath(folder))
-    try:
-        return Path(os.path.realpath(file)).is_relative_to(home)
-    except ValueError:
-        return False  # a name that no file can have: half a surrogate pair, a NUL byte
-
-
 def _explicit(folder: Path, name: Any) -> WeightSet:
     where = f"{folder}/config.json: transformers_weights={name!r}"
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
@@ -118,15 +99,15 @@ def read_weight_map(index: Path) -> dict[str, str]:
         CheckpointError: if it is not an index.
     """
     try:
-        found = json.loads(index.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_regular(index, MAX_RECORD_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{index}: not a readable JSON index ({error}). Download it again.") from error
-    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    weight_map = parse_object(index, text).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no `weight_map` that says which file holds which tensor.")
     for key, name in weight_map.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{index}: weight_map[{key!r}] is {name!r}, not a file name.")
+            raise CheckpointError(f"{index}: weight_map[{key!r}] is {ascii(name)[:80]}, not a file name.")
     return weight_map
 
 
@@ -145,13 +126,61 @@ def _shard(folder: Path, index: Path, name: str) -> Path:
     return file
 
 
+def whole_weights(folder: Path) -> Path | None:
+    """The file by which transformers would recognise a whole model's weights in a folder, or None."""
+    names = (SAFE_WEIGHTS, SAFE_INDEX, BIN_WEIGHTS, BIN_INDEX)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+_VARIANT = re.compile(r"(model|pytorch_model)\.(?!safetensors|bin|index)([\w-]+)\.(safetensors|bin)")
+_VARIANT_INDEX = re.compile(r"(model\.safetensors|pytorch_model\.bin)\.index\.([\w-]+)\.json")
+
+
 def _no_weights(folder: Path) -> str:
-    message = f"{folder}: no weights: neither {SAFE_WEIGHTS} nor {BIN_WEIGHTS}, nor an index of either"
-    others = ("*.gguf", "*.h5", "*.msgpack", "consolidated*", "*.safetensors", "*.pt", "*.pth", "*.onnx", "*.bin")
-    found = sorted({file.name for pattern in others for file in folder.glob(pattern)})
+    """Say what lies in the folder in place of weights, and what to do about it."""
+    missing = f"{folder}: no weights: neither {SAFE_WEIGHTS} nor {BIN_WEIGHTS}, nor an index of either"
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"{folder}: cannot be read ({error.strerror})."
+    return missing + (_seen_instead(folder, names) or ". Download the model's weights into it.")
+
+
+def _seen_instead(folder: Path, names: list[str]) -> str:
+    for name in (SAFE_WEIGHTS, SAFE_INDEX, BIN_WEIGHTS, BIN_INDEX):
+        if name in names:
+            what = "no regular file" if os.path.exists(folder / name) else "a link to nothing"
+            return f": {name} is {what}. Put the file itself there."
+    for name in names:
+        if (variant := _VARIANT.fullmatch(name)) and (folder / name).is_file():
+            plain = f"{variant[1]}.{variant[3]}"
+            return f"; {name} is their variant {variant[2]!r}. Rename it to {plain}, as transformers expects."
+        if index := _VARIANT_INDEX.fullmatch(name):
+            return f"; {name} is the index of their variant {index[2]!r}. Rename it to {index[1]}.index.json."
+    shards = [(name, shard) for name in names if (shard := _SHARD.fullmatch(name))]
+    if shards:
+        index_name = SAFE_INDEX if shards[0][1][2] == "safetensors" else BIN_INDEX
+        return f"; {_listed([name for name, _ in shards])} are shards, but {index_name} is missing. Download it too."
+    zero = [name for name in names if name.startswith("global_step") and (folder / name).is_dir()]
+    if zero or "zero_to_fp32.py" in names:
+        return (
+            f"; {_listed(zero or ['zero_to_fp32.py'])}: a DeepSpeed training checkpoint. Make whole weights of it: "
+            "python zero_to_fp32.py . pytorch_model.bin"
+        )
+    parts = [name for name in names if name.endswith(".distcp")]
+    parts += [name for name in names if (folder / name).is_dir() and any((folder / name).glob("*.distcp"))]
+    if parts:
+        return (
+            f"; {_listed(parts)}: a distributed checkpoint (*.distcp). Make whole weights of it: "
+            "accelerate merge-weights, or torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
+        )
+    others = (".gguf", ".h5", ".msgpack", ".safetensors", ".pt", ".pth", ".onnx", ".bin")
+    found = [name for name in names if name.endswith(others) or name.startswith("consolidated")]
     if not found:
-        return message + ". Download the model's weights into it."
-    return (
-        message + f"; found {', '.join(found[:4])}{', ...' if len(found) > 4 else ''}. "
-        "Convert the weights to safetensors with transformers' save_pretrained first."
-    )
+        return ""
+    return f"; found {_listed(found)}. Convert the weights to safetensors with transformers' save_pretrained first."
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

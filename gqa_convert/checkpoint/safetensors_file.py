@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.checkpoint.dtypes import BITS, torch_dtype
+from gqa_convert.checkpoint.files import open_regular
 from gqa_convert.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ MAX_HEADER_BYTES = 100_000_000
 
 ALIGNMENT = 8
 """The tensors begin at a multiple of this many bytes."""
+
+_MOST = 2**63 - 1
+"""Largest size, offset and number of elements: what signed 64-bit integers hold, as in every reader of the format."""
+
+_MOST_AXES = 64
+_LONG_HEADER = 8 << 20
+"""A header longer than this is looked at for how dense it is before it is parsed: see `_check_density`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         CheckpointError: if the file is truncated, or its header is malformed or contradicts the file.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             length, text = _header_text(path, file.read(8), size, file.read)
     except OSError as error:
@@ -125,34 +133,48 @@ def _header_text(path: Path, prefix: bytes, size: int, read: Callable[[int], byt
         raise CheckpointError(
             f"{path}: truncated: its header alone needs {8 + length:,} bytes, the file has {size:,}. Download it again."
         )
-    return length, read(length)
+    text = bytearray()
+    while len(text) < length and (part := read(length - len(text))):
+        text += part
+    return length, bytes(text)
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise CheckpointError(f"{path}: its safetensors header names {twice!r} twice.")
         return table
 
     try:
         if not text.startswith(b"{"):
             raise ValueError("it does not start with '{'")
+        _check_density(text)
         table = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
         "".join(table).encode()  # JSON can spell half a surrogate pair, which is no text
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its safetensors header is not valid JSON ({error}).") from error
+        raise CheckpointError(f"{path}: its safetensors header is not valid JSON ({str(error)[:160]}).") from error
     assert isinstance(table, dict)
     return table
+
+
+def _check_density(text: bytes) -> None:
+    """Refuse a long header of more tables and lists than entries of tensors have: parsing it would take gigabytes."""
+    if len(text) > _LONG_HEADER and (text.count(b"{") > len(text) // 40 or text.count(b"[") > len(text) // 20):
+        raise ValueError("it describes something else than tensors")
 
 
 def _metadata(path: Path, found: Any) -> dict[str, str]:
     if found is None:
         return {}
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise CheckpointError(f"{path}: `__metadata__` in its header is not a table of text: {str(found)[:80]}.")
+        raise CheckpointError(f"{path}: `__metadata__` in its header is not a table of text: {str(found)[:80]!a}.")
+    try:
+        "".join([*found, *found.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path}: `__metadata__` in its header holds half a surrogate pair, no text.") from error
     return found
 
 
@@ -160,21 +182,30 @@ def _tensor(path: Path, key: str, entry: Any, start: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         ok = isinstance(dtype, str) and isinstance(shape, list) and all(map(_is_count, [*shape, begin, end]))
+        ok = ok and dtype.isascii() and len(shape) <= _MOST_AXES
     except (TypeError, KeyError, ValueError):
         ok = False
     if not ok or begin > end:
-        raise CheckpointError(f"{path}: the header entry of {key!r} is malformed: {str(entry)[:120]}.")
+        raise CheckpointError(f"{path}: the header entry of {key!r} is malformed: {_short(entry)}.")
     nbytes, bits = end - begin, BITS.get(dtype)
-    if bits is not None and math.prod(shape) * bits != nbytes * 8:
+    numel = math.prod(shape)
+    if numel > _MOST:
+        raise CheckpointError(f"{path}: {key!r} claims {dtype} {_short(shape)}: more elements than any tensor has.")
+    if bits is not None and numel * bits != nbytes * 8:
         raise CheckpointError(
-            f"{path}: {key!r} claims {dtype} {shape}, which takes {-(-math.prod(shape) * bits // 8):,} bytes, "
+            f"{path}: {key!r} claims {dtype} {_short(shape)}, which takes {-(-numel * bits // 8):,} bytes, "
             f"but its header gives it {nbytes:,}."
         )
     return TensorInfo(key=key, dtype=dtype, shape=tuple(shape), file=path, offset=start + begin, nbytes=nbytes)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _short(value: Any) -> str:
+    """A value of the header on a line, cut; what is no text is escaped."""
+    return ascii(value)[:120]
 
 
 def _check_layout(path: Path, tensors: list[TensorInfo], start: int, size: int) -> None:

@@ -7,10 +7,12 @@ Weights in any format, indexes, training state and hidden files stay behind: a s
 from __future__ import annotations
 
 import os
+import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
-from gqa_convert.checkpoint.resolve import stays_inside
+from gqa_convert.checkpoint.files import open_inside
+from gqa_convert.checkpoint.links import stays_inside
 from gqa_convert.errors import CheckpointError
 
 _WEIGHT_PATTERNS = (
@@ -101,6 +103,34 @@ def split_side_files(folder: Path, weight_files: tuple[Path, ...]) -> tuple[tupl
                 _check_link(folder, folder / relative)
                 copied.append(relative)
     return tuple(sorted(copied)), tuple(sorted(left))
+
+
+def side_file_bytes(folder: Path, relative: Path) -> int:
+    """Size of a side file.
+
+    Raises:
+        CheckpointError: if it is gone.
+    """
+    try:
+        return os.stat(folder / relative).st_size
+    except OSError as error:
+        raise CheckpointError(f"{folder / relative}: can no longer be read ({error.strerror}).") from error
+
+
+def copy_side_file(folder: Path, relative: Path, target: Path) -> None:
+    """Copy one side file of `folder` to the same place below `target`, unless it has become a link out of the folder.
+
+    Raises:
+        CheckpointError: if it is gone, no regular file any more, or leads out of the folder now.
+        OSError: if it cannot be written.
+    """
+    (target / relative).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        source = open_inside(folder, folder / relative)
+    except OSError as error:
+        raise CheckpointError(f"{folder / relative}: can no longer be read ({error.strerror}).") from error
+    with source, open(target / relative, "wb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 20)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

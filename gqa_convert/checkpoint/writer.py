@@ -135,7 +135,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: if writing fails.
     """
     with open(path, "wb") as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))  # in JSON, the escape of a name that is no text
         file.flush()
         os.fsync(file.fileno())
 
@@ -201,6 +201,6 @@ def _produced(target: TargetTensor) -> Tensor:
 
 def _open_source(file: Path) -> int:
     try:
-        return os.open(file, os.O_RDONLY)
+        return os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe in its place ends the copy
     except OSError as error:
         raise CheckpointError(f"{file}: can no longer be read ({error.strerror}).") from error

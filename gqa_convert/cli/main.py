@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -38,9 +40,10 @@ from gqa_convert.cli.options import (
     Version,
     emit,
 )
+from gqa_convert.cli.signals import stopped_by_signals
 from gqa_convert.cli.uptrain import uptrain_app
 from gqa_convert.conversion.recipe import make_recipe
-from gqa_convert.errors import GQAConvertError
+from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.progress import conversion_progress
 
 if TYPE_CHECKING:
@@ -142,7 +145,7 @@ def convert_command(
     cost = forecast(made)
     if cost is not None and not json:
         typer.echo(f"solving attention blocks: {show_conversion.solving_words(cost)}", err=True)
-    with conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
+    with stopped_by_signals(), conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
         result = execute.execute(
             made,
             verify=verify,
@@ -296,15 +299,31 @@ _INTERRUPTED = 130
 
 def run_command(run: Callable[[], Any]) -> None:
     """Run a command; a `GQAConvertError` becomes one line on standard error and its exit code."""
+    _print_anything()
     try:
+        _check_working_directory()
         run()
     except GQAConvertError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
             typer.echo("interrupted.", err=True)
         raise
+
+
+def _print_anything() -> None:
+    """Let names that are no text (bytes that are not UTF-8) be printed, escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError("the working directory no longer exists. Change to one that does.") from error
 
 
 def main() -> None:

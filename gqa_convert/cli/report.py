@@ -23,7 +23,7 @@ def report_command(
     json: AsJson = False,
 ) -> None:
     """Write one page with the verdict, tables and plots of a run, and the model cards."""
-    from gqa_convert.console import console
+    from gqa_convert.console import console, show_written
     from gqa_convert.report.writing import push, write_report
 
     report = write_report(run, cards=cards, base_model=base_model)
@@ -41,12 +41,9 @@ def report_command(
         return
     out = console()
     out.print(report.verdict, highlight=False)
-    out.print(
-        f"[bold green]wrote[/] {report.page}, {len(report.plots)} plots, {len(report.cards)} model cards",
-        highlight=False,
-    )
+    show_written(out, f"{report.page}, {len(report.plots)} plots, {len(report.cards)} model cards")
     for path in report.kept:
-        out.print(f"kept {path}, which somebody else wrote; remove it to have ours", highlight=False, markup=False)
+        out.print(f"kept {path}, which somebody else wrote; remove it to have ours", highlight=False)
     if address:
         out.print(f"uploaded to {address}", highlight=False)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from gqa_convert.console import console, key_value_table, size
+from gqa_convert.console import console, key_value_table, show_written, size
 
 if TYPE_CHECKING:
     from gqa_convert.anatomy.families import Family
@@ -123,7 +123,7 @@ def show_result(result: ConvertResult, quality: Quality | None = None) -> None:
             logits = f"; logits within {checked['logit_difference']:.2g} of the source with merged heads"
         filled = type(result.plan.anatomy.target_model).__name__
         out.print(f"verified: {checked['tensors']} tensors fill the {filled} of config.json{logits}")
-    out.print(f"[bold green]wrote[/] {result.out}", highlight=False)
+    show_written(out, result.out)
     for line in (*bad_blocks(result), *quality_lines(result, quality)):
         out.print(line, highlight=False, markup=False)
 

@@ -95,7 +95,7 @@ uptrain_app.command("export", context_settings=SETTINGS)(export_command)
 def _show(result: UptrainResult, json: bool) -> None:
     import os
 
-    from gqa_convert.console import console
+    from gqa_convert.console import console, show_written
 
     if os.environ.get("RANK", "0") != "0":
         return
@@ -109,4 +109,4 @@ def _show(result: UptrainResult, json: bool) -> None:
         f"({result.tokens:,} tokens, {result.seconds:,.0f} s in steps)",
         highlight=False,
     )
-    out.print(f"[bold green]wrote[/] {result.folder}", highlight=False)
+    show_written(out, result.folder)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.checkpoint.config_json import edit_json
@@ -18,6 +20,7 @@ from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.resolve import SAFE_INDEX
+from gqa_convert.checkpoint.side_files import copy_side_file, side_file_bytes
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
 from gqa_convert.conversion.operations import Operation, Pool, Solve
@@ -139,7 +142,7 @@ def execute(
     if verify not in VERIFY_LEVELS:
         raise UsageError(f"--verify {verify}: choose one of {', '.join(VERIFY_LEVELS)}.")
     checkpoint = planned.checkpoint
-    side_bytes = sum((checkpoint.folder / path).stat().st_size for path in checkpoint.side_files)
+    side_bytes = sum(side_file_bytes(checkpoint.folder, path) for path in checkpoint.side_files)
     needed = planned.bytes_out + side_bytes + (1 << 20)
     with ExitStack() as stack:
         solved = None
@@ -175,8 +178,7 @@ def _write(
         for path in checkpoint.side_files:
             if path.name in {file.name for file in planned.anatomy.files}:
                 continue
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.folder / path, folder / path)
+            copy_side_file(checkpoint.folder, path, folder)
         checks = verify_output(planned, folder, level=verify, trust_remote_code=trust_remote_code)
         write_provenance(folder / PROVENANCE, provenance(planned, solved, digests))
     return checks
@@ -196,9 +198,10 @@ def _write_weights(
         for shard in checkpoint.shards
         if by_shard[shard.name]
     ]
+    stopped = Event()
     with one_thread(), Flusher() if flush else nullcontext() as flusher:
-        tasks = [partial(write, on_bytes, flusher) for write in work]
-        for path in computed_together(tasks, WRITERS):
+        tasks = [partial(write, on_bytes, flusher, stopped) for write in work]
+        for path in computed_together(tasks, WRITERS, on_failure=stopped.set):
             if flusher is not None:
                 flusher.flush(path)
     if len(checkpoint.shards) > 1:
@@ -229,13 +232,19 @@ def _write_shard(
     metadata: dict[str, str],
     on_bytes: OnBytes | None,
     flusher: Flusher | None,
+    stopped: Event,
 ) -> Path:
-    """Write a shard while the tensors that must be computed for it are computed on another thread."""
+    """Write a shard while the tensors that must be computed for it are computed on another thread.
+
+    Ends early once `stopped` is set: nobody waits for gigabytes that will be thrown away.
+    """
     listeners = [] if on_bytes is None else [on_bytes]
     if flusher is not None:
         listeners.append(flusher.while_growing(path))
 
     def tell(nbytes: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
         for listener in listeners:
             listener(nbytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -238,9 +239,9 @@ def plan(
 
 def _target(source: str | Path, folder: Path, groups: int, out: str | Path | None) -> Path:
     if out is not None:
-        return Path(out).expanduser()
-    if Path(source).expanduser().exists():
-        absolute = Path(source).expanduser().absolute()
+        return Path(os.path.expanduser(out))
+    if os.path.exists(os.path.expanduser(source)):
+        absolute = Path(os.path.expanduser(source)).absolute()
         return absolute.with_name(
             f"{absolute.resolve().name if absolute.name in ('', '.', '..') else absolute.name}-gqa{groups}"
         )
@@ -281,7 +282,8 @@ def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, trust
         + computing_bytes(checkpoint),
         route=way.route,
         becomes=way.becomes,
-        notes=way.notes
+        notes=stored.notes
+        + way.notes
         + anatomy.notes
         + _code_notes(anatomy)
         + _field_notes(anatomy)

@@ -33,15 +33,21 @@ def computed_ahead(makers: Sequence[Callable[[], T]], ahead: int = 2) -> Iterato
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def computed_together(makers: Sequence[Callable[[], T]], together: int) -> Iterator[T]:
+def computed_together(
+    makers: Sequence[Callable[[], T]], together: int, on_failure: Callable[[], object] = lambda: None
+) -> Iterator[T]:
     """Yield what `makers` make, in order, up to `together` of them being made at a time.
 
-    The first exception is raised in its place; what was not started then is dropped, what was is waited for.
+    The first exception is raised in its place; what was not started then is dropped, what was is waited for, after
+    `on_failure` has been called to make that short.
     """
     with ThreadPoolExecutor(together, thread_name_prefix="together") as pool:
         futures = [pool.submit(make) for make in makers]
         try:
             for future in futures:
                 yield future.result()
+        except BaseException:
+            on_failure()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

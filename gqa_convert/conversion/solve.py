@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from gqa_convert.calibrate.store import STORES
+from gqa_convert.checkpoint.staging import check_apart, sibling
+from gqa_convert.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,14 +26,27 @@ OnLayer = Callable[[str, int, int], None]
 def work_folder(planned: ConvertPlan, work: str | Path | None) -> Iterator[Path]:
     """Yield the folder for solved layers: the user's, kept, or one beside the target that is removed at the end.
 
-    After an exception it stays, so that the same command goes on where it stopped.
+    After an exception it stays, so that the same command goes on where it stopped. Only what is ours is removed: the
+    stores, and the folder if nothing else is in it.
+
+    Raises:
+        OutputError: if the user's folder is the source or the output, or lies in one of them.
     """
     if work is not None:
-        yield Path(work).expanduser().absolute()
+        folder = Path(os.path.abspath(os.path.expanduser(work)))
+        check_apart(folder, planned.checkpoint.folder, "--work")
+        target = os.path.realpath(planned.target)
+        if Path(os.path.realpath(folder)).is_relative_to(target):
+            raise OutputError(f"{folder}: lies in the output, which must not exist before. Choose another --work.")
+        yield folder
         return
-    folder = planned.target.absolute().with_name(f".{planned.target.name}.work")
+    folder = sibling(Path(os.path.abspath(planned.target)), "work")
     yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for store in list(folder.iterdir()):
+            if STORES.fullmatch(store.name) and not store.is_symlink():
+                shutil.rmtree(store, ignore_errors=True)
+        folder.rmdir()
 
 
 def solve_blocks(

@@ -20,6 +20,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from gqa_convert.checkpoint.embedded import CHECKPOINT
+from gqa_convert.console import plain_console
 from gqa_convert.data import stdlib
 from gqa_convert.demo.recovery import Uptrained, uptrain_for
 from gqa_convert.errors import OutputError
@@ -101,7 +102,7 @@ def run_demo(
     Raises:
         GQAConvertError: from the conversion, or where no standard-library source is found to measure on.
     """
-    console = Console()
+    console = plain_console()
     with _quiet_transformers(), tempfile.TemporaryDirectory(prefix="gqa-demo-") as name:
         result = _demo(Path(name), out, groups=groups, seconds=uptrain_seconds, quiet=json)
     if json:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.checkpoint.files import MAX_RECORD_BYTES, read_object
 from gqa_convert.errors import UnsupportedModelError
 
 FILE = Path(__file__).with_name("modeling_gqa.py")
@@ -145,7 +146,12 @@ def head_counts(model: Any) -> tuple[int, int | None]:
 
     counts: dict[bool, set[int]] = {False: set(), True: set()}
     for path, module in modeling_gqa.decoder_attention(model).items():
-        counts[modeling_gqa.is_cross(path, module)].add(modeling_gqa.query_heads(module))
+        try:
+            counts[modeling_gqa.is_cross(path, module)].add(modeling_gqa.query_heads(module))
+        except StopIteration as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {path} does not say how many heads it has. Is this a class of the model type?"
+            ) from error
     if not counts[False]:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot become a grouped-query model here: it has no decoder, and encoders keep no "
@@ -169,14 +175,15 @@ def class_named(name: str, folder: Path | None = None) -> Any:
     Raises:
         UnsupportedModelError: if there is none of that name.
     """
+    from transformers import PreTrainedModel
+
     from gqa_convert.modeling import modeling_gqa
 
-    try:
-        cls: type = getattr(modeling_gqa, name)
-        return cls
-    except AttributeError as error:
+    found = getattr(modeling_gqa, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         where = f"{folder / 'config.json'}: " if folder else ""
-        raise UnsupportedModelError(f"{where}architectures names {name!r}, which is no GQA class.") from error
+        raise UnsupportedModelError(f"{where}architectures names {name!r}, which is no GQA class.")
+    return found
 
 
 def field_names() -> tuple[str, str]:
@@ -214,14 +221,12 @@ def grouped_config(config: Any, kv_heads: int) -> Any:
 
 
 def _tokenizer(config: Any, folder: Path) -> Mapping[str, str]:
-    import json
-
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     own = folder / "tokenizer_config.json"
     if getattr(config, "tokenizer_class", None) or not any(folder.glob("*token*")):
         return {}
-    if own.is_file() and "tokenizer_class" in json.loads(own.read_text(encoding="utf-8")):
+    if own.is_file() and "tokenizer_class" in read_object(own, MAX_RECORD_BYTES):
         return {}
     name = TOKENIZER_MAPPING_NAMES.get(config.model_type)
     return {"tokenizer_class": name} if isinstance(name, str) else {}

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.checkpoint.ownership import CARD_MARK
 from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.files import read_json
 from gqa_convert.evaluate.results import Evaluation, ModelResult
@@ -16,7 +17,6 @@ from gqa_convert.report.collect import Detail, Run
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
-_OURS = "<!-- written by gqa report -->"
 _TAGS = ("gqa", "grouped-query-attention", "gqa-convert", "kv-cache")
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 _LONGEST = 1 << 20
@@ -34,7 +34,7 @@ def may_write(folder: Path) -> bool:
     content = _content(path)
     if content is None:
         return False
-    if _OURS.encode() in content:
+    if CARD_MARK.encode() in content:
         return True
     listed = _object(_record(folder).get("files")).get("README.md")
     return _object(listed).get("sha256") == hashlib.sha256(content).hexdigest()
@@ -59,7 +59,7 @@ def card(run: Run, point: SweepPoint, *, base_model: str = "") -> str:
     measured = detail.evaluation or run.base
     sections = [
         f"---\n{_metadata(folder, base_model, title, point, measured).to_yaml()}\n---",
-        _OURS,
+        CARD_MARK,
         f"# {_plain(title)}",
         _opening(run.base.base, point, base_name),
         "## How to load\n\n" + _loading(folder),

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gqa_convert.checkpoint.resolve import stays_inside
+from gqa_convert.checkpoint.links import stays_inside
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.decode.results import Bench
 from gqa_convert.evaluate.files import read_json

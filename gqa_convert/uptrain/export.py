@@ -7,7 +7,6 @@ both spellings of rotary settings and dtype, since readers of either kind fall b
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.contents import tensor_digest
 from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
 from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
+from gqa_convert.checkpoint.side_files import copy_side_file
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.errors import VerificationError
@@ -67,8 +67,7 @@ def write_final(
             model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
         restore_keys(stage, checkpoint, _key_map(source, trust_remote_code))
         for relative in checkpoint.side_files:
-            (stage / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, stage / relative)
+            copy_side_file(source, relative, stage)
         write_text(stage / CONFIG, checkpoint.config_text)
         _check(checkpoint, Checkpoint.open(stage))
         write_text(stage / CONFIG, both_spellings(source, checkpoint.config_text, trust_remote_code=trust_remote_code))

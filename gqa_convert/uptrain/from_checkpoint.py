@@ -15,7 +15,7 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.staging import check_output
 from gqa_convert.errors import CheckpointError, UsageError
-from gqa_convert.uptrain import optim, zero
+from gqa_convert.uptrain import parameters, zero
 from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore, SavedCheckpoint, open_checkpoint
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.export import told_config, write_final
@@ -70,9 +70,9 @@ def export_checkpoint(
         )
     check_output(out.absolute(), force=force, source=source, needed_bytes=checkpoint.total_bytes)
     plain = load_model(source, dtype=torch.float32, attention=_ATTENTION, trust_remote_code=trust_remote_code)
-    plain = optim.choose_parameters(plain, config.train)
+    plain = parameters.choose_parameters(plain, config.train)
     _load(saved.folder, plain)
-    plain = optim.merged_model(plain)
+    plain = parameters.merged_model(plain)
     weights = {name: value.detach() for name, value in plain.state_dict().items()}
     write_final(
         plain,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from gqa_convert.console import plain_console
 from gqa_convert.progress import Pace
 
 
@@ -16,7 +16,7 @@ class Display:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._console = plain_console(stderr=True, soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
         self._task: Any = None
         self._pace = Pace(at_once=True)
@@ -38,7 +38,7 @@ class Display:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
         )
         self._progress = Progress(*columns, console=self._console, transient=True)
         self._progress.start()

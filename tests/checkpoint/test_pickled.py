@@ -133,6 +133,41 @@ def test_a_truncated_pickle(tmp_path: Path, zipped: bool, keep: float):
         Checkpoint.open(folder)
 
 
+@FORMATS
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"a": torch.zeros(1).expand(1 << 22)},
+        {"a": torch.zeros(64).as_strided((1 << 14, 64), (0, 1))},
+        {f"a{n}": value for n, value in enumerate(torch.zeros(1 << 18).as_strided((30, 1 << 16), (1, 1)))},
+    ],
+    ids=["one value", "rows", "many views"],
+)
+def test_views_that_repeat_their_bytes_without_bound(tmp_path: Path, table: Any, zipped: bool):
+    """A few kilobytes would become gigabytes of output."""
+    with pytest.raises(CheckpointError, match="repeat their bytes"):
+        Checkpoint.open(pickled(tmp_path, table, zipped=zipped))
+
+
+@FORMATS
+def test_the_empty_state_of_a_layer_is_passed_over(tmp_path: Path, zipped: bool):
+    """TransformerEngine leaves None under that name; transformers loads such files."""
+    table = {"a": torch.ones(2), "layers.0.attention._extra_state": None}
+    assert list(Checkpoint.open(pickled(tmp_path / "m", table, zipped=zipped)).tensors) == ["a"]
+    with pytest.raises(CheckpointError, match="'b' is a NoneType"):
+        Checkpoint.open(pickled(tmp_path / "n", {"a": torch.ones(2), "b": None}, zipped=zipped))
+
+
+@FORMATS
+def test_a_key_that_is_no_text(tmp_path: Path, zipped: bool):
+    try:
+        folder = pickled(tmp_path, {"\ud800": torch.ones(2)}, zipped=zipped)
+    except UnicodeEncodeError:
+        pytest.skip("pickle refuses to write it")
+    with pytest.raises(CheckpointError, match="no text"):
+        Checkpoint.open(folder)
+
+
 def test_compressed_archives_are_refused(tmp_path: Path):
     folder = pickled(tmp_path, {"a": torch.ones(1000)})
     file = folder / "pytorch_model.bin"

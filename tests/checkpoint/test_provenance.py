@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,12 @@ def test_what_is_written_is_read_back(tmp_path: Path):
     folder = single(tmp_path)
     data = {"method": "mean", "name": "Ångström", "groups": 4}
     write_provenance(folder / PROVENANCE, data)
-    assert Checkpoint.open(folder).provenance == data
+    record = Checkpoint.open(folder).provenance
+    assert record is not None
+    assert record.items() >= data.items()
+    assert record["tool"]["name"] == "gqa-convert"
+    listed = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    assert record["files"] == {name: {"bytes": len(raw), "sha256": sha256(raw)} for name, raw in listed.items()}
     assert (folder / PROVENANCE).read_text("utf-8").endswith("}\n")
 
 
@@ -76,3 +82,22 @@ def test_a_source_that_is_gone(tmp_path: Path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="can no longer be read"):
         source_identity(checkpoint)
+
+
+def test_a_record_that_is_a_link_to_something_else_is_not_read(tmp_path: Path):
+    """Its contents would be copied into the output of uptraining."""
+    folder = single(tmp_path / "m")
+    (tmp_path / "credentials.json").write_text('{"token": "secret"}')
+    (folder / PROVENANCE).symlink_to("../credentials.json")
+    with pytest.raises(CheckpointError, match=r"gqa_convert\.json: a link that leaves") as caught:
+        Checkpoint.open(folder)
+    assert "secret" not in str(caught.value)
+
+
+def test_names_that_are_no_text_survive_in_the_record(tmp_path: Path):
+    folder = single(tmp_path / os.fsdecode(b"m\xff"))
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    write_provenance(folder / PROVENANCE, {"source": source_identity(Checkpoint.open(folder))})
+    record = Checkpoint.open(folder).provenance
+    assert record is not None
+    assert os.fsdecode(b"caf\xe9.txt") in record["files"]

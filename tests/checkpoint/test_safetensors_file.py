@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,26 @@ LIES = {
     "hole": (raw_safetensors({"a": ONE, "b": {**ONE, "data_offsets": [9, 17]}}, bytes(17)), "hole"),
     "hole at the start": (raw_safetensors({"a": {**ONE, "data_offsets": [8, 16]}}, bytes(16)), "hole"),
     "shape too large": (raw_safetensors({"a": {**ONE, "shape": [3]}}, bytes(8)), "takes 12 bytes"),
+    "more elements than numbers can say": (
+        raw_safetensors({"a": {**ONE, "shape": [2**62] * 60}}, bytes(8)),
+        "more elements",
+    ),
+    "a size of 2^63": (raw_safetensors({"a": {**ONE, "shape": [2**63]}}, bytes(8)), "malformed"),
+    "a size of 5,000 digits": (
+        raw_safetensors(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', bytes(8)),
+        "not valid JSON",
+    ),
+    "more axes than tensors have": (raw_safetensors({"a": {**ONE, "shape": [1] * 100_000}}, bytes(8)), "malformed"),
+    "a dtype that is no text": (raw_safetensors({"a": {**ONE, "dtype": "\ud800"}}, bytes(8)), "malformed"),
+    "metadata that is no text": (
+        raw_safetensors({"__metadata__": {"a": "\ud800"}, "a": ONE}, bytes(8)),
+        "surrogate",
+    ),
+    "metadata keys that are no text": (
+        raw_safetensors({"__metadata__": {"\udfff": "a"}, "a": ONE}, bytes(8)),
+        "surrogate",
+    ),
+    "a long header of something else": (raw_safetensors(b'{"a":[' + b"[]," * 3_000_000 + b"[]]}"), "something else"),
     "begin after end": (raw_safetensors({"a": {**ONE, "data_offsets": [8, 0]}}, bytes(8)), "malformed"),
     "negative offset": (raw_safetensors({"a": {**ONE, "data_offsets": [-8, 0]}}, bytes(8)), "malformed"),
     "fractional offset": (raw_safetensors({"a": {**ONE, "data_offsets": [0, 8.0]}}, bytes(8)), "malformed"),
@@ -148,3 +169,13 @@ def test_dtype_names_are_those_of_safetensors():
 def test_a_key_cannot_be_written_twice():
     with pytest.raises(CheckpointError, match="twice"):
         build_header([("a", "U8", (1,), 1), ("a", "U8", (1,), 1)], {})
+
+
+def test_one_of_very_many_names_doubled_is_found_at_once(tmp_path: Path):
+    """Comparing each with each would take hours."""
+    names = [f"layers.{number}.weight" for number in range(200_000)]
+    entry = json.dumps({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]})
+    text = "{" + ",".join(f'"{name}":{entry}' for name in [*names, names[-2]]) + "}"
+    (tmp_path / "a.safetensors").write_bytes(raw_safetensors(text.encode()))
+    with pytest.raises(CheckpointError, match=r"'layers\.199998\.weight' twice"):
+        read_header(tmp_path / "a.safetensors")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from gqa_convert.checkpoint import staging
+from gqa_convert.checkpoint.ownership import check_replaceable
+from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import TargetTensor, write_shard
@@ -40,9 +43,11 @@ def hidden(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]
 
 
-def old_model(folder: Path) -> Path:
+def old_model(folder: Path, text: str = "old") -> Path:
+    """An output of an earlier run, by its own record."""
     folder.mkdir()
-    (folder / "config.json").write_text("old")
+    (folder / "config.json").write_text(text)
+    write_provenance(folder / PROVENANCE, {"conversion": {}})
     return folder
 
 
@@ -319,8 +324,7 @@ def test_an_old_model_that_a_killed_run_had_moved_aside_comes_back(tmp_path: Pat
 
 def test_an_old_model_that_was_replaced_is_cleared(tmp_path: Path, source: Path):
     aside = old_model(tmp_path / f".out.old-{dead_pid()}-00000000")
-    target = old_model(tmp_path / "out")
-    (target / "config.json").write_text("new")
+    target = old_model(tmp_path / "out", "new")
     with pytest.raises(OutputError, match="--force"), stage(target, source):
         pytest.fail("entered")
     assert not aside.exists()
@@ -340,6 +344,116 @@ def test_two_runs_to_one_target_do_not_mix(tmp_path: Path, source: Path):
         race()
     assert (target / "config.json").read_text() == "second"
     assert hidden(tmp_path) == []
+
+
+def test_what_only_looks_like_a_leftover_is_not_removed(tmp_path: Path, source: Path):
+    """Somebody's own folder under such a name: no record of ours, so it stays."""
+    mine = tmp_path / f".out.old-{dead_pid()}-00000000"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    link = tmp_path / f".out.tmp-{dead_pid()}-00000000"
+    link.symlink_to(source)
+    old_model(tmp_path / "out")
+    with stage(tmp_path / "out", source, force=True):
+        pass
+    assert (mine / "thesis.tex").exists()
+    assert (source / "config.json").exists()
+    assert link.is_symlink()
+
+
+RACE = """
+import sys
+from pathlib import Path
+from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
+from gqa_convert.checkpoint.staging import staged_output
+for number in range(15):
+    with staged_output(Path(sys.argv[1]), force=True, source=Path(sys.argv[2]), needed_bytes=0, sync=False) as folder:
+        (folder / "config.json").write_text(f"{sys.argv[3]} {number}")
+        write_provenance(folder / PROVENANCE, {"conversion": {}})
+"""
+
+
+def test_runs_that_replace_one_output_at_once_do_not_hurt_each_other(tmp_path: Path, source: Path):
+    target = tmp_path / "out"
+    arguments = [sys.executable, "-c", RACE, str(target), str(source)]
+    runs = [subprocess.Popen([*arguments, str(n)], stderr=subprocess.PIPE, text=True) for n in range(4)]
+    for run in runs:
+        _, said = run.communicate()
+        assert (run.returncode, said) == (0, "")
+    check_replaceable(target)
+    assert hidden(tmp_path) == []
+    assert sorted(entry.name for entry in target.iterdir()) == ["config.json", "gqa_convert.json"]
+
+
+def test_an_output_that_is_changed_while_the_new_one_is_written_is_kept(tmp_path: Path, source: Path):
+    target = old_model(tmp_path / "out")
+
+    def replace() -> None:
+        with stage(target, source, force=True) as folder:
+            (folder / "config.json").write_text("new")
+            (target / "notes.txt").write_text("x")
+
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        replace()
+    assert (target / "config.json").read_text() == "old"
+    assert (target / "notes.txt").exists()
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", [240, 255])
+def test_a_long_name_is_taken_whole(tmp_path: Path, source: Path, length: int):
+    target = tmp_path / ("x" * length)
+    for force in (False, True):
+        with stage(target, source, force=force) as folder:
+            write_provenance(folder / PROVENANCE, {"conversion": {}})
+    assert (target / PROVENANCE).exists()
+    assert hidden(tmp_path) == []
+
+
+def test_names_beyond_what_file_systems_take(tmp_path: Path, source: Path):
+    for target in (tmp_path / ("x" * 256), tmp_path / ("é" * 200), tmp_path.joinpath(*["y" * 200] * 30)):
+        with pytest.raises(OutputError, match="long"), stage(target, source):
+            pytest.fail("entered")
+
+
+def test_a_circle_of_links(tmp_path: Path, source: Path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for target in (tmp_path / "a", tmp_path / "a" / "out"):
+        with pytest.raises(OutputError, match="a"), stage(target, source, force=True):
+            pytest.fail("entered")
+
+
+@pytest.mark.parametrize("code", [errno.EBUSY, errno.EXDEV, errno.ESTALE, errno.EIO, errno.ENOTEMPTY, errno.EPERM])
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_rename_that_fails_loses_nothing(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, code: int, replacing: bool
+):
+    target = tmp_path / "out"
+    if replacing:
+        old_model(target)
+
+    def failing(old: Path, new: Path) -> None:
+        raise OSError(code, os.strerror(code), str(old), None, str(new))
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OutputError) as caught, stage(target, source, force=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert "\n" not in str(caught.value)
+    assert hidden(tmp_path) == []
+    assert target.exists() == replacing
+    if replacing:
+        assert (target / "config.json").read_text() == "old"
+
+
+def test_a_stage_that_somebody_removes(tmp_path: Path, source: Path):
+    def fill() -> None:
+        with stage(tmp_path / "out", source) as folder:
+            shutil.rmtree(folder)
+            (folder / "config.json").write_text("x")
+
+    with pytest.raises(OutputError, match="cannot be written"):
+        fill()
 
 
 def test_killed_while_writing_never_leaves_a_target(tmp_path: Path, source: Path):
