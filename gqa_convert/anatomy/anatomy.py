@@ -14,6 +14,7 @@ from typing import Any
 
 from gqa_convert.anatomy import family_facts
 from gqa_convert.anatomy.kv_fields import KVField, aim, check_groups, get_path
+from gqa_convert.anatomy.own_code import prove_own_code
 from gqa_convert.anatomy.shapes import ShapeDifference
 from gqa_convert.anatomy.stated import stated_heads
 from gqa_convert.anatomy.target import fields_of, retarget
@@ -92,12 +93,19 @@ def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> 
     why = family_facts.refusal(config, groups, fields[0].kv_heads)
     if why:
         raise UnsupportedModelError(f"--groups {groups}: {why}")
+    if changed and shipping.ships(source.model_type) and api.own_code(config):
+        raise UnsupportedModelError(
+            f"{source.folder}: config.json's auto_map names modelling code of its own ({api.own_code(config)}), and "
+            f"{source.model_type} gets its KV heads by {shipping.FILE.name}, which goes by transformers' own code and "
+            "not by that. If both compute the same, convert a copy of the folder without auto_map in its config.json."
+        )
     cls = source.model_class
     edits, target_config, target_cls = retarget(config, checkpoint.config, cls, fields, groups, checkpoint.folder)
     files = (shipping.FILE,) if shipping.is_shipped(str(target_config.model_type)) else ()
     target_model = api.build_on_meta(target_cls, target_config) if changed else source.meta_model
     difference = ShapeDifference(source.meta_model, target_model, fields, groups) if changed else None
     finder = Finder(checkpoint, difference) if difference else None
+    proof = (prove_own_code(source, difference),) if difference and source.own_code else ()
     return Anatomy(
         model_type=str(config.model_type),
         class_name=cls.__name__,
@@ -108,7 +116,7 @@ def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> 
         edits=edits,
         merges=tuple(finder.merges) if finder else (),
         dropped=tuple(finder.dropped) if finder else (),
-        notes=tuple(finder.notes) if finder else (),
+        notes=(tuple(finder.notes) if finder else ()) + proof,
         source=source,
         target_config=target_config,
         target_model=target_model,

@@ -98,7 +98,14 @@ def recorded_route(conversion: Mapping[str, Any]) -> str:
 
 def _obstacle(rule: Rule, source: Source, groups: int | None) -> str:
     """Why a rule does not lead to `groups` KV heads; empty if it does."""
-    config, class_name = source.config, source.model_class.__name__
+    config, class_name, own = source.config, source.model_class.__name__, api.own_code(source.config)
+    if own:
+        return (
+            f"{source.folder}: config.json's auto_map names modelling code of its own ({own}), and {config.model_type} "
+            f"is converted by writing it as {rule.target}, which computes what transformers' own {rule.source_class} "
+            "does and not what that code does. If both are the same, convert a copy of the folder without auto_map in "
+            "its config.json."
+        )
     if class_name != rule.source_class:
         return f"{config.model_type}: holds a {class_name}; only {rule.source_class} is written as {rule.target}."
     reason = rule.refusal(config)
