@@ -14,13 +14,14 @@ from typing import Any
 
 from gqa_convert.anatomy import family_facts
 from gqa_convert.anatomy.kv_fields import KVField, aim, check_groups, get_path
+from gqa_convert.anatomy.own_code import prove_own_code
 from gqa_convert.anatomy.shapes import ShapeDifference
 from gqa_convert.anatomy.stated import stated_heads
 from gqa_convert.anatomy.target import fields_of, retarget
 from gqa_convert.anatomy.tensor_merges import Finder, Merge
-from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import UnsupportedModelError, VerificationError
 from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping
 
 
@@ -38,26 +39,30 @@ class Anatomy:
     merges: tuple[Merge, ...]
     dropped: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    config: Any = field(repr=False)
+    source: Source = field(repr=False)
     target_config: Any = field(repr=False)
     target_model: Any = field(repr=False)
     difference: ShapeDifference | None = field(repr=False)
     files: tuple[Path, ...] = ()
     """Modelling code that the converted folder needs beside its weights."""
 
+    @property
+    def config(self) -> Any:
+        """The source's configuration."""
+        return self.source.config
 
-def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Any, tuple[KVField, ...]]:
-    """Return a checkpoint's configuration and its KV-head fields.
+
+def read_fields(source: Source) -> tuple[KVField, ...]:
+    """Return a checkpoint's KV-head fields, the main one first.
 
     Raises:
         UnsupportedModelError: if the family has no KV heads to merge or no setting for their number.
     """
-    config = api.checkpoint_config(checkpoint, trust_remote_code=trust_remote_code)
-    model_type = str(getattr(config, "model_type", ""))
+    config, model_type = source.config, source.model_type
     kind, reason = family_facts.refused_families().get(model_type, ("", ""))
     if kind in ("C", "D"):
         raise UnsupportedModelError(f"{model_type} cannot become a grouped-query model here: {reason}.")
-    fields = fields_of(config, checkpoint.config, _class_of(checkpoint, config, trust_remote_code))
+    fields = fields_of(config, source.checkpoint.config, lambda: source.meta_model)
     if not fields:
         raise UnsupportedModelError(
             f"{model_type} cannot become a grouped-query model here: transformers {api.version()} gives "
@@ -69,17 +74,11 @@ def read_fields(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> t
             f"{model_type} cannot become a grouped-query model here: multi-head latent attention "
             f"(kv_lora_rank={owner.kv_lora_rank}) caches a latent, not KV heads."
         )
-    return config, fields
+    return fields
 
 
-def _class_of(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
-    return api.model_class(config, folder=checkpoint.folder, trust_remote_code=trust_remote_code)
-
-
-def dissect(
-    checkpoint: Checkpoint, groups: int, *, cross_groups: int | None = None, trust_remote_code: bool = False
-) -> Anatomy:
-    """Find what converting `checkpoint` to `groups` KV heads must merge, edit and drop.
+def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> Anatomy:
+    """Find what converting `source` to `groups` KV heads must merge, edit and drop.
 
     `cross_groups` sets the KV heads of cross-attention apart, where the model can.
 
@@ -88,19 +87,25 @@ def dissect(
         UnsupportedModelError: if the model cannot be expressed with that many KV heads; the message has the reason.
         CheckpointError: if the weights are not those that the configuration describes.
     """
-    config, fields = read_fields(checkpoint, trust_remote_code=trust_remote_code)
-    fields = aim(fields, cross_groups)
+    checkpoint, config = source.checkpoint, source.config
+    fields = aim(read_fields(source), cross_groups)
     changed = check_groups(fields, groups, stated_heads((checkpoint.stored or checkpoint).config, fields[0]))
     why = family_facts.refusal(config, groups, fields[0].kv_heads)
     if why:
         raise UnsupportedModelError(f"--groups {groups}: {why}")
-    cls = _class_of(checkpoint, config, trust_remote_code)
+    if changed and shipping.ships(source.model_type) and api.own_code(config):
+        raise UnsupportedModelError(
+            f"{source.folder}: config.json's auto_map names modelling code of its own ({api.own_code(config)}), and "
+            f"{source.model_type} gets its KV heads by {shipping.FILE.name}, which goes by transformers' own code and "
+            "not by that. If both compute the same, convert a copy of the folder without auto_map in its config.json."
+        )
+    cls = source.model_class
     edits, target_config, target_cls = retarget(config, checkpoint.config, cls, fields, groups, checkpoint.folder)
     files = (shipping.FILE,) if shipping.is_shipped(str(target_config.model_type)) else ()
-    source_model = api.build_on_meta(cls, config)
-    target_model = api.build_on_meta(target_cls, target_config)
-    difference = ShapeDifference(source_model, target_model, fields, groups) if changed else None
+    target_model = api.build_on_meta(target_cls, target_config) if changed else source.meta_model
+    difference = ShapeDifference(source.meta_model, target_model, fields, groups) if changed else None
     finder = Finder(checkpoint, difference) if difference else None
+    proof = (prove_own_code(source, difference),) if difference and source.own_code else ()
     return Anatomy(
         model_type=str(config.model_type),
         class_name=cls.__name__,
@@ -111,8 +116,8 @@ def dissect(
         edits=edits,
         merges=tuple(finder.merges) if finder else (),
         dropped=tuple(finder.dropped) if finder else (),
-        notes=tuple(finder.notes) if finder else (),
-        config=config,
+        notes=(tuple(finder.notes) if finder else ()) + proof,
+        source=source,
         target_config=target_config,
         target_model=target_model,
         difference=difference,

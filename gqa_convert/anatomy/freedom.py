@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gqa_convert.anatomy.block_names import BlockNames, Freedom, HeadExtra
 from gqa_convert.anatomy.blocks import block_state, find_blocks, layout_for, read_block, rotary_layouts
 from gqa_convert.anatomy.extras import candidates, moved_extras
+from gqa_convert.anatomy.kv_fields import KVField
 from gqa_convert.anatomy.shapes import ShapeDifference
 from gqa_convert.anatomy.target import fields_of, retarget
 from gqa_convert.errors import UnsupportedModelError
@@ -83,16 +84,17 @@ class _Subject:
             self.model.load_state_dict(kept)
 
 
-def prove_freedom(config: Any) -> Freedom:
+def prove_freedom(config: Any, model_class: Any = None) -> Freedom:
     """Return what may be changed in the attention of `config`'s architecture.
 
     Args:
         config: the configuration of the model to be converted.
+        model_class: its class; by default transformers' own of that configuration.
 
     Raises:
         UnsupportedModelError: if no attention blocks are recognised in a tiny model of it.
     """
-    subject = _subject(config)
+    subject = _subject(config, model_class)
     freedom = Freedom(rotary_kind="none", key_gauge="none", value_gauge="none", permutable=False)
     if subject.unchanged(freedom, _value_change):
         freedom = replace(freedom, value_gauge="full")
@@ -102,18 +104,11 @@ def prove_freedom(config: Any) -> Freedom:
     return replace(freedom, shift_invariant=_shift_invariant(subject))
 
 
-def _subject(config: Any) -> _Subject:
-    tiny = shrink(config)
-    tiny.architectures = getattr(config, "architectures", None)
-    model = tiny_model(tiny)
-    values = tiny.to_dict()
-    fields = fields_of(tiny, values, type(model))
+def _subject(config: Any, model_class: Any = None) -> _Subject:
+    model, fields = _tiny(config, model_class)
     if not fields or fields[0].kv_heads < 2:
-        tiny = shrink(config, num_heads=8, num_kv_heads=8)
-        tiny.architectures = getattr(config, "architectures", None)
-        model, values = tiny_model(tiny), tiny.to_dict()
-        fields = fields_of(tiny, values, type(model))
-    difference = _difference(tiny, values, fields)
+        model, fields = _tiny(config, model_class, num_heads=8, num_kv_heads=8)
+    difference = _difference(model, fields)
     inputs = text_inputs(model)
     blocks = find_blocks(difference)
     return _Subject(
@@ -125,16 +120,24 @@ def _subject(config: Any) -> _Subject:
     )
 
 
-def _difference(tiny: Any, values: dict[str, Any], fields: Sequence[Any]) -> ShapeDifference:
+def _tiny(config: Any, model_class: Any, **heads: int) -> tuple[Any, tuple[KVField, ...]]:
+    """A tiny model of an architecture and its KV fields."""
+    tiny = shrink(config, **heads)
+    tiny.architectures = getattr(config, "architectures", None)
+    model = tiny_model(tiny, cls=model_class)
+    return model, fields_of(tiny, tiny.to_dict(), lambda: model)
+
+
+def _difference(model: Any, fields: Sequence[KVField]) -> ShapeDifference:
     """The tiny model's dependence on KV heads, for the largest smaller count that it can be built with."""
-    cls = api.model_class(tiny)
+    cls, tiny = type(model), model.config
+    values = tiny.to_dict()
     for groups in reversed(divisors(fields[0].kv_heads)[:-1]):
         try:
             changeable = tuple(f for f in fields if f.kv_heads % groups == 0)
             _, target, target_cls = retarget(tiny, values, cls, changeable, groups)
-            source_model = api.build_on_meta(cls, tiny)
             target_model = api.build_on_meta(target_cls, target)
-            return ShapeDifference(source_model, target_model, tuple(fields), groups)
+            return ShapeDifference(model, target_model, tuple(fields), groups)
         except UnsupportedModelError:
             if groups == 1:
                 raise

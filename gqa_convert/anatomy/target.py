@@ -5,7 +5,7 @@ Families without a setting of their own (`gqa_convert.modeling`) get both from t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from gqa_convert.hf import api
 from gqa_convert.modeling import shipping
 
 
-def fields_of(config: Any, values: Mapping[str, Any], model_class: type) -> tuple[KVField, ...]:
+def fields_of(config: Any, values: Mapping[str, Any], model: Callable[[], Any]) -> tuple[KVField, ...]:
     """Return a model's KV fields, the main one first; empty if it has none and cannot be given any.
+
+    `model` gives the model itself, with or without memory; it is called for families without a setting of their own.
 
     Raises:
         UnsupportedModelError: if this model of a family that could be given some keeps no KV cache.
     """
     model_type = str(config.model_type)
     if shipping.ships(model_type) or shipping.is_shipped(model_type):
-        return _shipped_fields(config, model_class)
+        return _shipped_fields(config, model)
     return find_kv_fields(config, values)
 
 
@@ -56,10 +58,10 @@ def retarget(
     return *config_edits(config, values, changed, groups), model_class
 
 
-def _shipped_fields(config: Any, model_class: type) -> tuple[KVField, ...]:
+def _shipped_fields(config: Any, model: Callable[[], Any]) -> tuple[KVField, ...]:
     """The fields of a model's GQA form, with the KV heads that it has now: a native model has all its heads."""
     shipping.check_native(config)
-    counts = shipping.head_counts(api.build_on_meta(model_class, config))
+    counts = shipping.head_counts(model())
     grouped = shipping.is_shipped(str(config.model_type))
     return tuple(
         KVField(path=(name,), kv_heads=(getattr(config, name) if grouped else None) or heads, query_heads=heads)

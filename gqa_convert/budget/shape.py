@@ -143,6 +143,7 @@ def shape_of_folder(folder: Path) -> ModelShape:
         CheckpointError: if the folder is not a checkpoint.
         UsageError: if its config.json does not say how many layers or heads there are.
     """
+    from gqa_convert.checkpoint.config_json import stated_context
     from gqa_convert.checkpoint.reader import Checkpoint
 
     checkpoint = Checkpoint.open(folder)
@@ -168,7 +169,7 @@ def shape_of_folder(folder: Path) -> ModelShape:
             folder, text, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "num_layers", "n_layer"
         ),
         attention_width=heads * head_dim,
-        context=int(text.get("max_position_embeddings") or text.get("n_positions") or 2048),
+        context=stated_context(text.get) or 2048,
         weight_bytes=max(set(dtypes), key=dtypes.count),
     )
 

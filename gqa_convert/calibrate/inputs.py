@@ -15,8 +15,8 @@ from gqa_convert.hf.loading import max_positions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gqa_convert.checkpoint.reader import Checkpoint
     from gqa_convert.conversion.recipe import Recipe
+    from gqa_convert.hf.loading import Source
 
 _CACHE_BYTES = 4 << 30  # of the KV cache while the source writes text
 _MOST_WINDOWS = 256  # written at a time
@@ -24,12 +24,10 @@ _MOST_WINDOWS = 256  # written at a time
 
 def calibration_inputs(
     recipe: Recipe,
-    checkpoint: Checkpoint,
-    config: Any,
+    source: Source,
     *,
     work: Path,
     device: str = "cpu",
-    trust_remote_code: bool = False,
     on_layer: OnLayer | None = None,
 ) -> list[dict[str, Tensor]] | None:
     """Return the arguments of the forward passes that a recipe calibrates on; None if it calibrates on nothing.
@@ -47,6 +45,9 @@ def calibration_inputs(
     """
     if recipe.calibrate is None:
         return None
+    # Text is read and written by the model as it is stored, also where a view in another family's terms is merged.
+    stored = source.as_stored
+    config = source.config
     sequences, length = window_plan(max_positions(config), sequences=recipe.sequences, length=recipe.length)
     answers = bool(getattr(config, "is_encoder_decoder", False))
     if recipe.self_written and answers:
@@ -54,20 +55,18 @@ def calibration_inputs(
             f"--calibrate {recipe.calibrate}: {config.model_type} is an encoder-decoder and cannot write text from "
             "nothing. Name a file, a folder or a hub dataset with texts such as it is used on."
         )
-    chosen: dict[str, Any] = {"seed": recipe.seed, "trust_remote_code": trust_remote_code}
     if not recipe.self_written and not answers:
-        return [
-            {
-                "input_ids": calibration_tokens(
-                    recipe.calibrate, checkpoint.folder, sequences=sequences, length=length, **chosen
-                )
-            }
-        ]
+        tokens = calibration_tokens(
+            recipe.calibrate, stored.tokenizer(), sequences=sequences, length=length, seed=recipe.seed
+        )
+        return [{"input_ids": tokens}]
     rows = None
     if answers:
-        rows = document_rows(recipe.calibrate, checkpoint.folder, tokens=sequences * length, length=length, **chosen)
+        rows = document_rows(
+            recipe.calibrate, stored.tokenizer(), tokens=sequences * length, length=length, seed=recipe.seed
+        )
     text = None if rows is None else token_hash([{"input_ids": ids} for ids in rows])
-    key = {"source": identity(checkpoint), "shape": [sequences, length], "seed": recipe.seed, "text": text}
+    key = {"source": identity(source.checkpoint), "shape": [sequences, length], "seed": recipe.seed, "text": text}
     store = LayerStore(work, "text", key)
     kept = _kept(store)
     if kept:
@@ -77,12 +76,12 @@ def calibration_inputs(
         "batch": written_at_once(config, length, many),
         "device": device,
         "progress": _windows(on_layer, many),
-        **chosen,
+        "seed": recipe.seed,
     }
     if rows is None:
-        found = [{"input_ids": self_tokens(checkpoint.folder, sequences=sequences, length=length, **writing)}]
+        found = [{"input_ids": self_tokens(stored, sequences=sequences, length=length, **writing)}]
     else:
-        found = own_answers(checkpoint.folder, rows, **writing)
+        found = own_answers(stored, rows, **writing)
     for number, parts in enumerate(found):
         store.write(number, parts, {"shapes": len(found)})
     return found

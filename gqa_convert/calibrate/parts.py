@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.calibrate.layer_stream import LayerStream, Parts
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.errors import CheckpointError
 from gqa_convert.hf import api
-from gqa_convert.hf.partial import PartialModel, empty_model, layer_paths, move_buffers, set_parameter, whole_model
+from gqa_convert.hf.loading import Source, load_model
+from gqa_convert.hf.partial import PartialModel, empty_model, layer_paths, move_buffers, set_parameter
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +27,9 @@ TOLERANCE = 1e-5
 class WholeModel:
     """A model that is in memory as a whole, with the interface of `PartialModel`."""
 
-    def __init__(self, checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype) -> None:
-        read = _loaded if checkpoint.stored is None else whole_model
-        model = read(checkpoint, cls, config, dtype=dtype)
-        self.model: Any = model.eval().requires_grad_(False)
-        self.layers = layer_paths(model)
+    def __init__(self, source: Source, *, dtype: torch.dtype) -> None:
+        self.model: Any = load_model(source, dtype=dtype).requires_grad_(False)
+        self.layers = layer_paths(self.model)
 
     def load(self, path: str, device: torch.device | str = "cpu") -> nn.Module:
         """Return a layer, on `device`."""
@@ -44,29 +42,18 @@ class WholeModel:
         move_buffers(module, "cpu")
 
 
-def _loaded(checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype) -> Any:
-    with api.quiet():
-        model, info = cls.from_pretrained(  # type: ignore[attr-defined]
-            checkpoint.folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
-        )
-    if info.get("mismatched_keys"):
-        raise CheckpointError(f"{checkpoint.folder}: loading reports {sorted(info['mismatched_keys'])[:3]}.")
-    return model
-
-
-def open_parts(
-    checkpoint: Checkpoint, cls: type[nn.Module], config: Any, *, dtype: torch.dtype
-) -> tuple[Parts, tuple[str, ...]]:
+def open_parts(source: Source, *, dtype: torch.dtype) -> tuple[Parts, tuple[str, ...]]:
     """Return the source model in the leanest form that is proven to work, and notes on the choice.
 
     Raises:
         CheckpointError: if the weights are not those that the configuration describes.
     """
+    cls, config = source.model_class, source.config
     reason = streaming_fault(cls, config)
     if reason is None:
-        return PartialModel(checkpoint, cls, config, dtype=dtype), ()
+        return PartialModel(source.checkpoint, cls, config, dtype=dtype), ()
     note = f"{cls.__name__} is held whole in memory while it is calibrated: layer by layer, {reason}"
-    return WholeModel(checkpoint, cls, config, dtype=dtype), (note,)
+    return WholeModel(source, dtype=dtype), (note,)
 
 
 def streaming_fault(cls: type[nn.Module], config: Any) -> str | None:
@@ -82,14 +69,13 @@ def streaming_fault(cls: type[nn.Module], config: Any) -> str | None:
 
     try:
         tiny = shrink(config)
-        model = tiny_model(tiny, architectures=[cls.__name__])
+        model = tiny_model(tiny, cls=cls)
         inputs = [text_inputs(model, seed=seed) for seed in (0, 1)]
         with tempfile.TemporaryDirectory() as folder, api.quiet():
             model.save_pretrained(folder)
-            written = Checkpoint.open(Path(folder))
-            own = api.load_config(Path(folder), trust_remote_code=False)
-            whole = WholeModel(written, type(model), own, dtype=torch.float32).model
-            lean = PartialModel(written, type(model), own, dtype=torch.float32)
+            written = Source(checkpoint=Checkpoint.open(Path(folder)), config=tiny, given_class=cls)
+            whole = WholeModel(written, dtype=torch.float32).model
+            lean = PartialModel(written.checkpoint, cls, tiny, dtype=torch.float32)
             stream = LayerStream(lean, inputs, keep_results=True)
             for _ in stream:
                 pass

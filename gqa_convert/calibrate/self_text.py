@@ -6,12 +6,12 @@ Shape suffixes: N windows, T tokens a window, S encoder positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.calibrate.tokens import shorter
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ _SHORT_ANSWER = 16
 
 
 def self_tokens(
-    folder: Path,
+    source: Source,
     *,
     sequences: int,
     length: int,
@@ -30,7 +30,6 @@ def self_tokens(
     temperature: float = 1.0,
     batch: int = 32,
     device: str = "cpu",
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """Sample windows of text from a decoder-only model, whole in memory in its stored dtype.
@@ -39,14 +38,13 @@ def self_tokens(
     document, the window goes on with a new one.
 
     Args:
-        folder: the checkpoint.
+        source: the checkpoint.
         sequences: windows to write.
         length: tokens a window.
         seed: for the sampling.
         temperature: of the sampling; nothing else bends the model's distribution.
         batch: windows written at a time.
         device: where to run.
-        trust_remote_code: allow the model's own code to run.
         progress: called with the number of windows written since the last call.
 
     Returns:
@@ -57,10 +55,10 @@ def self_tokens(
     """
     import torch
 
-    model = _load(folder, device, trust_remote_code)
+    model = load_model(source, device=device)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{folder}: an encoder-decoder cannot write text from nothing. Name a text to calibrate on."
+            f"{source.folder}: an encoder-decoder cannot write text from nothing. Name a text to calibrate on."
         )
     begin, ends = _document_marks(model)
     written = []
@@ -76,14 +74,13 @@ def self_tokens(
 
 
 def own_answers(
-    folder: Path,
+    source: Source,
     rows: Sequence[Tensor],
     *,
     seed: int = 0,
     temperature: float = 1.0,
     batch: int = 32,
     device: str = "cpu",
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, Tensor]]:
     """Let an encoder-decoder answer each row of encoder inputs, and return both sides as calibration inputs.
@@ -92,13 +89,12 @@ def own_answers(
     to few lengths like their inputs (`encoder_inputs`), and what has one pair of lengths comes back together.
 
     Args:
-        folder: the checkpoint.
+        source: the checkpoint.
         rows: (N, S) ids, one tensor a length.
         seed: for the sampling.
         temperature: of the sampling.
         batch: rows answered at a time.
         device: where to run.
-        trust_remote_code: allow the model's own code to run.
         progress: called with the number of rows answered since the last call.
 
     Returns:
@@ -106,7 +102,7 @@ def own_answers(
     """
     import torch
 
-    model = _load(folder, device, trust_remote_code)
+    model = load_model(source, device=device)
     begin, ends = _document_marks(model)
     found: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     with torch.random.fork_rng(devices=[]):
@@ -130,13 +126,6 @@ def _answer_length(answer: Tensor, ends: list[int]) -> int:
 
     over = torch.isin(answer[1:], torch.tensor(ends, dtype=answer.dtype)).nonzero()
     return int(over[0]) + 1 if len(over) else len(answer)
-
-
-def _load(folder: Path, device: str, trust_remote_code: bool) -> Any:
-    config = api.load_config(folder, trust_remote_code=trust_remote_code)
-    cls: Any = api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
-    with api.quiet():
-        return cls.from_pretrained(folder, dtype="auto", local_files_only=True).eval().to(device)
 
 
 def _document_marks(model: Any) -> tuple[int | None, list[int]]:

@@ -90,8 +90,7 @@ class Session:
         notes: tuple[str, ...] = ()
         if self.done < len(self.layers):
             self.on_layer("loading", self.done, len(self.layers))
-            cls = type(self.merger.difference.source)
-            parts, notes = open_parts(self.checkpoint, cls, self.anatomy.config, dtype=self.dtype)
+            parts, notes = open_parts(self.anatomy.source, dtype=self.dtype)
             if self.refit or (self.batches and not self._all_moments()):
                 self._run_layers(parts)
                 notes += self._unreached() + self._counted_alike()

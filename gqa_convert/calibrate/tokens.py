@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.data.sampling import documents
@@ -33,13 +32,7 @@ def window_plan(max_length: int | None, *, sequences: int = SEQUENCES, length: i
 
 
 def calibration_tokens(
-    data: str,
-    tokenizer_folder: Path,
-    *,
-    sequences: int = SEQUENCES,
-    length: int = LENGTH,
-    seed: int = 0,
-    trust_remote_code: bool = False,
+    data: str, tokenizer: Any, *, sequences: int = SEQUENCES, length: int = LENGTH, seed: int = 0
 ) -> Tensor:
     """Return windows of tokens drawn from all over a text source.
 
@@ -48,22 +41,20 @@ def calibration_tokens(
 
     Args:
         data: a file, a folder or a hub dataset; see `gqa_convert.data.sampling.documents`.
-        tokenizer_folder: a folder with the model's tokenizer.
+        tokenizer: the model's (`gqa_convert.hf.loading.load_tokenizer`).
         sequences: windows wanted; a smaller source gives fewer.
         length: tokens a window.
         seed: for the choice of documents.
-        trust_remote_code: allow the tokenizer's own code to run.
 
     Returns:
         ids_NT, int64, 1 <= N <= sequences.
 
     Raises:
-        UsageError: if the source does not fill one window, or the folder has no tokenizer.
+        UsageError: if the source does not fill one window.
         HubError: if a hub dataset cannot be read.
     """
     import torch
 
-    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for text in documents(data, seed=seed):
@@ -77,22 +68,6 @@ def calibration_tokens(
     if whole == 0:
         raise UsageError(f"{data}: gives {len(ids)} tokens, less than one window of {length}. Use more text.")
     return torch.tensor(ids[: whole * length], dtype=torch.long).view(whole, length)
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load a checkpoint folder's tokenizer.
-
-    Raises:
-        UsageError: if it has none that transformers can read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with api.quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # every tokenizer library has its own
-        text = " ".join(str(error).split())[:200]
-        raise UsageError(f"{folder}: no tokenizer could be loaded from it, which text needs ({text}).") from error
 
 
 def token_hash(inputs: Inputs) -> str:
@@ -138,27 +113,23 @@ def shorter(length: int) -> int:
     return power + power // 2 if power + power // 2 <= length else power
 
 
-def document_rows(
-    data: str, tokenizer_folder: Path, *, tokens: int, length: int, seed: int = 0, trust_remote_code: bool = False
-) -> list[Tensor]:
+def document_rows(data: str, tokenizer: Any, *, tokens: int, length: int, seed: int = 0) -> list[Tensor]:
     """Tokenise documents from all over a text source, each by itself; longer ones than `length` in several rows.
 
     Args:
         data: as `gqa_convert.data.named.source_named` takes it.
-        tokenizer_folder: a folder with the model's tokenizer.
+        tokenizer: the model's (`gqa_convert.hf.loading.load_tokenizer`).
         tokens: wanted in all; a smaller source gives fewer.
         length: the longest row, its special tokens included.
         seed: for the choice of documents.
-        trust_remote_code: allow the tokenizer's own code to run.
 
     Returns:
         ids_NS, int64, one tensor a length, shortest first.
 
     Raises:
-        UsageError: if no document has as many as four tokens, or the folder has no tokenizer.
+        UsageError: if no document has as many as four tokens.
         HubError: if a hub dataset cannot be read.
     """
-    tokenizer = load_tokenizer(tokenizer_folder, trust_remote_code=trust_remote_code)
     rows: list[list[int]] = []
     left = tokens
     for text in documents(data, seed=seed):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,15 @@ from gqa_convert.errors import CheckpointError
 
 Path = tuple[str, ...]
 """Keys from the root object down to a value."""
+
+_CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "max_target_positions",
+)
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -229,3 +238,15 @@ def _next(text: str, at: int) -> int:
     """Step over white space and a comma."""
     at = _skip(text, at)
     return _skip(text, at + 1) if text[at] == "," else at
+
+
+def stated_context(read: Callable[[str], Any]) -> int | None:
+    """Return the context length, in tokens, that a decoder's configuration states; None if it states none.
+
+    `read` gives a setting's value by name, None where it is missing.
+    """
+    for name in _CONTEXT_NAMES:
+        value = read(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqa_convert.checkpoint.files import open_regular
-from gqa_convert.errors import CheckpointError
+from gqa_convert.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,30 @@ _TORCH_NAMES: dict[str, str] = {
     "F64": "float64",
     "C64": "complex64",
 }
+
+FLOAT_NAMES: dict[str, str] = {
+    "float32": "F32",
+    "fp32": "F32",
+    "f32": "F32",
+    "bfloat16": "BF16",
+    "bf16": "BF16",
+    "float16": "F16",
+    "fp16": "F16",
+    "f16": "F16",
+    "half": "F16",
+}
+"""What users call the formats that models run in, and what safetensors calls them."""
+
+
+def named_float(name: str) -> torch.dtype:
+    """Return the dtype that a user named, in one of the spellings of `FLOAT_NAMES`.
+
+    Raises:
+        UsageError: if it is none of them.
+    """
+    if name.lower() not in FLOAT_NAMES:
+        raise UsageError(f"--dtype {name}: choose one of auto, {', '.join(FLOAT_NAMES)}.")
+    return torch_dtype(FLOAT_NAMES[name.lower()])
 
 
 def torch_dtype(name: str) -> torch.dtype:

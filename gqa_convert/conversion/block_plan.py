@@ -67,7 +67,7 @@ def plan_blocks(checkpoint: Checkpoint, anatomy: Anatomy, recipe: Recipe) -> Blo
 
     try:
         blocks = find_blocks(anatomy.difference)
-        freedom = prove_freedom(anatomy.config)
+        freedom = prove_freedom(anatomy.config, anatomy.source.model_class)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{_asked(recipe)} cannot be used on {anatomy.model_type}: {error}") from error
     if recipe.adaptable and not freedom.permutable:

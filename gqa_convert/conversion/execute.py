@@ -150,7 +150,7 @@ def execute(
             # Solving may take hours: what would be refused at the end is refused before it.
             check_output(planned.target, force=force, source=checkpoint.folder, needed_bytes=needed)
             folder = stack.enter_context(work_folder(planned, work))
-            solved = solve_blocks(planned, folder, trust_remote_code=trust_remote_code, on_layer=on_layer)
+            solved = solve_blocks(planned, folder, on_layer=on_layer)
         checks = _write(planned, solved, needed, verify, force, flush, trust_remote_code, on_bytes)
     return ConvertResult(
         out=planned.target, plan=planned, verified=verify, checks=checks, blocks=solved.reports if solved else ()

@@ -11,12 +11,14 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.provenance import PROVENANCE, read_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.compare import compare_tensors
-from gqa_convert.conversion.plan import plan
+from gqa_convert.conversion.plan import plan_source
+from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.recorded import read_record, recorded_plan
 from gqa_convert.conversion.routes import routed
 from gqa_convert.conversion.verify import verify_logits, verify_structure
 from gqa_convert.errors import GQAConvertError, VerificationError
 from gqa_convert.heads import HeadLayout
+from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping
 
 
@@ -73,27 +75,34 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, revision: str
         GQAConvertError: if it cannot be read, or is of a family that has no KV heads to merge.
     """
     folder = resolve_model(str(model), revision=revision)
-    way = routed(Checkpoint.open(folder), trust_remote_code=trust_remote_code)
-    _, fields = read_fields(way.checkpoint, trust_remote_code=trust_remote_code)
-    made = plan(folder, groups=fields[0].kv_heads, trust_remote_code=trust_remote_code)
-    cache: list[tuple[int, int | None, str]] = []
-    for groups in made.layout_before.legal_groups:
+    source = Source.open(folder, trust_remote_code=trust_remote_code)
+    way = routed(source)
+    main = read_fields(way.source)[0]
+    smaller: list[tuple[int, int | None, str]] = []
+    cache_now = None
+    for groups in HeadLayout(num_query_heads=main.query_heads, num_kv_heads=main.kv_heads, head_dim=1).legal_groups:
+        if groups == main.kv_heads:
+            continue
         try:
-            at = plan(folder, groups=groups, allow_slow=True, trust_remote_code=trust_remote_code)
-            cache.append((groups, at.kv_cache_bytes_per_token_after, ""))
+            at = plan_source(source, groups=groups, target=folder, recipe=Recipe(), allow_slow=True)
         except GQAConvertError as error:
-            cache.append((groups, None, str(error)))
+            smaller.append((groups, None, str(error)))
+        else:
+            smaller.append((groups, at.kv_cache_bytes_per_token_after, ""))
+            cache_now = cache_now or at.kv_cache_bytes_per_token_before
+    now = plan_source(source, groups=main.kv_heads, target=folder, recipe=Recipe(), cache_now=cache_now or 0)
+    cache = [*smaller, (main.kv_heads, now.kv_cache_bytes_per_token_after, "")]
     tool = read_provenance(folder).get("tool", {})
     return Inspection(
         source=folder,
-        model_type=made.model_type,
-        class_name=made.class_name,
-        layout=made.layout_before,
-        parameters=made.parameters_in,
-        bytes=made.bytes_in,
+        model_type=now.model_type,
+        class_name=now.class_name,
+        layout=now.layout_before,
+        parameters=now.parameters_in,
+        bytes=now.bytes_in,
         cache=tuple(cache),
         becomes=way.becomes,
-        slow=shipping.is_slow(made.model_type),
+        slow=shipping.is_slow(now.model_type),
         converted_from=" ".join(str(value) for value in tool.values()),
     )
 

@@ -29,6 +29,7 @@ from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.routes import SETTING, Routed, routed
 from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.heads import HeadLayout
+from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping
 from gqa_convert.modeling.transpile.view import computing_bytes
 
@@ -226,15 +227,41 @@ def plan(
     Raises:
         GQAConvertError: of the kind that fits; see `gqa_convert.errors`.
     """
-    chosen = recipe or Recipe(method=method, seed=seed)
+    folder = resolve_model(str(source), revision=revision)
+    return plan_source(
+        Source.open(folder, trust_remote_code=trust_remote_code),
+        groups=groups,
+        cross_groups=cross_groups,
+        target=_target(source, folder, groups, out),
+        recipe=recipe or Recipe(method=method, seed=seed),
+        route=route,
+        allow_slow=allow_slow,
+    )
+
+
+def plan_source(
+    source: Source,
+    *,
+    groups: int,
+    target: Path,
+    recipe: Recipe,
+    cross_groups: int | None = None,
+    route: str = "auto",
+    allow_slow: bool = False,
+    cache_now: int | None = None,
+) -> ConvertPlan:
+    """Plan the conversion of a checkpoint that is open already; several plans of one source share what they read.
+
+    `target` is the folder to write; `cache_now` the source's KV-cache bytes per token, where they are known. The other
+    arguments are those of `plan`, which says what is raised.
+    """
     if groups < 1:
         raise UsageError(f"--groups {groups}: at least one KV head is needed; 1 is multi-query attention.")
-    folder = resolve_model(str(source), revision=revision)
-    way = routed(Checkpoint.open(folder), groups=groups, route=route, trust_remote_code=trust_remote_code)
-    anatomy = dissect(way.checkpoint, groups, cross_groups=cross_groups, trust_remote_code=trust_remote_code)
+    way = routed(source, groups=groups, route=route)
+    anatomy = dissect(way.source, groups, cross_groups=cross_groups)
     if anatomy.changed_fields and not allow_slow:
         shipping.check_faster(anatomy.model_type)
-    return _assemble(way, anatomy, _target(source, folder, groups, out), chosen, trust_remote_code)
+    return _assemble(way, anatomy, target, recipe, cache_now)
 
 
 def _target(source: str | Path, folder: Path, groups: int, out: str | Path | None) -> Path:
@@ -248,7 +275,7 @@ def _target(source: str | Path, folder: Path, groups: int, out: str | Path | Non
     return Path(re.sub(r".*/", "", str(source)) + f"-gqa{groups}").absolute()
 
 
-def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, trust_remote_code: bool) -> ConvertPlan:
+def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, cache_now: int | None) -> ConvertPlan:
     checkpoint = way.checkpoint
     stored = checkpoint.stored or checkpoint
     blocks = plan_blocks(checkpoint, anatomy, recipe)
@@ -257,7 +284,7 @@ def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, trust
     apart = any(field.target is not None for field in anatomy.fields)
     kept = 0
     if not anatomy.merges or (apart and len(anatomy.changed_fields) < len(anatomy.fields)):
-        whole = unchanged_cache_bytes(checkpoint, anatomy, trust_remote_code=trust_remote_code)
+        whole = unchanged_cache_bytes(anatomy) if cache_now is None else cache_now
         kept = whole - _cache_bytes(checkpoint, anatomy.merges)
     main = anatomy.fields[0]
     return ConvertPlan(
@@ -299,17 +326,17 @@ def _cache_bytes(checkpoint: Checkpoint, merges: tuple[Merge, ...]) -> int:
     return sum(merge.cached * BITS[checkpoint.tensors[merge.key].dtype] // 8 for merge in merges)
 
 
-def unchanged_cache_bytes(checkpoint: Checkpoint, anatomy: Anatomy, *, trust_remote_code: bool) -> int:
+def unchanged_cache_bytes(anatomy: Anatomy) -> int:
     """KV-cache bytes per token of a checkpoint that keeps its heads: what a merge to fewer heads would start from.
 
     0 where no smaller number of heads can be expressed.
     """
     for groups in range(1, anatomy.fields[0].kv_heads):
         try:
-            probe = dissect(checkpoint, groups, trust_remote_code=trust_remote_code)
+            probe = dissect(anatomy.source, groups)
         except GQAConvertError:
             continue
-        return _cache_bytes(checkpoint, probe.merges)
+        return _cache_bytes(anatomy.source.checkpoint, probe.merges)
     return 0
 
 
@@ -340,7 +367,6 @@ def _field_notes(anatomy: Anatomy) -> tuple[str, ...]:
 
 def legal_groups(source: str | Path, *, trust_remote_code: bool = False) -> tuple[int, ...]:
     """Return the KV-head counts a checkpoint's configuration allows, ascending."""
-    way = routed(Checkpoint.open(resolve_model(str(source))), trust_remote_code=trust_remote_code)
-    _, fields = read_fields(way.checkpoint, trust_remote_code=trust_remote_code)
-    main = fields[0]
+    way = routed(Source.open(resolve_model(str(source)), trust_remote_code=trust_remote_code))
+    main = read_fields(way.source)[0]
     return HeadLayout(num_query_heads=main.query_heads, num_kv_heads=main.kv_heads, head_dim=1).legal_groups

@@ -9,11 +9,11 @@ from typing import Any
 
 from gqa_convert.anatomy.anatomy import read_fields
 from gqa_convert.checkpoint.provenance import PROVENANCE, read_provenance
-from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.plan import ConvertPlan, plan
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.routes import recorded_route
 from gqa_convert.errors import CheckpointError, UsageError, VerificationError
+from gqa_convert.hf.loading import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def recorded_plan(
     """
     groups, cross_groups = record.groups, record.cross_groups
     if groups is None:
-        _, fields = read_fields(Checkpoint.open(converted), trust_remote_code=trust_remote_code)
+        fields = read_fields(Source.open(converted, trust_remote_code=trust_remote_code))
         groups = fields[0].kv_heads
         cross_groups = next((f.kv_heads for f in fields if f.cross and f.kv_heads != groups), None)
     try:

@@ -12,6 +12,7 @@ from typing import Any
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
 from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping
 from gqa_convert.modeling.transpile.rule import Rule, rule_for
 from gqa_convert.modeling.transpile.view import transpiled
@@ -27,7 +28,7 @@ class Routed:
     """A source and the way it takes.
 
     Attributes:
-        checkpoint: what is to be converted: as stored, or a view in another family's terms.
+        source: what is to be converted: as stored, or a view in another family's terms.
         route: `setting`, `native` or `remote-code`.
         rule: the transpile rule of the native route.
         model_type: of the source as it is stored.
@@ -35,12 +36,17 @@ class Routed:
         notes: what a user should know of the way, for the plan.
     """
 
-    checkpoint: Checkpoint
+    source: Source
     route: str = SETTING
     rule: Rule | None = None
     model_type: str = ""
     class_name: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint of `source`."""
+        return self.source.checkpoint
 
     @property
     def becomes(self) -> str:
@@ -51,9 +57,7 @@ class Routed:
         return f"{self.rule.target_class} ({self.rule.target}){only}, because {self.rule.why}"
 
 
-def routed(
-    checkpoint: Checkpoint, *, groups: int | None = None, route: str = "auto", trust_remote_code: bool = False
-) -> Routed:
+def routed(source: Source, *, groups: int | None = None, route: str = "auto") -> Routed:
     """Choose the way of a checkpoint to `groups` KV heads; None asks about the model in general.
 
     Raises:
@@ -63,15 +67,14 @@ def routed(
     """
     if route not in ROUTES:
         raise UsageError(f"--route {route}: choose one of {', '.join(ROUTES)}.")
-    config = api.load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
-    model_type = str(getattr(config, "model_type", ""))
+    config, model_type = source.config, source.model_type
     ships = shipping.ships(model_type)
     if route == "remote-code" and not ships and not shipping.is_shipped(model_type):
         raise UnsupportedModelError(
             f"--route remote-code: there is no modelling code for {model_type} here. Leave --route out."
         )
     rule = None if route == "remote-code" else rule_for(config)
-    obstacle = _obstacle(rule, config, groups) if rule is not None else ""
+    obstacle = _obstacle(rule, source, groups) if rule is not None else ""
     as_it_is = rule is not None and groups == config.num_attention_heads
     if rule is None or (ships and route == "auto" and (obstacle or as_it_is)):
         if ships and route == "native":
@@ -79,10 +82,12 @@ def routed(
                 f"--route native: no stock family of transformers computes what {model_type} does with fewer KV heads. "
                 "--route remote-code lets modelling code go along."
             )
-        return Routed(checkpoint=checkpoint, route="remote-code" if ships else SETTING, model_type=model_type)
+        return Routed(
+            source=source, route="remote-code" if ships else SETTING, model_type=model_type, notes=source.notes
+        )
     if obstacle:
         raise UnsupportedModelError(obstacle)
-    return _transpiled(checkpoint, rule, config, model_type)
+    return _transpiled(source, rule)
 
 
 def recorded_route(conversion: Mapping[str, Any]) -> str:
@@ -91,9 +96,16 @@ def recorded_route(conversion: Mapping[str, Any]) -> str:
     return route if route in ROUTES else "auto"
 
 
-def _obstacle(rule: Rule, config: Any, groups: int | None) -> str:
+def _obstacle(rule: Rule, source: Source, groups: int | None) -> str:
     """Why a rule does not lead to `groups` KV heads; empty if it does."""
-    class_name = api.model_class(config).__name__
+    config, class_name, own = source.config, source.model_class.__name__, api.own_code(source.config)
+    if own:
+        return (
+            f"{source.folder}: config.json's auto_map names modelling code of its own ({own}), and {config.model_type} "
+            f"is converted by writing it as {rule.target}, which computes what transformers' own {rule.source_class} "
+            "does and not what that code does. If both are the same, convert a copy of the folder without auto_map in "
+            "its config.json."
+        )
     if class_name != rule.source_class:
         return f"{config.model_type}: holds a {class_name}; only {rule.source_class} is written as {rule.target}."
     reason = rule.refusal(config)
@@ -108,18 +120,16 @@ def _obstacle(rule: Rule, config: Any, groups: int | None) -> str:
     )
 
 
-def _transpiled(checkpoint: Checkpoint, rule: Rule, config: Any, model_type: str) -> Routed:
-    cls = api.model_class(config)
-    model = api.build_on_meta(cls, config)
-    names, unread = _names(checkpoint, api.KeyMap(model))
-    _check_complete(checkpoint, model, names)
-    view = transpiled(checkpoint, rule, config, names)
+def _transpiled(source: Source, rule: Rule) -> Routed:
+    checkpoint, config, model_type = source.checkpoint, source.config, source.model_type
+    names, unread = _names(checkpoint, api.KeyMap(source.meta_model))
+    _check_complete(checkpoint, source.meta_model, names)
     return Routed(
-        checkpoint=view,
+        source=source.viewed(rule.name, lambda: transpiled(checkpoint, rule, config, names)),
         route="native",
         rule=rule,
         model_type=model_type,
-        class_name=cls.__name__,
+        class_name=source.model_class.__name__,
         notes=rule.notes(config)
         + _rounding(checkpoint, rule)
         + _unread(unread, model_type)

@@ -49,9 +49,7 @@ def work_folder(planned: ConvertPlan, work: str | Path | None) -> Iterator[Path]
         folder.rmdir()
 
 
-def solve_blocks(
-    planned: ConvertPlan, work: Path, *, trust_remote_code: bool = False, on_layer: OnLayer | None = None
-) -> SolvedLayers:
+def solve_blocks(planned: ConvertPlan, work: Path, *, on_layer: OnLayer | None = None) -> SolvedLayers:
     """Carry out the part of a plan that solves whole attention blocks.
 
     Raises:
@@ -66,11 +64,9 @@ def solve_blocks(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = calibration_inputs(
         planned.recipe,
-        planned.checkpoint,
-        planned.anatomy.config,
+        planned.anatomy.source,
         work=work,
         device=device,
-        trust_remote_code=trust_remote_code,
         on_layer=on_layer,
     )
     return solve(

@@ -10,6 +10,7 @@ here anew from the loaded parameters, so that heads merged in the wrong groups o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,10 @@ from gqa_convert.anatomy.anatomy import check_target
 from gqa_convert.anatomy.kv_fields import get_path
 from gqa_convert.checkpoint.dtypes import torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.errors import VerificationError
+from gqa_convert.errors import CheckpointError, VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_heads
 from gqa_convert.hf import api
-from gqa_convert.hf.partial import whole_model
+from gqa_convert.hf.loading import Source, load_model
 from gqa_convert.modeling.transpile.view import widened
 from gqa_convert.tiny.forward import logits
 from gqa_convert.tiny.model import text_inputs
@@ -29,7 +30,6 @@ from gqa_convert.tiny.sizes import TEXT_IDS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gqa_convert.anatomy.anatomy import Anatomy
     from gqa_convert.anatomy.shapes import ShapeDifference
     from gqa_convert.conversion.plan import ConvertPlan
 LOGIT_TOLERANCE = 1e-4
@@ -88,10 +88,16 @@ def verify_logits(
 
     `trained` says that the folder was trained since, so that its heads are means of the source's no more.
     """
-    converted = _load(planned.anatomy.target_config, folder, trust_remote_code)
+    import torch
+
+    written = Source.open(folder, trust_remote_code=trust_remote_code)
+    try:
+        converted = load_model(written, dtype=torch.float32)
+    except CheckpointError as error:
+        raise VerificationError(str(error)) from error
     inputs = _inputs(converted)
-    checks = verify_transpiling(planned.checkpoint, planned.anatomy, inputs) if planned.checkpoint.stored else {}
-    source = _source_model(planned, trust_remote_code)
+    checks = verify_transpiling(planned.anatomy.source, inputs) if planned.anatomy.source.stored else {}
+    source = load_model(planned.anatomy.source, dtype=torch.float32)
     seen = _logits(planned, converted, inputs)
     scale = max(float(seen.abs().max()), 1e-30)
     replaced = [(source.state_dict(), LOGIT_TOLERANCE, "the source")]
@@ -108,16 +114,6 @@ def verify_logits(
         if not worst <= tolerance * scale:
             raise VerificationError(f"{folder}: logits differ by {worst:.3g} at scale {scale:.3g} from {what}.")
     return {"logit_difference": worst, "logit_scale": scale, **checks}
-
-
-def _source_model(planned: ConvertPlan, trust_remote_code: bool) -> Any:
-    """The source in float32: as it is stored, or as the model of another family that it is converted as."""
-    import torch
-
-    if planned.checkpoint.stored is None:
-        return _load(planned.anatomy.config, planned.source, trust_remote_code)
-    cls = api.model_class(planned.anatomy.config)
-    return whole_model(planned.checkpoint, cls, planned.anatomy.config, dtype=torch.float32)
 
 
 def _logits(planned: ConvertPlan, model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -154,21 +150,6 @@ def _mean_of_adjacent(x: Tensor, grouping: Grouping, dim: int) -> Tensor:
     return merge_heads(heads.unflatten(dim, (grouping.num_groups, grouping.group_size)).mean(dim=dim + 1), dim)
 
 
-def _load(config: Any, folder: Path, trust_remote_code: bool) -> Any:
-    import torch
-    from transformers import PreTrainedModel
-
-    cls = api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
-    # Not the class's own: Qwen2.5-Omni's, which reads voices too, cannot return what was missing.
-    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-    with api.quiet():
-        model, info = load(cls, folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise VerificationError(f"{folder}: loading reports {kind.replace('_', ' ')}: {sorted(info[kind])[:3]}")
-    return model.eval()
-
-
 def _inputs(model: Any) -> dict[str, Tensor]:
     """Random ids, and random encoder features for a decoder that listens or sees.
 
@@ -178,7 +159,7 @@ def _inputs(model: Any) -> dict[str, Tensor]:
     return text_inputs(model, vocabulary=int(getattr(text, "vocab_size", None) or 2 * TEXT_IDS) // 2)
 
 
-def verify_transpiling(view: Checkpoint, anatomy: Anatomy, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def verify_transpiling(view: Source, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Run the stored model and the view of it with all its heads, in float32, one after the other.
 
     The view must compute the same before its tensors are rounded to the stored dtype; what rounding adds is reported.
@@ -190,38 +171,23 @@ def verify_transpiling(view: Checkpoint, anatomy: Anatomy, inputs: dict[str, Ten
         VerificationError: if the view computes something else.
     """
     assert view.stored is not None
-    expected = _stored_logits(view.stored, inputs)
+    expected = _float32_logits(view.stored, inputs)
     scale = max(float(expected.abs().max()), 1e-30)
     exact, rounded = (
-        float((_view_logits(each, anatomy, inputs) - expected).abs().max()) for each in (widened(view), view)
+        float((_float32_logits(each, inputs) - expected).abs().max())
+        for each in (replace(view, checkpoint=widened(view.checkpoint)), view)
     )
     if not exact <= LOGIT_TOLERANCE * scale:
         raise VerificationError(
-            f"{view.folder}: written as {anatomy.model_type}, its logits differ by {exact:.3g} at scale {scale:.3g}."
+            f"{view.folder}: written as {view.model_type}, its logits differ by {exact:.3g} at scale {scale:.3g}."
         )
     return {"transpiling_difference": exact, "transpiling_rounding": rounded}
 
 
-def _stored_logits(stored: Checkpoint, inputs: dict[str, Tensor]) -> Tensor:
+def _float32_logits(source: Source, inputs: dict[str, Tensor]) -> Tensor:
     import torch
 
-    config = api.load_config(stored.folder, trust_remote_code=False)
-    cls: Any = api.model_class(config)
-    with api.quiet():
-        model = cls.from_pretrained(stored.folder, dtype=torch.float32, local_files_only=True).eval()
-    return _text_logits(model, inputs)
-
-
-def _view_logits(view: Checkpoint, anatomy: Anatomy, inputs: dict[str, Tensor]) -> Tensor:
-    import torch
-
-    cls = api.model_class(anatomy.config)
-    return _text_logits(whole_model(view, cls, anatomy.config, dtype=torch.float32), inputs)
-
-
-def _text_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    import torch
-
+    model = load_model(source, dtype=torch.float32)
     with torch.no_grad():
-        found: Tensor = model(**inputs, use_cache=False).logits
-    return found
+        scores: Tensor = model(**inputs, use_cache=False).logits
+    return scores

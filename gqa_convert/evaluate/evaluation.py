@@ -84,16 +84,16 @@ def evaluate(
     trust = settings.trust_remote_code
     first = models.subject(str(base), trust_remote_code=trust)
     others = [models.subject(str(folder), trust_remote_code=trust) for folder in converted]
-    tokenizer = models.load_tokenizer(first, trust_remote_code=trust)
+    tokenizer = first.source.tokenizer()
     task = make_task(first, tokenizer, settings)
     if on_total is not None:
         on_total(len(task.examples) * max(1, len(others)))
-    original = models.load(first, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
+    original = models.load(first, dtype=settings.dtype, device=settings.device)
     comparisons: list[Comparison] = []
     sums: WindowSums | None = None
     original_result: ModelResult | None = None
     for other in others:
-        model = models.load(other, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
+        model = models.load(other, dtype=settings.dtype, device=settings.device)
         sums, seen, seconds = score(
             original, model, task.examples, batch_size=settings.batch_size, on_windows=on_windows
         )
@@ -151,7 +151,6 @@ def with_tasks(
         batch_size=settings.batch_size,
         dtype=settings.dtype,
         device=settings.device,
-        trust_remote_code=settings.trust_remote_code,
     )
     return replace(evaluation, tasks=scores)
 

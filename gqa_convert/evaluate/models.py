@@ -12,12 +12,10 @@ from torch import Tensor
 
 from gqa_convert.anatomy.anatomy import read_fields
 from gqa_convert.checkpoint.hub import resolve_model
-from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.routes import routed
 from gqa_convert.data.reading import DEMO
-from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
-from gqa_convert.hf import api
-from gqa_convert.hf.loading import DTYPES, pick_device
+from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.hf.loading import Source, load_model, max_positions, pick_device, pick_dtype
 from gqa_convert.tiny.model import encoder_width
 
 
@@ -26,10 +24,19 @@ class Subject:
     """A checkpoint to be measured, before it is loaded. `kv_heads` and `query_heads` are of its decoder."""
 
     name: str
-    folder: Path
-    config: Any
+    source: Source
     query_heads: int
     kv_heads: int
+
+    @property
+    def folder(self) -> Path:
+        """Its folder."""
+        return self.source.folder
+
+    @property
+    def config(self) -> Any:
+        """Its configuration."""
+        return self.source.config
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -39,9 +46,7 @@ class Subject:
     @property
     def max_context(self) -> int | None:
         """The longest context the model is made for, where its configuration says so."""
-        text = self.config.get_text_config(decoder=True)
-        value = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-        return value if isinstance(value, int) and value > 1 else None
+        return max_positions(self.config)
 
 
 def subject(model: str, *, trust_remote_code: bool = False) -> Subject:
@@ -56,63 +61,26 @@ def subject(model: str, *, trust_remote_code: bool = False) -> Subject:
         folder = CHECKPOINT
     else:
         folder = resolve_model(model)
-    way = routed(Checkpoint.open(folder), trust_remote_code=trust_remote_code)
-    _, fields = read_fields(way.checkpoint, trust_remote_code=trust_remote_code)
-    config = api.load_config(folder, trust_remote_code=trust_remote_code)
+    source = Source.open(folder, trust_remote_code=trust_remote_code)
+    main = read_fields(routed(source).source)[0]
     name = DEMO if model == DEMO else folder.resolve().name
-    return Subject(
-        name=name, folder=folder, config=config, query_heads=fields[0].query_heads, kv_heads=fields[0].kv_heads
-    )
+    return Subject(name=name, source=source, query_heads=main.query_heads, kv_heads=main.kv_heads)
 
 
-def load(made: Subject, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> Any:
+def load(model: Subject, *, dtype: str = "auto", device: str = "auto") -> Any:
     """Load a model for inference.
 
     Args:
-        made: which one.
+        model: which one.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU, float32 on the CPU.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        trust_remote_code: run Python code that the checkpoint brings along.
 
     Raises:
         UsageError: if dtype or device cannot be had.
         CheckpointError: if weights are missing, or the loader refuses them.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}.")
     where = pick_device(device)
-    wanted: Any = DTYPES.get(dtype, "auto" if where.type == "cuda" else torch.float32)
-    cls: Any = api.model_class(made.config, folder=made.folder, trust_remote_code=trust_remote_code)
-    try:
-        with api.quiet():
-            model, info = cls.from_pretrained(
-                made.folder, dtype=wanted, output_loading_info=True, local_files_only=True
-            )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{made.folder}: cannot be loaded ({' '.join(str(error).split())[:300]}).") from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise CheckpointError(f"{made.folder}: loading reports {kind.replace('_', ' ')}: {sorted(info[kind])[:3]}.")
-    return model.eval().to(where)
-
-
-def load_tokenizer(made: Subject, *, trust_remote_code: bool = False) -> Any:
-    """Load a checkpoint's tokenizer.
-
-    Raises:
-        CheckpointError: if the folder has none that transformers can load.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with api.quiet():
-            return AutoTokenizer.from_pretrained(
-                made.folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-    except Exception as error:
-        raise CheckpointError(
-            f"{made.folder}: has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]})."
-        ) from error
+    return load_model(model.source, dtype=pick_dtype(dtype, where), device=where)
 
 
 def parameters(model: Any) -> int:

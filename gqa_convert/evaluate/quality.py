@@ -125,9 +125,9 @@ def measure_conversion(
 
 def _on_own_text(plan: ConvertPlan, out: Path, started: float, trust: bool) -> Quality:
     device = str(pick_device("auto"))
-    ids = self_tokens(plan.source, sequences=_WINDOWS, length=_LENGTH, device=device, seed=1, trust_remote_code=trust)
+    ids = self_tokens(plan.anatomy.source.as_stored, sequences=_WINDOWS, length=_LENGTH, device=device, seed=1)
     subjects = [models.subject(str(folder), trust_remote_code=trust) for folder in (plan.source, out)]
-    before, after = (models.load(subject, trust_remote_code=trust) for subject in subjects)
+    before, after = (models.load(subject) for subject in subjects)
     stream = TokenStream(ids.flatten().tolist(), [0] * ids.numel())
     sample = ex.causal_examples(stream, windows(len(stream.ids), context=_LENGTH, stride=_LENGTH))
     first, second, _ = score(before, after, sample)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,6 @@ from gqa_convert.evaluate.evaluation import EvalSettings, make_task
 from gqa_convert.evaluate.intervals import mean_per_token
 from gqa_convert.evaluate.results import LayerCost
 from gqa_convert.evaluate.scoring import score
-from gqa_convert.hf.api import model_class
-from gqa_convert.hf.loading import DTYPES, pick_device
-from gqa_convert.hf.partial import whole_model
 
 
 def layer_costs(
@@ -50,7 +48,7 @@ def layer_costs(
     """
     trust = settings.trust_remote_code
     first, second = (models.subject(str(m), trust_remote_code=trust) for m in (base, converted))
-    task = make_task(first, models.load_tokenizer(first, trust_remote_code=trust), settings)
+    task = make_task(first, first.source.tokenizer(), settings)
     route = recorded_route(read_provenance(second.folder).get("conversion", {}))
     conversion = plan(first.folder, groups=second.kv_heads, route=route, allow_slow=True, trust_remote_code=trust)
     original = _original(conversion, first, settings)
@@ -75,23 +73,16 @@ def layer_costs(
 
 def _original(conversion: ConvertPlan, first: models.Subject, settings: EvalSettings) -> Any:
     """The original, as a model of the family that it was converted as."""
-    if conversion.checkpoint.stored is None:
-        trust = settings.trust_remote_code
-        return models.load(first, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
-    config = conversion.anatomy.config
-    dtype = DTYPES.get(settings.dtype, torch.float32)
-    model = whole_model(conversion.checkpoint, model_class(config), config, dtype=dtype)
-    return model.to(pick_device(settings.device))
+    return models.load(replace(first, source=conversion.anatomy.source), dtype=settings.dtype, device=settings.device)
 
 
 def _changed_by_layer(
     conversion: ConvertPlan, second: models.Subject, original: Any, settings: EvalSettings
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The converted weights in the original's shapes, only those that differ, by layer."""
-    trust = settings.trust_remote_code
     if conversion.anatomy.difference is None:
         raise UnsupportedModelError(f"{second.name}: has as many KV heads as the original; no layer was converted.")
-    converted = models.load(second, dtype=settings.dtype, device=settings.device, trust_remote_code=trust)
+    converted = models.load(second, dtype=settings.dtype, device=settings.device)
     expanded = conversion.anatomy.difference.expand(converted.state_dict())
     state = original.state_dict()
     layers: dict[str, dict[str, torch.Tensor]] = {}

@@ -14,12 +14,12 @@ import torch
 
 from gqa_convert.anatomy.anatomy import dissect
 from gqa_convert.anatomy.blocks import layout_for, read_block, rotary_layouts
-from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.block_plan import plan_blocks
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.routes import routed
 from gqa_convert.evaluate.results import LayerSimilarity
 from gqa_convert.heads import Grouping
+from gqa_convert.hf.loading import Source
 from gqa_convert.merge.apply import group_maps
 from gqa_convert.merge.moments import block_moments
 from gqa_convert.merge.options import MergeOptions
@@ -41,8 +41,8 @@ def head_similarity(folder: Path, groups: int, *, trust_remote_code: bool = Fals
         UnsupportedModelError: if the architecture's heads cannot be aligned.
         UsageError: if `groups` does not divide the KV heads.
     """
-    checkpoint = routed(Checkpoint.open(folder), groups=groups, trust_remote_code=trust_remote_code).checkpoint
-    anatomy = dissect(checkpoint, groups, trust_remote_code=trust_remote_code)
+    way = routed(Source.open(folder, trust_remote_code=trust_remote_code), groups=groups)
+    checkpoint, anatomy = way.checkpoint, dissect(way.source, groups)
     blocks = plan_blocks(checkpoint, anatomy, Recipe(method="aligned"))
     if blocks is None or anatomy.difference is None:
         return []

@@ -22,7 +22,6 @@ def run_tasks(
     batch_size: int = 8,
     dtype: str = "auto",
     device: str = "auto",
-    trust_remote_code: bool = False,
 ) -> dict[str, Scores]:
     """Run lm-eval tasks on several models, one in memory at a time.
 
@@ -33,16 +32,12 @@ def run_tasks(
         batch_size: examples run at a time.
         dtype: see `models.load`.
         device: see `models.load`.
-        trust_remote_code: run Python code that a checkpoint brings along.
 
     Raises:
         UsageError: if lm-eval is not installed, or a task is unknown or cannot be loaded.
     """
     tasks, manager = _find(names)
-    return {
-        subject.name: _run(subject, tasks, manager, limit, batch_size, dtype, device, trust_remote_code)
-        for subject in subjects
-    }
+    return {subject.name: _run(subject, tasks, manager, limit, batch_size, dtype, device) for subject in subjects}
 
 
 def _find(names: Sequence[str]) -> tuple[list[str], Any]:
@@ -84,13 +79,12 @@ def _run(
     batch_size: int,
     dtype: str,
     device: str,
-    trust_remote_code: bool,
 ) -> Scores:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    model = models.load(subject, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    tokenizer = models.load_tokenizer(subject, trust_remote_code=trust_remote_code)
+    model = models.load(subject, dtype=dtype, device=device)
+    tokenizer = subject.source.tokenizer()
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         outcome = lm_eval.simple_evaluate(

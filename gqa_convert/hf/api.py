@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.errors import CheckpointError, UnsupportedModelError
+from gqa_convert.errors import CheckpointError, GQAConvertError, HubError, UnsupportedModelError
 from gqa_convert.modeling import shipping
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from gqa_convert.checkpoint.reader import Checkpoint
 
 # The Auto mappings whose models decode with a KV cache, in the order in which a missing `architectures` is resolved.
 MODEL_MAPPINGS = (
@@ -75,22 +73,21 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
         raise _config_error(folder, error) from error
 
 
-def checkpoint_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint: as `load_config` reads it, or that of a view in another family's terms.
-
-    Raises:
-        GQAConvertError: as `load_config`.
-    """
-    if checkpoint.stored is None:
-        return load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+def view_config(values: Mapping[str, Any]) -> Any:
+    """Return the configuration of a checkpoint of a stock family from the contents of its config.json."""
     from transformers import AutoConfig
 
-    return config_from_dict(AutoConfig.for_model(checkpoint.config["model_type"]), checkpoint.config)
+    return config_from_dict(AutoConfig.for_model(values["model_type"]), values)
 
 
-def _config_error(folder: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
+def _config_error(folder: Path, error: Exception) -> GQAConvertError:
     text = " ".join(str(error).split())
     where = f"{folder / 'config.json'}"
+    if isinstance(error, OSError) and "connect" in text:
+        return HubError(
+            f"{where}: its auto_map names code of another repository, which is not in the cache and cannot be fetched "
+            f"({text[:160]})."
+        )
     if "trust_remote_code" in text:
         return UnsupportedModelError(
             f"{where}: this model brings its own code. Read it, then pass --trust-remote-code to run it."
@@ -112,36 +109,118 @@ def config_from_dict(like: Any, values: Mapping[str, Any]) -> Any:
         return cls.from_dict(decode(plain) if decode is not None else plain)
 
 
-def model_class(config: Any, *, folder: Path | None = None, trust_remote_code: bool = False) -> type[nn.Module]:
-    """Return the class that `architectures` names, or else the first Auto class that knows the model type.
+def model_class(config: Any, *, folder: Path, trust_remote_code: bool) -> type[nn.Module]:
+    """Return a checkpoint's class: its own code where there is some and it may run, else that of `native_class`.
+
+    Args:
+        config: of the checkpoint.
+        folder: of the checkpoint, with the code that it may bring along.
+        trust_remote_code: the user's word that this code may run.
 
     Raises:
-        UnsupportedModelError: if transformers has no generative model for the configuration.
+        UnsupportedModelError: if transformers has no generative model for the configuration, or the code fails.
+        CheckpointError: if the folder lacks the code that its configuration names.
     """
-    import transformers
-
-    names = list(getattr(config, "architectures", None) or ())
+    names = architectures(config)
     if shipping.is_shipped(str(config.model_type)):
         shipped: type[nn.Module] = shipping.class_named(names[0] if names else "", folder)
         return shipped
-    remote = dict(getattr(config, "auto_map", None) or {})
-    if trust_remote_code and folder is not None:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    reference = own_code(config)
+    if reference and trust_remote_code:
+        return _own_class(reference, folder)
+    return native_class(str(config.model_type), names)
 
-        for auto, reference in remote.items():
-            if auto.startswith("AutoModel") and (not names or str(reference).rsplit(".", 1)[-1] in names):
-                found: type[nn.Module] = get_class_from_dynamic_module(str(reference), str(folder))
-                return found
-    for name in names:
-        found_native: type[nn.Module] | None = getattr(transformers, name, None)
-        if found_native is not None:
-            return found_native
-    for cls in _auto_classes(config.model_type):
+
+def architectures(config: Any) -> tuple[str, ...]:
+    """Return the class names in a configuration's `architectures`; empty if it has none."""
+    names = getattr(config, "architectures", None)
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, (list, tuple)) else ()
+
+
+def native_class(model_type: str, names: Iterable[str] = ()) -> type[nn.Module]:
+    """Return the first of transformers' own models that `names` has, or else the first Auto class of the model type.
+
+    Raises:
+        UnsupportedModelError: if transformers has no generative model for it.
+    """
+    names = tuple(names)
+    for cls in map(stock_model, names):
+        if cls is not None:
+            return cls
+    for cls in _auto_classes(model_type):
         return cls
     raise UnsupportedModelError(
-        f"{config.model_type}: transformers {version()} has no generative model for it"
+        f"{model_type}: transformers {version()} has no generative model for it"
         + (f" (architectures: {', '.join(names)})." if names else ".")
     )
+
+
+def stock_model(name: str) -> type[nn.Module] | None:
+    """A model class of transformers by name; whatever else transformers calls by that name is none."""
+    import transformers
+
+    try:
+        cls = getattr(transformers, name, None)
+    except Exception:  # a class whose own requirements are not installed
+        return None
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    return cls if is_model and cls is not transformers.PreTrainedModel else None
+
+
+def own_code(config: Any) -> str:
+    """Return the class that `from_pretrained` takes from the checkpoint's own code, as `module.Class`; empty for none.
+
+    This is what `auto_map` names for the checkpoint's architecture. The code of the package's own GQA models, which
+    lies beside their weights, is none: the package has it.
+    """
+    entries = getattr(config, "auto_map", None)
+    model_type = str(getattr(config, "model_type", ""))
+    if not isinstance(entries, Mapping) or shipping.is_shipped(model_type):
+        return ""
+    models = {
+        auto: reference
+        for auto, reference in entries.items()
+        if isinstance(auto, str) and auto.startswith("AutoModel") and isinstance(reference, str)
+    }
+    names = architectures(config)
+    for reference in models.values():
+        if reference.rsplit(".", 1)[-1] in names:
+            return reference
+    stock = next((name for name in names if stock_model(name) is not None), "")
+    for auto in sorted(models, key=lambda name: name == "AutoModel"):
+        if not stock or _loads(auto, stock, model_type):
+            return models[auto]
+    return ""
+
+
+def _loads(auto: str, name: str, model_type: str) -> bool:
+    """Whether an Auto class takes the stock class `name` for a model type, or would not know the type by itself."""
+    import transformers
+
+    module = importlib.import_module("transformers.models.auto.configuration_auto")
+    if model_type not in getattr(module, "CONFIG_MAPPING_NAMES", {}):
+        return True
+    table = getattr(getattr(getattr(transformers, auto, None), "_model_mapping", None), "_model_mapping", {})
+    known = table.get(model_type, ())
+    return name in ((known,) if isinstance(known, str) else known)
+
+
+def _own_class(reference: str, folder: Path) -> type[nn.Module]:
+    from transformers import PreTrainedModel
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    where = f"{folder / 'config.json'}: its auto_map names {reference}"
+    try:
+        with quiet():
+            cls: Any = get_class_from_dynamic_module(reference, str(folder), local_files_only=True)
+    except Exception as error:  # the code is anybody's
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{where}, which cannot be read ({text}).") from error
+        raise UnsupportedModelError(f"{where}, which cannot be imported ({text}).") from error
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise UnsupportedModelError(f"{where}, which is no PreTrainedModel.")
+    return cls
 
 
 def _auto_classes(model_type: str) -> Iterator[type[nn.Module]]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.hf import api
 from gqa_convert.modeling import shipping
 from gqa_convert.tiny.mappings import mapping_names
 from gqa_convert.tiny.sizes import TEXT_IDS
@@ -26,27 +27,28 @@ def model_class(config: Any, architectures: list[str] | None = None) -> Any:
     Raises:
         UnsupportedModelError: if transformers has no generative class for the model type.
     """
-    import transformers
-
-    for name in architectures or config.architectures or ():
-        if shipping.is_shipped(config.model_type):
-            return shipping.class_named(name)
-        cls = getattr(transformers, name, None)
-        if cls is not None:
-            return cls
+    names = architectures or api.architectures(config)
+    if names and shipping.is_shipped(config.model_type):
+        return shipping.class_named(names[0])
+    for name in names:
+        named = api.stock_model(name)
+        if named is not None:
+            return named
     native = config.model_type.removeprefix(shipping.TYPE_PREFIX)
-    for names in mapping_names():
-        entry = names.get(native)
+    for table in mapping_names():
+        entry = table.get(native)
         if entry is not None:
-            cls = getattr(transformers, entry if isinstance(entry, str) else entry[0])
-            return cls if native == config.model_type else shipping.grouped_class(cls)
+            fullest: Any = api.stock_model(entry if isinstance(entry, str) else entry[0])
+            return fullest if native == config.model_type else shipping.grouped_class(fullest)
     raise UnsupportedModelError(
-        f"{config.model_type}: transformers {transformers.__version__} has no class that generates with it."
+        f"{config.model_type}: transformers {api.version()} has no class that generates with it."
     )
 
 
-def tiny_model(config: Any, seed: int = 0, architectures: list[str] | None = None) -> Any:
+def tiny_model(config: Any, seed: int = 0, architectures: list[str] | None = None, *, cls: Any = None) -> Any:
     """Return a `PreTrainedModel` of `config` in float32 and eval mode, its random weights far from any special value.
+
+    Its class is `cls`, such as a checkpoint's own code, or else transformers' (`model_class`).
 
     Freshly initialised models hide mistakes: norms are all ones, biases zero, attention nearly uniform. Here matrices
     keep the scale of their input and every vector is moved away from its initial value.
@@ -54,7 +56,7 @@ def tiny_model(config: Any, seed: int = 0, architectures: list[str] | None = Non
     import torch
 
     with _seeded(seed):
-        model = model_class(config, architectures)(config).float().eval()
+        model = (cls or model_class(config, architectures))(config).float().eval()
         for name, parameter in model.named_parameters():
             with torch.no_grad():
                 _randomise(name.rsplit(".", 1)[-1], parameter)

@@ -12,7 +12,7 @@ from torch import nn
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.batches import StepBatches
 from gqa_convert.errors import UsageError
-from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source, load_model
 from gqa_convert.uptrain import optim, parameters
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.engine import Engine
@@ -22,7 +22,6 @@ from gqa_convert.uptrain.model import (
     check_finite,
     check_isolation,
     check_reads_text,
-    load_model,
     set_dropout,
 )
 from gqa_convert.uptrain.objective import LossSpec
@@ -86,17 +85,16 @@ def build(
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.train.seed)
-    tokenizer = load_tokenizer(made)
-    model_config = api.load_config(made.source, trust_remote_code=config.trust_remote_code)
-    if getattr(model_config, "is_encoder_decoder", False):
-        check_reads_text(
-            model_config.model_type,
-            api.model_class(model_config, folder=made.source, trust_remote_code=config.trust_remote_code),
-        )
+    source = Source.open(made.source, trust_remote_code=config.trust_remote_code)
+    for note in source.notes:
+        tell(note)
+    tokenizer = source.tokenizer()
+    if getattr(source.config, "is_encoder_decoder", False):
+        check_reads_text(source.model_type, source.model_class)
 
     def prepare(first: bool) -> TrainingData:
         said = tell if engine.is_main else lambda _: None
-        return prepare_data(config, tokenizer, model_config, tell=said, state=data_state, stopped=stopped, check=first)
+        return prepare_data(config, tokenizer, source.config, tell=said, state=data_state, stopped=stopped, check=first)
 
     data = engine.main_first(prepare)
     batches = StepBatches(
@@ -108,9 +106,7 @@ def build(
         rank=engine.rank,
     )
     dtype = torch.bfloat16 if config.train.precision == "pure_bf16" else torch.float32
-    model = load_model(
-        made.source, dtype=dtype, attention=config.train.attention, trust_remote_code=config.trust_remote_code
-    )
+    model = load_model(source, dtype=dtype, attention=config.train.attention)
     flash = "flash" in config.train.attention
     if engine.name != "fsdp2" or flash:
         model.to(engine.device)
@@ -149,17 +145,6 @@ def build(
     )
 
 
-def load_tokenizer(made: UptrainPlan) -> Any:
-    """Load the tokenizer that came along with the model.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    from gqa_convert.calibrate import tokens
-
-    return tokens.load_tokenizer(made.source, trust_remote_code=made.config.trust_remote_code)
-
-
 def loss_spec(made: UptrainPlan) -> LossSpec:
     """The loss that the configuration asks for."""
     objective = made.config.objective
@@ -181,12 +166,8 @@ def _teacher(made: UptrainPlan, engine: Engine, student: Any) -> Teacher:
     assert settings is not None
     assert made.teacher is not None
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    model = load_model(
-        made.teacher,
-        dtype=dtype,
-        attention=made.config.train.attention,
-        trust_remote_code=made.config.trust_remote_code,
-    ).to(engine.device)
+    original = Source.open(made.teacher, trust_remote_code=made.config.trust_remote_code)
+    model = load_model(original, dtype=dtype, attention=made.config.train.attention, device=engine.device)
     check_finite(model, f"objective.distillation.teacher={settings.teacher}")
     if made.config.separate_documents:
         check_isolation(model)
@@ -205,11 +186,7 @@ def load_reference(made: UptrainPlan, engine: Engine) -> Any | None:
     name = made.config.evaluation.reference
     if name is None:
         return None
-    model = load_model(
-        resolve_model(name),
-        dtype=torch.float32,
-        attention=made.config.train.attention,
-        trust_remote_code=made.config.trust_remote_code,
-    )
+    original = Source.open(resolve_model(name), trust_remote_code=made.config.trust_remote_code)
+    model = load_model(original, dtype=torch.float32, attention=made.config.train.attention)
     check_finite(model, f"evaluation.reference={name}")
     return model

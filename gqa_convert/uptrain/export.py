@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.contents import tensor_digest
+from gqa_convert.checkpoint.dtypes import FLOATS, torch_dtype
 from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
 from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
 from gqa_convert.checkpoint.side_files import copy_side_file
@@ -30,8 +31,6 @@ from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.source_keys import restore_keys
 from gqa_convert.uptrain.state import gather_weights
 from gqa_convert.uptrain.whole import plain_name
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write_final(
@@ -107,16 +106,21 @@ def _tied(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 def _cast(weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Give every tensor the dtype it has in the source; tensors without a namesake there get the commonest one."""
     found = [info.dtype for info in checkpoint.tensors.values()]
-    common = _DTYPES.get(max(set(found), key=found.count))
+    common = _float_of(max(set(found), key=found.count))
     cast: dict[str, Tensor] = {}
     done: dict[tuple[int, Any], Tensor] = {}
     for name, value in weights.items():
         info = checkpoint.tensors.get(name)
-        dtype = common if info is None else _DTYPES.get(info.dtype)
+        dtype = common if info is None else _float_of(info.dtype)
         if dtype is None or not value.is_floating_point():
             dtype = value.dtype
         cast[name] = done.setdefault((id(value), dtype), value.to(dtype))
     return cast
+
+
+def _float_of(name: str) -> torch.dtype | None:
+    """The torch dtype of a stored format that heads can be merged in; None for any other."""
+    return torch_dtype(name) if name in FLOATS else None
 
 
 def _check(source: Checkpoint, written: Checkpoint) -> None:

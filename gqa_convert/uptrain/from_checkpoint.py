@@ -15,11 +15,11 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.staging import check_output
 from gqa_convert.errors import CheckpointError, UsageError
+from gqa_convert.hf.loading import Source, load_model
 from gqa_convert.uptrain import parameters, zero
 from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore, SavedCheckpoint, open_checkpoint
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.export import told_config, write_final
-from gqa_convert.uptrain.model import load_model
 from gqa_convert.uptrain.resume import unusable
 from gqa_convert.uptrain.state import load_training_state
 
@@ -69,7 +69,9 @@ def export_checkpoint(
             f"{source}: is not the model that the run started from (its weights differ). Give that one by --model."
         )
     check_output(out.absolute(), force=force, source=source, needed_bytes=checkpoint.total_bytes)
-    plain = load_model(source, dtype=torch.float32, attention=_ATTENTION, trust_remote_code=trust_remote_code)
+    plain = load_model(
+        Source.of(checkpoint, trust_remote_code=trust_remote_code), dtype=torch.float32, attention=_ATTENTION
+    )
     plain = parameters.choose_parameters(plain, config.train)
     _load(saved.folder, plain)
     plain = parameters.merged_model(plain)

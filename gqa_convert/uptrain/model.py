@@ -7,42 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gqa_convert.errors import CheckpointError, UsageError
-from gqa_convert.hf import api
 from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, chunked_loss, hidden_cosine
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Of a logit, as a share of the largest: below what a leak causes, above what another kernel does."""
-
-
-def load_model(folder: Path, *, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> Any:
-    """Load a model as its own class.
-
-    Raises:
-        CheckpointError: if weights are missing or do not fit.
-        UsageError: if the model refuses the attention implementation.
-    """
-    config = api.load_config(folder, trust_remote_code=trust_remote_code)
-    cls: Any = api.model_class(config, folder=folder, trust_remote_code=trust_remote_code)
-    try:
-        with api.quiet():
-            model, info = cls.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, local_files_only=True
-            )
-    except (ValueError, ImportError) as error:
-        if attention in str(error) or "attn" in str(error):
-            raise UsageError(f"train.attention={attention!r}: {' '.join(str(error).split())[:300]}") from error
-        raise
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            raise CheckpointError(f"{folder}: loading reports {kind.replace('_', ' ')}: {sorted(info[kind])[:3]}")
-    return model
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ def solve_one(size: Size) -> dict[str, float]:
     from gqa_convert.calibrate.solve import solve
     from gqa_convert.checkpoint.reader import Checkpoint
     from gqa_convert.conversion.recipe import make_recipe
+    from gqa_convert.hf.loading import Source
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +123,7 @@ def solve_one(size: Size) -> dict[str, float]:
             max_position_embeddings=size.window,
         )
         LlamaForCausalLM(config).save_pretrained(Path(folder) / "source")
-        anatomy = dissect(Checkpoint.open(Path(folder) / "source"), max(1, size.heads // 4))
+        anatomy = dissect(Source.open(Path(folder) / "source"), max(1, size.heads // 4))
         assert anatomy.difference is not None
         chosen = {"refit_steps": size.steps} if size.preset == "best" else {}
         recipe = make_recipe(size.preset, calibrate="random", **chosen)

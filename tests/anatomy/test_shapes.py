@@ -11,8 +11,8 @@ from factories import FAMILIES, HEADS
 
 from gqa_convert.anatomy.anatomy import dissect
 from gqa_convert.anatomy.shapes import index_of, index_split
-from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.hf.loading import Source
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from gqa_convert.errors import UnsupportedModelError
 )
 def test_head_width_is_the_models_own(family: str, width: int, tmp_path: Path) -> None:
     """Not `hidden_size / heads`, which is wrong wherever head_dim is explicit."""
-    anatomy = dissect(Checkpoint.open(factories.make(tmp_path / "s", family)), 2)
+    anatomy = dissect(Source.open(factories.make(tmp_path / "s", family)), 2)
     assert anatomy.head_dim == width
     weights = [merge for merge in anatomy.merges if merge.is_projection]
     assert {merge.rows.head_dim for merge in weights} == {width}
@@ -29,13 +29,13 @@ def test_head_width_is_the_models_own(family: str, width: int, tmp_path: Path) -
 
 def test_what_is_kept_per_layer_but_not_per_head_is_left_alone(tmp_path: Path) -> None:
     """Qwen3's key norm has one weight of head_dim for all heads."""
-    anatomy = dissect(Checkpoint.open(factories.make(tmp_path / "s", "qwen3")), 2)
+    anatomy = dissect(Source.open(factories.make(tmp_path / "s", "qwen3")), 2)
     assert not [merge.key for merge in anatomy.merges if "norm" in merge.key]
 
 
 @pytest.mark.parametrize(("family", "shape"), [("olmo2", (64,)), ("cohere", (8, 8)), ("stablelm", (8,))])
 def test_norms_over_heads_are_merged(family: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-    anatomy = dissect(Checkpoint.open(factories.make(tmp_path / "s", family)), 4)
+    anatomy = dissect(Source.open(factories.make(tmp_path / "s", family)), 4)
     norms = [merge for merge in anatomy.merges if "norm" in merge.key]
     assert norms
     assert {merge.shape for merge in norms} == {shape}
@@ -46,7 +46,7 @@ def test_norms_over_heads_are_merged(family: str, shape: tuple[int, ...], tmp_pa
 def test_expanding_a_small_models_state_fills_the_large_one(tmp_path: Path) -> None:
     for family in FAMILIES:
         groups = FAMILIES[family].groups[-1]
-        anatomy = dissect(Checkpoint.open(factories.make(tmp_path / family, family)), groups)
+        anatomy = dissect(Source.open(factories.make(tmp_path / family, family)), groups)
         assert anatomy.difference is not None
         cls = getattr(transformers, FAMILIES[family].class_name)
         small, large = cls(FAMILIES[family].make_config(groups)), cls(FAMILIES[family].make_config(HEADS))
@@ -65,7 +65,7 @@ def test_a_field_that_changes_no_weight_is_refused(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", ignore_the_field)
     with pytest.raises(UnsupportedModelError, match="changes no weight"):
-        dissect(Checkpoint.open(source), 4)
+        dissect(Source.open(source), 4)
 
 
 def test_indices_in_names() -> None:

@@ -14,6 +14,7 @@ from gqa_convert.anatomy.blocks import find_blocks
 from gqa_convert.anatomy.freedom import prove_freedom
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source
 from gqa_convert.tiny.model import tiny_model
 from gqa_convert.tiny.shrink import tiny_config
 from gqa_convert.tiny.sizes import TEXT_IDS
@@ -26,6 +27,10 @@ class Saved:
     model: Any
     checkpoint: Checkpoint
     config: Any
+
+    @property
+    def source(self) -> Source:
+        return Source(checkpoint=self.checkpoint, config=self.config)
 
     @property
     def cls(self) -> type:
@@ -75,7 +80,7 @@ def case(saved: Callable[..., Saved]) -> Callable[..., Case]:
         key = (model_type, groups, *sorted(sizes.items()))
         if key not in known:
             source = saved(model_type, **sizes)
-            anatomy = dissect(source.checkpoint, groups)
+            anatomy = dissect(source.source, groups)
             assert anatomy.difference is not None
             known[key] = Case(source, anatomy, find_blocks(anatomy.difference), prove_freedom(source.config))
         return known[key]

@@ -129,7 +129,7 @@ def test_options_that_mean_nothing(values):
 def observed(found, tokens, size=4):
     """The last block, its module with spoilt weights, its calls and the outputs of the right one."""
     names = found.blocks[-1]
-    parts = WholeModel(found.saved.checkpoint, found.saved.cls, found.saved.config, dtype=torch.float32)
+    parts = WholeModel(found.saved.source, dtype=torch.float32)
     for window in LayerStream(parts, batches(tokens, size)):
         if names.module.startswith(f"{window.path}."):
             record = BlockRecord()

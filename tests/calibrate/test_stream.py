@@ -33,7 +33,7 @@ FAMILIES = {
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_streamed_is_plain(model_type, saved):
     source = saved(model_type, **FAMILIES[model_type])
-    parts, notes = open_parts(source.checkpoint, source.cls, source.config, dtype=torch.float32)
+    parts, notes = open_parts(source.source, dtype=torch.float32)
     assert isinstance(parts, PartialModel) == (not notes)
     inputs = [text_inputs(source.model, seed=seed, batch=2 + seed) for seed in (0, 1)]
     stream = LayerStream(parts, inputs, keep_results=True)
@@ -81,7 +81,7 @@ def test_spilled_activations_are_the_same(saved, tmp_path):
     inputs = [text_inputs(source.model, batch=16, length=24, seed=seed) for seed in (0, 1, 2)]
 
     def last_hidden(spill):
-        parts = WholeModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
+        parts = WholeModel(source.source, dtype=torch.float32)
         *_, window = LayerStream(parts, inputs, spill=spill)
         return window.run()
 
@@ -147,7 +147,7 @@ def test_a_model_that_does_not_read_text_is_refused(saved):
 def test_a_family_that_cannot_be_streamed_is_held_whole(saved, monkeypatch):
     source = saved("llama")
     monkeypatch.setattr("gqa_convert.calibrate.parts.streaming_fault", lambda cls, config: "it would not do")
-    parts, notes = open_parts(source.checkpoint, source.cls, source.config, dtype=torch.float32)
+    parts, notes = open_parts(source.source, dtype=torch.float32)
     assert isinstance(parts, WholeModel)
     assert "held whole in memory" in notes[0]
     stream = LayerStream(parts, [text_inputs(source.model)], keep_results=True)

@@ -6,30 +6,31 @@ import json
 import pytest
 import torch
 
-from gqa_convert.calibrate import self_text, tokens
+from gqa_convert.calibrate import self_text
 from gqa_convert.calibrate.inputs import calibration_inputs, written_at_once
 from gqa_convert.calibrate.tokens import batches, calibration_tokens, document_rows, shorter, token_hash, window_plan
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.data.sampling import documents
 from gqa_convert.errors import HubError, UnsupportedModelError, UsageError
+from gqa_convert.hf.loading import Source, load_tokenizer
 
 WORDS = [f"w{i}" for i in range(50)]
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory):
+def tokenizer(tmp_path_factory):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder = tmp_path_factory.mktemp("tokenizer")
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    return folder
+    return load_tokenizer(folder)
 
 
 def texts(count: int) -> list[str]:
@@ -41,31 +42,23 @@ def write_jsonl(path, rows):
     return path
 
 
-def test_documents_are_framed_joined_and_cut(tokenizer_folder, tmp_path):
+def test_documents_are_framed_joined_and_cut(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1", "w0 w1", "w0 w1", "w0 w1"])
-    ids = calibration_tokens(str(path), tokenizer_folder, sequences=9, length=5)
+    ids = calibration_tokens(str(path), tokenizer, sequences=9, length=5)
     assert ids.tolist() == [[1, 4, 5, 2, 1], [4, 5, 2, 1, 4], [5, 2, 1, 4, 5]]
     assert ids.dtype == torch.int64
-    assert calibration_tokens(str(path), tokenizer_folder, sequences=2, length=5).shape == (2, 5)
+    assert calibration_tokens(str(path), tokenizer, sequences=2, length=5).shape == (2, 5)
 
 
-def test_too_little_text_is_refused(tokenizer_folder, tmp_path):
+def test_too_little_text_is_refused(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1"])
     with pytest.raises(UsageError, match=r"gives 4 tokens, less than one window of 5"):
-        calibration_tokens(str(path), tokenizer_folder, sequences=1, length=5)
+        calibration_tokens(str(path), tokenizer, sequences=1, length=5)
 
 
-def test_no_tokenizer(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["w0"])
-    with pytest.raises(UsageError, match="no tokenizer"):
-        calibration_tokens(str(path), tmp_path, length=2)
-
-
-def test_the_seed_decides_and_the_whole_file_is_drawn_from(tokenizer_folder, tmp_path):
+def test_the_seed_decides_and_the_whole_file_is_drawn_from(tokenizer, tmp_path):
     path = str(write_jsonl(tmp_path / "a.jsonl", [f"w{i // 20}" for i in range(1000)]))
-    one, same, other = (
-        calibration_tokens(path, tokenizer_folder, sequences=10, length=12, seed=seed) for seed in (0, 0, 1)
-    )
+    one, same, other = (calibration_tokens(path, tokenizer, sequences=10, length=12, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert len(set(one[one > 3].tolist())) > 15
@@ -177,8 +170,8 @@ def test_batches_cut_all_inputs_alike():
 
 
 def test_a_model_writes_its_own_text(saved):
-    folder = saved("llama").checkpoint.folder
-    one, same, other = (self_text.self_tokens(folder, sequences=5, length=12, seed=s, batch=3) for s in (0, 0, 1))
+    source = saved("llama").source
+    one, same, other = (self_text.self_tokens(source, sequences=5, length=12, seed=s, batch=3) for s in (0, 0, 1))
     assert one.shape == (5, 12)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -188,7 +181,7 @@ def test_a_model_writes_its_own_text(saved):
 def test_the_text_follows_the_model(saved):
     """At a low temperature it is what greedy decoding gives."""
     source = saved("llama")
-    ids = self_text.self_tokens(source.checkpoint.folder, sequences=1, length=10, temperature=1e-4)
+    ids = self_text.self_tokens(source.source, sequences=1, length=10, temperature=1e-4)
     with torch.no_grad():
         best = source.model(ids, use_cache=False).logits.argmax(-1)
     ends = ids[0, :-1] == 2
@@ -197,7 +190,7 @@ def test_the_text_follows_the_model(saved):
 
 def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch):
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, list(range(20, 128))))
-    ids = self_text.self_tokens(saved("llama").checkpoint.folder, sequences=4, length=20)
+    ids = self_text.self_tokens(saved("llama").source, sequences=4, length=20)
     after = ids[:, 1:][ids[:, :-1] >= 20]
     assert len(after) > 10
     assert (after == 7).all()
@@ -206,22 +199,22 @@ def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch):
 def test_one_token_may_end_a_document_and_begin_the_next(saved, monkeypatch):
     """As `<|endoftext|>` does for GPT-2: it must not call for itself for ever."""
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, [7]))
-    ids = self_text.self_tokens(saved("llama").checkpoint.folder, sequences=4, length=20)
+    ids = self_text.self_tokens(saved("llama").source, sequences=4, length=20)
     assert (ids[:, 0] == 7).all()
     assert len(set(ids[:, 1:].flatten().tolist())) > 20
 
 
 def test_without_a_beginning_the_first_tokens_are_drawn(saved, monkeypatch):
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (None, [2]))
-    ids = self_text.self_tokens(saved("llama").checkpoint.folder, sequences=8, length=3)
+    ids = self_text.self_tokens(saved("llama").source, sequences=8, length=3)
     assert len(set(ids[:, 0].tolist())) > 3
 
 
 def test_an_encoder_decoder_answers_but_does_not_begin(saved, tokens):
-    folder = saved("t5").checkpoint.folder
+    source = saved("t5").source
     with pytest.raises(UnsupportedModelError, match="cannot write text from nothing"):
-        self_text.self_tokens(folder, sequences=2, length=8)
-    found = self_text.own_answers(folder, [tokens[:3, :8], tokens[:5]])
+        self_text.self_tokens(source, sequences=2, length=8)
+    found = self_text.own_answers(source, [tokens[:3, :8], tokens[:5]])
     asked = [row for parts in found for row in parts["input_ids"].tolist()]
     assert sorted(asked) == sorted([*tokens[:3, :8].tolist(), *tokens[:5].tolist()])
     for parts in found:
@@ -231,9 +224,9 @@ def test_an_encoder_decoder_answers_but_does_not_begin(saved, tokens):
 
 
 def test_an_answer_ends_where_the_model_ends_it(saved, tokens, monkeypatch):
-    folder = saved("t5").checkpoint.folder
+    source = saved("t5").source
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (0, list(range(1, 60))))
-    found = self_text.own_answers(folder, [tokens])
+    found = self_text.own_answers(source, [tokens])
     for parts in found:
         assert not torch.isin(parts["decoder_input_ids"], torch.arange(1, 60)).any()
     assert sum(parts["decoder_input_ids"].numel() for parts in found) < 3 * len(tokens)
@@ -252,18 +245,17 @@ class Words:
 
 
 def test_rows_are_single_documents_between_their_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "load_tokenizer", lambda *_, **__: Words())
     lines = ["a bb ccc dddd eeeee", "a", "bb " * 20]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    found = document_rows(str(tmp_path / "a.jsonl"), tmp_path, tokens=1000, length=12)
+    found = document_rows(str(tmp_path / "a.jsonl"), Words(), tokens=1000, length=12)
     rows = sorted(row for ids in found for row in ids.tolist())
     assert rows == sorted([[1, 11, 12, 13, 14, 2], [1, *[12] * 10, 2], [1, *[12] * 10, 2]])
     assert [ids.shape[1] for ids in found] == [6, 12]
-    few = document_rows(str(tmp_path / "a.jsonl"), tmp_path, tokens=1, length=12)
+    few = document_rows(str(tmp_path / "a.jsonl"), Words(), tokens=1, length=12)
     assert sum(map(len, few)) in (1, 2)  # one document
     (tmp_path / "b.txt").write_text("a")
     with pytest.raises(UsageError, match=r"b\.txt: no document has 4 tokens"):
-        document_rows(str(tmp_path / "b.txt"), tmp_path, tokens=10, length=8)
+        document_rows(str(tmp_path / "b.txt"), Words(), tokens=10, length=8)
 
 
 def test_batches_of_several_shapes_are_mixed():
@@ -278,25 +270,25 @@ def test_batches_of_several_shapes_are_mixed():
 
 def test_inputs_of_a_recipe(saved, work, monkeypatch):
     source = saved("llama")
-    assert calibration_inputs(Recipe(), source.checkpoint, source.config, work=work) is None
+    assert calibration_inputs(Recipe(), source.source, work=work) is None
     recipe = Recipe(calibrate="self", sequences=4, length=8)
-    first = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
+    first = calibration_inputs(recipe, source.source, work=work)
     assert first is not None
     assert first[0]["input_ids"].shape == (4, 8)
     monkeypatch.setattr("gqa_convert.calibrate.inputs.self_tokens", None)
-    again = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
+    again = calibration_inputs(recipe, source.source, work=work)
     assert again is not None
     assert torch.equal(first[0]["input_ids"], again[0]["input_ids"])
 
 
 def test_answers_are_written_once(saved, work, tmp_path, monkeypatch):
     source = saved("t5")
-    monkeypatch.setattr(tokens, "load_tokenizer", lambda *_, **__: Words())
+    monkeypatch.setattr(Source, "tokenizer", lambda self: Words())
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "a bb ccc " * n}) + "\n" for n in (2, 3, 4)))
     recipe = Recipe(calibrate=str(tmp_path / "a.jsonl"), sequences=4, length=16)
-    first = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
+    first = calibration_inputs(recipe, source.source, work=work)
     monkeypatch.setattr("gqa_convert.calibrate.inputs.own_answers", None)
-    again = calibration_inputs(recipe, source.checkpoint, source.config, work=work)
+    again = calibration_inputs(recipe, source.source, work=work)
     assert first is not None
     assert again is not None
     assert len(first) == len(again) > 1
@@ -307,7 +299,7 @@ def test_answers_are_written_once(saved, work, tmp_path, monkeypatch):
 def test_an_encoder_decoder_needs_a_text(saved, work):
     source = saved("t5")
     with pytest.raises(UsageError, match="Name a file"):
-        calibration_inputs(Recipe(calibrate="self"), source.checkpoint, source.config, work=work)
+        calibration_inputs(Recipe(calibrate="self"), source.source, work=work)
 
 
 def test_long_windows_are_written_few_at_a_time(saved):

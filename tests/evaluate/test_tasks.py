@@ -57,7 +57,7 @@ def test_agrees_with_lm_evals_own_loglikelihood(llama: Path, llama_gqa2: Path, t
         found = evaluate(folder, [], EvalSettings(data=str(data), eos=False))
         subject = models.subject(str(folder))
         # lm-eval puts BOS first itself; left to the tokenizer as well, there would be two, and one of them scored.
-        theirs = HFLM(pretrained=models.load(subject), tokenizer=models.load_tokenizer(subject), add_bos_token=False)
+        theirs = HFLM(pretrained=models.load(subject), tokenizer=subject.source.tokenizer(), add_bos_token=False)
         request = Instance("loglikelihood_rolling", {}, (text,), 0)
         (loglikelihood,) = theirs.loglikelihood_rolling([request], disable_tqdm=True)
         assert found.tokens == len(text.encode())

@@ -18,6 +18,7 @@ from gqa_convert.conversion.inspect import inspect, verify_pair
 from gqa_convert.conversion.recipe import make_recipe
 from gqa_convert.conversion.routes import routed
 from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
+from gqa_convert.hf.loading import Source
 from gqa_convert.modeling.transpile.rule import all_rules
 from gqa_convert.tiny.forward import difference, logits
 from gqa_convert.tiny.model import text_inputs, tiny_model
@@ -308,7 +309,7 @@ def test_sharded_sources_keep_their_shards(tmp_path: Path) -> None:
 
 def test_a_view_reads_its_copies_from_the_sources_bytes(tmp_path: Path) -> None:
     saved(tmp_path / "source", "gpt_neox")
-    view = routed(Checkpoint.open(tmp_path / "source")).checkpoint
+    view = routed(Source.open(tmp_path / "source")).checkpoint
     assert view.stored is not None
     fc2, stored = view.tensors["model.layers.0.mlp.fc2.weight"], view.stored.tensors
     original = stored["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"]

@@ -20,9 +20,10 @@ def written(tmp_path_factory):
 
 def test_windows_of_calibration_text_are_whole_corrupted_blocks(written):
     from gqa_convert.calibrate.tokens import calibration_tokens
+    from gqa_convert.hf.loading import load_tokenizer
 
     folder, file = written
-    windows = calibration_tokens(str(file), folder, sequences=12, length=64)
+    windows = calibration_tokens(str(file), load_tokenizer(folder), sequences=12, length=64)
     assert windows.shape == (12, 64)
     config = json.loads((folder / "config.json").read_text())
     ends = windows == config["eos_token_id"]

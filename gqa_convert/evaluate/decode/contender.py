@@ -73,7 +73,7 @@ def load_contenders(
     contenders = []
     for folder in folders:
         subject = models.subject(str(folder), trust_remote_code=trust_remote_code)
-        model = models.load(subject, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        model = models.load(subject, dtype=dtype, device=device)
         contenders.append(
             Contender(name=subject.name, query_heads=subject.query_heads, kv_heads=subject.kv_heads, model=model)
         )
