@@ -262,12 +262,18 @@ def _folding(forward: Any, copies: bool) -> Any:
 
 
 class _Functions:
-    """Transformers' attention functions, of which sdpa is `_packing_sdpa`."""
+    """Transformers' attention functions, of which sdpa is `_packing_sdpa`; early releases of transformers 5 index them."""
 
     @staticmethod
     def get_interface(name: str, default: Any) -> Any:
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-        return _packing_sdpa if function is sdpa_attention_forward else function
+        return _packing(ALL_ATTENTION_FUNCTIONS.get_interface(name, default))
+
+    def __class_getitem__(cls, name: str) -> Any:
+        return _packing(ALL_ATTENTION_FUNCTIONS[name])
+
+
+def _packing(function: Any) -> Any:
+    return _packing_sdpa if function is sdpa_attention_forward else function
 
 
 def _packing_sdpa(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
@@ -352,7 +358,7 @@ def _config_class(native: type[PreTrainedConfig]) -> type:
 
 
 def _model_class(native: Any) -> type:
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]  # engines evaluate annotations elsewhere
         native.__init__(self, config, *args, **kwargs)
         share_kv_heads(self)
 
