@@ -73,6 +73,7 @@ def plan_rows(made: ConvertPlan) -> list[tuple[str, str]]:
         ("tensor parallel", f"up to {made.max_tensor_parallel} without replicating KV heads"),
         ("working memory", f"{size(made.working_bytes)} at most beyond the libraries'"),
     ]
+    rows += [("where it runs", line) for line in made.where_it_runs]
     return rows + [("note", note) for note in made.notes]
 
 

@@ -17,6 +17,7 @@ from gqa_convert.conversion.routes import SETTING, Routed, routed
 from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.heads import HeadLayout
 from gqa_convert.modeling import shipping
+from gqa_convert.modeling.engines import where_it_runs
 from gqa_convert.modeling.transpile.view import computed_keys, computing_bytes
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -83,6 +84,11 @@ class ConvertPlan:
         return next((field.target for field in self.anatomy.fields if field.target is not None), None)
 
     @property
+    def where_it_runs(self) -> tuple[str, ...]:
+        """The engines in which such a model was seen to compute what it should, and those in which not."""
+        return where_it_runs(self.model_type, str(self.anatomy.target_config.model_type))
+
+    @property
     def max_tensor_parallel(self) -> int:
         """Largest tensor-parallel size at which no KV head is replicated."""
         return min(self.groups, self.cross_groups or self.groups)
@@ -121,6 +127,7 @@ class ConvertPlan:
             "kv_cache_bytes_per_token_after": self.kv_cache_bytes_per_token_after,
             "max_tensor_parallel": self.max_tensor_parallel,
             "working_bytes": self.working_bytes,
+            "where_it_runs": list(self.where_it_runs),
             "notes": list(self.notes),
             "merges": merges,
         }

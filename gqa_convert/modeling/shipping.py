@@ -196,10 +196,10 @@ def config_values(config: Any, native_class: type, folder: Path | None = None) -
     grouped = grouped_class(native_class)
     module = FILE.stem
     auto_map = {"AutoConfig": f"{module}.{grouped.config_class.__name__}"}
+    auto_map[modeling_gqa.auto_class(native_class.__name__)] = f"{module}.{grouped.__name__}"
     base = _base_class(str(config.model_type))
     if base:  # what AutoModel makes, which engines build on
-        auto_map["AutoModel"] = f"{module}.{modeling_gqa.PREFIX}{base}"
-    auto_map[modeling_gqa.auto_class(native_class.__name__)] = f"{module}.{grouped.__name__}"
+        auto_map.setdefault("AutoModel", f"{module}.{modeling_gqa.PREFIX}{base}")
     return {
         "model_type": grouped.config_class.model_type,
         "architectures": [grouped.__name__],

@@ -10,6 +10,7 @@ from typing import Any
 from gqa_convert.console import size
 from gqa_convert.evaluate.files import read_json
 from gqa_convert.evaluate.sweep.points import SweepPoint
+from gqa_convert.modeling.engines import where_it_runs
 from gqa_convert.report.collect import Run
 
 _OURS = "<!-- written by gqa report -->"
@@ -46,6 +47,7 @@ def card(run: Run, point: SweepPoint, *, base_model: str = "") -> str:
         _opening(run, point, str(base_name)),
         "## How to load\n\n" + _loading(folder),
         "## What it costs and saves\n\n" + _numbers(run, point, detail),
+        "## Where it runs\n\n" + _where(provenance, folder),
         "## How it was made\n\n" + _making(provenance, detail),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -79,9 +81,19 @@ def _opening(run: Run, point: SweepPoint, base_name: str) -> str:
     return (
         f"{base_name} converted to grouped-query attention: {base['kv_heads']} KV heads became "
         f"{point.groups}, shared by {base['query_heads']} query heads. Its KV cache takes "
-        f"{point.cache_ratio:.1%} of the original's memory. The weights are plain: stock transformers loads them, and "
-        "so does whatever reads grouped-query models."
+        f"{point.cache_ratio:.1%} of the original's memory. It is stored as transformers stores models."
     )
+
+
+def _where(provenance: dict[str, Any], folder: Path) -> str:
+    """In which engines a model converted this way was seen to compute what it should, and in which not."""
+    config = read_json(folder / "config.json") or {}
+    source = provenance.get("conversion", {}).get("model_type", config.get("model_type"))
+    lines = where_it_runs(str(source), str(config.get("model_type")))
+    if not lines:
+        return "No engine but transformers was checked with models of this family."
+    tested = "Checked with random models of this family, against transformers:"
+    return "\n".join([tested, "", *(f"- {line[0].upper()}{line[1:]}." for line in lines)])
 
 
 def _loading(folder: Path) -> str:

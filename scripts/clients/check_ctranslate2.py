@@ -8,6 +8,8 @@ from typing import Any
 
 import ctranslate2
 import numpy as np
+import torch  # noqa: F401  (the converter imports both: once, not once a folder)
+import transformers  # noqa: F401
 from common import main, source_ids
 
 

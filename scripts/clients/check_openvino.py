@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optimum.exporters.openvino  # noqa: F401  (once, not once a folder)
 import torch
 from common import main, source_ids
 from optimum.intel import OVModelForCausalLM, OVModelForSeq2SeqLM

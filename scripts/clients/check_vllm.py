@@ -1,4 +1,4 @@
-"""Engine check: vLLM on the CPU, in float32, through its own model classes or, where it has none, through transformers'."""
+"""Engine check: vLLM on the CPU, in float32, by its own model classes or, where it has none, by transformers'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every engine check shares: one process a folder, the reference, and a line of JSON as the answer. Needs numpy only.
+"""What every engine check shares: a process per folder, the reference, a line of JSON as the answer. Needs numpy only.
 
 An engine is imported once; a child of that process loads each folder, so that a crash or a wait costs one answer.
 """

@@ -104,7 +104,9 @@ CASES = {
     "Qwen3": Case("qwen3", {"head_dim": HEAD_DIM}),
     "Gemma": Case("gemma", {"head_dim": HEAD_DIM, "tie_word_embeddings": True}),
     "Gemma 2": Case("gemma2", {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM, "tie_word_embeddings": True}),
-    "Gemma 3": Case("gemma3_text", {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM, "tie_word_embeddings": True}),
+    "Gemma 3": Case(
+        "gemma3_text", {"head_dim": HEAD_DIM, "query_pre_attn_scalar": HEAD_DIM, "tie_word_embeddings": True}
+    ),
     "Phi": Case("phi", {"intermediate_size": 4 * WIDTH}, groups=(2, 1)),
     "Phi-3": Case("phi3"),
     "OLMo": Case("olmo"),
@@ -173,6 +175,8 @@ def write_models(root: Path, name: str) -> list[tuple[str, Path]]:
         values = json.loads(both_spellings(source, file.read_text(encoding="utf-8")))
         if case.model_type == "gpt_neox":  # which called the rotary share otherwise before transformers 5
             values |= {"rotary_pct": values["partial_rotary_factor"], "rotary_emb_base": values["rope_theta"]}
+        if case.model_type == "gpt2":
+            values |= {"n_ctx": values["n_positions"]}
         file.write_text(json.dumps(values, indent=2), encoding="utf-8")
     folders = [(f"MHA {HEADS}", source)]
     for groups in case.groups:
