@@ -102,7 +102,7 @@ def test_families(command: Command) -> None:
     assert (found["gpt2"]["kind"], found["gpt2"]["status"]) == ("C", "proven")
     assert "only --groups 1" in found["gpt2"]["reason"]
     assert "modeling_gqa.py" in found["gpt2"]["reason"]
-    assert found["gpt_neox"]["reason"] == "written as phi or nemotron, no remote code"
+    assert found["gpt_neox"]["reason"] == "written as phi or nemotron or starcoder2, no remote code"
     assert (found["mamba"]["kind"], found["mamba"]["status"]) == ("D", "refused")
 
 

@@ -100,6 +100,7 @@ def plan_rows(made: ConvertPlan, cost: Forecast | None = None) -> list[tuple[str
         *([("usual loss", usual_loss(made.recipe))] if made.groups < made.layout_before.num_kv_heads else []),
         ("working memory", f"{size(made.working_bytes)} at most beyond the libraries'"),
     ]
+    rows += [("where it runs", line) for line in made.where_it_runs]
     return rows + [("note", note) for note in made.notes]
 
 

@@ -233,8 +233,13 @@ class _Contract:
 
 
 def _said(path: Path) -> dict[str, Any]:
-    """What a config.json says; no KV heads of a cross-attention that there is not is as good as null."""
+    """What a config.json says; no KV heads of a cross-attention that there is not is as good as null.
+
+    Shipped code is named for `AutoModel` too when converting; `save_pretrained` names the model's own class alone.
+    """
     values: dict[str, Any] = json.loads(path.read_text())
+    if len(values.get("auto_map") or ()) > 2:
+        values["auto_map"].pop("AutoModel", None)
     return {name: value for name, value in values.items() if value is not None or not name.startswith("cross_")}
 
 

@@ -31,6 +31,7 @@ from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.heads import HeadLayout
 from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping
+from gqa_convert.modeling.engines import where_it_runs
 from gqa_convert.modeling.transpile.view import computing_bytes
 
 
@@ -136,6 +137,11 @@ class ConvertPlan:
         return next((field.target for field in self.anatomy.fields if field.target is not None), None)
 
     @property
+    def where_it_runs(self) -> tuple[str, ...]:
+        """The engines in which such a model was seen to compute what it should, and those in which not."""
+        return where_it_runs(self.model_type, str(self.anatomy.target_config.model_type))
+
+    @property
     def max_tensor_parallel(self) -> int:
         """Largest tensor-parallel size at which no KV head is replicated."""
         return min(self.groups, self.cross_groups or self.groups)
@@ -180,6 +186,7 @@ class ConvertPlan:
             "kv_cache_bytes_per_token_after": self.kv_cache_bytes_per_token_after,
             "max_tensor_parallel": self.max_tensor_parallel,
             "working_bytes": self.working_bytes,
+            "where_it_runs": list(self.where_it_runs),
             "notes": list(self.notes),
             "merges": merges,
         }

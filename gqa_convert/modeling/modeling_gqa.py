@@ -22,12 +22,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, conversion_mapping
-from transformers.cache_utils import EncoderDecoderCache
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
+
+try:
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, conversion_mapping
+    from transformers.cache_utils import EncoderDecoderCache
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.auto import modeling_auto
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError(
+        f"This model's own code needs transformers 5, best 5.23; this is {transformers.__version__}."
+    ) from error
 
 PREFIX = "GQA"
 TYPE_PREFIX = "gqa_"
@@ -262,12 +268,30 @@ def _folding(forward: Any, copies: bool) -> Any:
 
 
 class _Functions:
-    """Transformers' attention functions, of which sdpa is `_packing_sdpa`."""
+    """Transformers' attention functions, of which sdpa is `_packing_sdpa`; early releases of version 5 index them."""
 
     @staticmethod
     def get_interface(name: str, default: Any) -> Any:
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-        return _packing_sdpa if function is sdpa_attention_forward else function
+        return _packing(ALL_ATTENTION_FUNCTIONS.get_interface(name, default))
+
+    def __class_getitem__(cls, name: str) -> Any:
+        return _packing(ALL_ATTENTION_FUNCTIONS[name])
+
+
+def _packing(function: Any) -> Any:
+    if function is sdpa_attention_forward:
+        return _packing_sdpa
+    return function if function.__module__.startswith(("transformers.", __name__)) else _by_heads(function)
+
+
+def _by_heads(function: Any) -> Any:
+    """Let an engine's attention function return (batch, length, heads, width), which some forward passes count on."""
+
+    def attend(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        output, *others = function(module, query, *args, **kwargs)
+        return output.reshape(query.shape[0], query.shape[2], query.shape[1], -1), *others
+
+    return attend
 
 
 def _packing_sdpa(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
@@ -352,7 +376,7 @@ def _config_class(native: type[PreTrainedConfig]) -> type:
 
 
 def _model_class(native: Any) -> type:
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]  # engines evaluate annotations elsewhere
         native.__init__(self, config, *args, **kwargs)
         share_kv_heads(self)
 
@@ -362,11 +386,17 @@ def _model_class(native: Any) -> type:
         "__init__": __init__,
         "config_class": grouped_class(native.config_class),
         "_auto_class": auto_class(native.__name__),
+        "_keys_to_ignore_on_load_unexpected": _whole_names(native._keys_to_ignore_on_load_unexpected),
     }
     if _native_type(native.config_class) in OWN_START:
         space["_prepare_decoder_input_ids_for_generation"] = _given_start
     _carry_key_names(native.__name__, PREFIX + native.__name__)
     return type(PREFIX + native.__name__, (native,), space)
+
+
+def _whole_names(patterns: Any) -> Any:
+    """Let patterns begin where a part of a name does: GPT-2's for old masks, attn.bias, is in c_attn.bias too."""
+    return patterns and [rf"(?:^|\.){each}" if each[:1].isalnum() else each for each in patterns]
 
 
 def _given_start(self: Any, *, model_kwargs: dict[str, Any], **others: Any) -> Any:

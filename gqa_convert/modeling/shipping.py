@@ -204,12 +204,23 @@ def config_values(config: Any, native_class: type, folder: Path | None = None) -
     module = FILE.stem
     auto_map = {"AutoConfig": f"{module}.{grouped.config_class.__name__}"}
     auto_map[modeling_gqa.auto_class(native_class.__name__)] = f"{module}.{grouped.__name__}"
+    base = _base_class(str(config.model_type))
+    if base:  # what AutoModel makes, which engines build on
+        auto_map.setdefault("AutoModel", f"{module}.{modeling_gqa.PREFIX}{base}")
     return {
         "model_type": grouped.config_class.model_type,
         "architectures": [grouped.__name__],
         "auto_map": auto_map,
         **(_tokenizer(config, folder) if folder else {}),
     }
+
+
+def _base_class(model_type: str) -> str:
+    """The class without a head that AutoModel makes of a native model type; empty if there is none."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    name = MODEL_MAPPING_NAMES.get(model_type, "")
+    return name if isinstance(name, str) else name[0]
 
 
 def grouped_config(config: Any, kv_heads: int) -> Any:

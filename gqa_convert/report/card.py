@@ -12,6 +12,7 @@ from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.files import read_json
 from gqa_convert.evaluate.results import Evaluation, ModelResult
 from gqa_convert.evaluate.sweep.points import SweepPoint
+from gqa_convert.modeling.engines import where_it_runs
 from gqa_convert.report.collect import Detail, Run
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def card(run: Run, point: SweepPoint, *, base_model: str = "") -> str:
         _opening(run.base.base, point, base_name),
         "## How to load\n\n" + _loading(folder),
         "## What it costs and saves\n\n" + _numbers(run.base.base, point, measured, detail),
+        "## Where it runs\n\n" + _where(record, folder),
         "## How it was made\n\n" + _making(record, detail),
     ]
     return "\n\n".join(sections) + "\n"
@@ -151,9 +153,19 @@ def _opening(base: ModelResult, point: SweepPoint, base_name: str) -> str:
     saved = f" Its KV cache takes {point.cache_ratio:.1%} of the original's memory." if point.cache_ratio else ""
     return (
         f"{_plain(base_name)} converted to grouped-query attention: {base.kv_heads} KV heads became {point.groups}, "
-        f"shared by {base.query_heads} query heads.{saved} The weights are plain: stock transformers loads them, and "
-        "so does whatever reads grouped-query models."
+        f"shared by {base.query_heads} query heads.{saved} It is stored as transformers stores models."
     )
+
+
+def _where(record: dict[str, Any], folder: Path) -> str:
+    """In which engines a model converted this way was seen to compute what it should, and in which not."""
+    config = _object(read_json(folder / "config.json"))
+    source = _object(record.get("conversion")).get("model_type", config.get("model_type"))
+    lines = where_it_runs(str(source), str(config.get("model_type")))
+    if not lines:
+        return "No engine but transformers was checked with models of this family."
+    tested = "Checked with random models of this family, against transformers:"
+    return "\n".join([tested, "", *(f"- {line[0].upper()}{line[1:]}." for line in lines)])
 
 
 def _loading(folder: Path) -> str:

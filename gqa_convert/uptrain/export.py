@@ -32,6 +32,8 @@ from gqa_convert.uptrain.source_keys import restore_keys
 from gqa_convert.uptrain.state import gather_weights
 from gqa_convert.uptrain.whole import plain_name
 
+_OLD_ROTARY = ("rope_theta", "partial_rotary_factor")
+
 
 def write_final(
     model: Any,
@@ -152,18 +154,23 @@ def both_spellings(folder: Path, text: str, *, trust_remote_code: bool = False) 
             if old in section and new not in section and isinstance(section[old], str):
                 edits[(*path, new)], after[(*path, new)] = section[old], old
         rope = section.get("rope_parameters")
-        if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in section:
-            edits[(*path, "rope_theta")], after[(*path, "rope_theta")] = rope["rope_theta"], "rope_parameters"
-            kind = rope.get("rope_type", "default")
-            if kind != "default" and "rope_scaling" not in section:
-                rest = {key: value for key, value in rope.items() if key != "rope_theta"}
-                edits[(*path, "rope_scaling")], after[(*path, "rope_scaling")] = rest, "rope_parameters"
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            for name, value in _old_rotary(rope).items():
+                if name not in section:
+                    edits[(*path, name)], after[(*path, name)] = value, "rope_parameters"
         elif "rope_theta" in section and rope is None:
             standard = getattr(config, "rope_parameters", None)
             if isinstance(standard, dict) and "rope_theta" in standard:
                 edits[(*path, "rope_parameters")] = dict(standard)
                 after[(*path, "rope_parameters")] = "rope_theta"
     return edit_json(text, edits, after=after)
+
+
+def _old_rotary(rope: dict[str, Any]) -> dict[str, Any]:
+    """The fields in which readers before transformers 5 look for what `rope_parameters` says."""
+    own = {name: value for name, value in rope.items() if name not in _OLD_ROTARY}
+    old = {name: rope[name] for name in _OLD_ROTARY if name in rope}
+    return old if own.get("rope_type", "default") == "default" else old | {"rope_scaling": own}
 
 
 def _sections(found: dict[str, Any], known: Any) -> list[tuple[tuple[str, ...], dict[str, Any], Any]]:
@@ -178,11 +185,15 @@ def _same_settings(source: Path, stage: Path, trust_remote_code: bool) -> bool:
     """Whether transformers reads the same configuration from both folders."""
     before = api.load_config(source, trust_remote_code=trust_remote_code).to_dict()
     after = api.load_config(stage, trust_remote_code=trust_remote_code).to_dict()
-    ignored = {"_name_or_path", "rope_theta", "rope_scaling", "torch_dtype"}
+    ignored = {"_name_or_path", *_OLD_ROTARY, "rope_scaling", "torch_dtype"}
 
     def plain(values: Any) -> Any:
         if isinstance(values, dict):
-            return {key: plain(value) for key, value in values.items() if key not in ignored}
+            return {
+                key: value if key == "rope_parameters" else plain(value)
+                for key, value in values.items()
+                if key not in ignored
+            }
         return values
 
     return bool(plain(before) == plain(after))

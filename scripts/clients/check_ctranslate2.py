@@ -8,11 +8,15 @@ from typing import Any
 
 import ctranslate2
 import numpy as np
-from common import main
+import torch  # noqa: F401  (the converter imports both: once, not once a folder)
+import transformers  # noqa: F401
+from common import main, source_ids
 
 
 def logits_of(folder: Path, ids: list[int]) -> Any:
     """Logits of every position."""
+    if source_ids(folder) is not None:
+        raise NotImplementedError("this check reads decoders alone")
     with tempfile.TemporaryDirectory() as out:
         ctranslate2.converters.TransformersConverter(str(folder)).convert(out, force=True)
         generator = ctranslate2.Generator(out, device="cpu", compute_type="float32", intra_threads=1)

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 def log_probabilities_of(folder: Path, ids: list[int]) -> Any:
     """Log-probabilities of a few tokens at every position; the rest is NaN, for lm-eval gives one number a request."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1)
+    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", trust_remote_code=True, batch_size=1)
     vocabulary = int(model.model.config.vocab_size)
     requests, places = [], []
     for position in range(len(ids)):

@@ -27,7 +27,7 @@ class Logits(torch.nn.Module):
 
 def logits_of(folder: Path, ids: list[int]) -> Any:
     """Logits of every position."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
     tokens = torch.tensor([ids])
     with tempfile.TemporaryDirectory() as out:
         file = f"{out}/model.onnx"

@@ -1,4 +1,4 @@
-"""Client check: another release of transformers."""
+"""Engine check: another release of transformers (4.56 and newer know `dtype`)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 import transformers
-from common import main
-from transformers import AutoModelForCausalLM
+from common import main, source_ids
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 
 def logits_of(folder: Path, ids: list[int]) -> Any:
-    """Logits of every position."""
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    """Logits of every position, with the folder's own code where it has some."""
+    source = source_ids(folder)
+    auto = AutoModelForCausalLM if source is None else AutoModelForSeq2SeqLM
+    model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    tokens = torch.tensor([ids])
+    inputs = (
+        {"input_ids": tokens} if source is None else {"input_ids": torch.tensor([source]), "decoder_input_ids": tokens}
+    )
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].numpy()
+        return model(**inputs, use_cache=False).logits[0].numpy()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Check that clients compute the same from a converted folder as transformers does, with the MHA model as control.
+"""Check that engines compute the same from a converted folder as transformers does, with the MHA model as control.
 
     scripts/clients/setup.sh clients-env
-    python scripts/clients/run.py --environments clients-env --out scripts/clients/results.json
+    python scripts/clients/run.py --environments clients-env            # scripts/clients/results.json, anew
+    python scripts/clients/run.py --environments clients-env --engine vllm --model Llama
+    python scripts/clients/tables.py                                    # the tables of docs, and what the plan says
 
-Every model is random and tiny. A difference that the MHA control shows too is the client's own.
+Every model is random and tiny: 2 layers, 8 heads of 32. What an engine gets wrong of the control too is its own.
 """
 
 from __future__ import annotations
@@ -12,102 +14,108 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
+import sys
 import tempfile
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from models import VARIANTS, write_models
+from models import CASES, write_models, written_type
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
-CLIENTS = {
-    "transformers": "previous",
-    "ctranslate2": "clients",
-    "onnx": "clients",
-    "mlx": "clients",
-    "lm_eval": "clients",
-    "llamacpp": "clients",
+RESULTS = HERE / "results.json"
+ENGINES = {
+    "transformers-4": ("previous", "transformers"),
+    "transformers-5.0": ("first", "transformers"),
+    "vllm": ("vllm", "vllm"),
+    "llamacpp": ("llamacpp", "llamacpp"),
+    "openvino": ("openvino", "openvino"),
+    "ctranslate2": ("clients", "ctranslate2"),
+    "genai": ("genai", "genai"),
+    "onnx": ("clients", "onnx"),
+    "mlx": ("clients", "mlx"),
+    "lm_eval": ("clients", "lm_eval"),
 }
-"""Check -> the environment it runs in."""
-LIMIT_S = 600
+"""Engine -> the environment it runs in, and its check."""
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, required=True, help="folder that setup.sh filled")
-    parser.add_argument("--client", action="append", choices=CLIENTS, help="only these [default: all]")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="only these models [default: all]")
-    parser.add_argument(
-        "--out", type=Path, help="keep JSON here and a table beside it as .md; other results there stay"
-    )
+    parser.add_argument("--engine", action="append", choices=ENGINES, help="only these [default: all]")
+    parser.add_argument("--model", action="append", choices=CASES, help="only these models [default: all]")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="other results there stay [default: %(default)s]")
     return parser.parse_args()
 
 
-def ask(client: str, python: Path, folder: Path) -> dict[str, Any]:
-    """Run one check in its environment."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "TOKENIZERS_PARALLELISM": "false"}
-    command = [str(python), str(HERE / f"check_{client}.py"), str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer in {LIMIT_S} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    if not lines:
-        return {"error": f"exit code {done.returncode}: {' '.join(done.stderr.split())[-300:]}"}
-    answer: dict[str, Any] = json.loads(lines[-1].removeprefix("ANSWER "))
-    return answer
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """The results as Markdown: a row a client and variant, a column a number of KV heads."""
-    labels = list(dict.fromkeys(r["label"] for r in results))
-    lines = ["| client | model | " + " | ".join(labels) + " |", "|---|---|" + "---|" * len(labels)]
-    notes: dict[str, str] = {}
-    for client, variant in dict.fromkeys((r["client"], r["variant"]) for r in results):
-        row = {r["label"]: r for r in results if (r["client"], r["variant"]) == (client, variant)}
-        version = (
-            next(r["version"] for r in row.values() if "version" in r)
-            if any("version" in r for r in row.values())
-            else client
-        )
-        cells = []
-        for label in labels:
-            if "difference" in row[label]:
-                cells.append(f"{row[label]['difference']:.1e}")
-            else:
-                cells.append(f"fails [{notes.setdefault(row[label]['error'], str(len(notes) + 1))}]")
-        lines.append(f"| {version} | {variant} | " + " | ".join(cells) + " |")
-    lines += [""] + [f"[{number}] {error}" for error, number in notes.items()]
-    return "\n".join(lines).rstrip() + "\n"
+def ask(engine: str, environments: Path, folders: list[Path]) -> list[dict[str, Any]]:
+    """Run an engine's check on folders, in its environment: one answer per folder, in their order."""
+    environment, check = ENGINES[engine]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryDirectory() as modules:
+        python = environments.absolute() / environment / "bin" / "python"
+        command = [str(python), str(HERE / f"check_{check}.py"), *map(str, folders)]
+        variables |= {"HF_MODULES_CACHE": modules, "GGML_NO_BACKTRACE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    lines = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    answers: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    if len(answers) < len(folders):
+        said = f"exit code {done.returncode}: {' '.join(done.stderr.split())[-300:]}"
+        answers += [{"error": said, "version": engine}] * (len(folders) - len(answers))
+    return answers
 
 
 def main() -> None:
     args = parse_arguments()
     err = Console(stderr=True)
-    results = []
     with tempfile.TemporaryDirectory() as root:
-        for variant in args.variant or VARIANTS:
-            folders = write_models(Path(root), variant)
-            for client in args.client or CLIENTS:
-                python = args.environments.absolute() / CLIENTS[client] / "bin" / "python"
-                for label, folder in folders:
-                    answer = ask(client, python, folder)
-                    if "error" in answer:  # no path of this machine in what is kept
-                        answer["error"] = answer["error"].replace(str(root), "").replace(str(Path.cwd()), "")
-                    results.append({"client": client, "variant": variant, "label": label} | answer)
-                    err.print(results[-1], highlight=False)
-    if args.out is not None and args.out.is_file():
-        new = {(r["client"], r["variant"]) for r in results}
-        kept = json.loads(args.out.read_text(encoding="utf-8"))
-        results += [r for r in kept if (r["client"], r["variant"]) not in new]
-    results.sort(key=lambda r: (list(CLIENTS).index(r["client"]), list(VARIANTS).index(r["variant"])))
-    text = table(results)
-    Console(width=200).print(text, highlight=False, markup=False)
-    if args.out is not None:
-        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+        subjects = []
+        for name in args.model or CASES:
+            for label, folder in write_models(Path(root), name):
+                subjects.append(({"model": name, "label": label, "type": written_type(folder)}, folder))
+        engines = {}
+        if args.out.is_file():
+            engines = json.loads(args.out.read_text(encoding="utf-8"))["engines"]
+        for engine in args.engine or ENGINES:
+            answers = ask(engine, args.environments, [folder for _, folder in subjects])
+            known = engines.get(engine, {"answers": []})
+            results = {(r["model"], r["label"]): r for r in known["answers"]}
+            for (subject, folder), answer in zip(subjects, answers, strict=True):
+                answer.pop("folder", None)
+                release = answer.pop("version")
+                if "error" in answer:  # no path of this machine in what is kept
+                    answer["error"] = plain(answer["error"], folder, args.environments)
+                results[subject["model"], subject["label"]] = subject | answer
+                err.print(release, results[subject["model"], subject["label"]], highlight=False)
+            names = list(CASES)
+            ordered = sorted(results.values(), key=lambda r: names.index(r["model"]) if r["model"] in names else 999)
+            engines[engine] = {"version": release, "answers": ordered}
+            write(args.out, engines)
+
+
+def write(out: Path, engines: dict[str, Any]) -> None:
+    """Keep all results, in the order of the engines."""
+    whole = {
+        "reference": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "date": date.today().isoformat(),
+        "engines": {name: engines[name] for name in ENGINES if name in engines},
+    }
+    out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def plain(error: str, folder: Path, environments: Path) -> str:
+    """An error without this machine's paths."""
+    for path, name in ((str(folder), "FOLDER"), (str(environments.absolute()), "ENV"), (sys.prefix, "PYTHON")):
+        error = error.replace(path, name)
+    words = ["TEMPORARY" if word.startswith(tempfile.gettempdir()) else word for word in error.split()]
+    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_strangers_load_converted_and_saved_again(make: Make, tmp_path: Path) ->
     ]
     count = len(folders)
     for folder in folders[:]:
-        auto = [name for name in json.loads((folder / "config.json").read_text())["auto_map"] if "Model" in name]
+        auto = [name for name in json.loads((folder / "config.json").read_text())["auto_map"] if "ModelFor" in name]
         model = load(folder, *auto)
         inputs = text_inputs(model)
         again = tmp_path / f"{folder.name}-saved"

@@ -24,6 +24,7 @@ from gqa_convert.tiny.forward import difference, logits
 from gqa_convert.tiny.model import text_inputs, tiny_model
 from gqa_convert.tiny.shrink import tiny_config
 
+WHOLE_HEADS = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0}
 FAMILIES = ["gpt_neox", "gptj", "codegen", "gpt2", "opt"]
 
 
@@ -69,6 +70,23 @@ def test_the_plan_says_what_it_becomes_and_why(tmp_path: Path, command: Command)
     assert json.loads(command("gqa", "plan", tmp_path / "pythia", "--groups", 2, "--json").out)["route"] == "native"
     done = command("gqa-convert", tmp_path / "pythia", "--groups", 2)
     assert "tensors fill the PhiForCausalLM of config.json" in done.out
+
+
+@pytest.mark.parametrize(
+    ("parallel", "share", "becomes"),
+    [(True, 1.0, "phi"), (True, 0.25, "phi"), (False, 1.0, "starcoder2"), (False, 0.5, "nemotron")],
+)
+def test_the_form_of_a_neox_decides_what_it_becomes(parallel: bool, share: float, becomes: str, tmp_path: Path) -> None:
+    saved(
+        tmp_path / "source",
+        "gpt_neox",
+        use_parallel_residual=parallel,
+        hidden_dropout=0.1,
+        rope_parameters=WHOLE_HEADS | {"partial_rotary_factor": share},
+    )
+    done = convert(tmp_path / "source", groups=2, out=tmp_path / "out")
+    assert config_of(tmp_path / "out")["model_type"] == becomes
+    assert any("hidden_dropout=0.1 is lost" in note for note in done.plan.notes) == (becomes == "nemotron")
 
 
 def test_a_family_with_a_setting_takes_no_other_route(tmp_path: Path) -> None:
@@ -175,6 +193,8 @@ def test_the_config_is_written_in_old_and_new_spellings(tmp_path: Path) -> None:
         ("gpt_neox", {"tie_word_embeddings": True}),
         ("gpt_neox", {"attention_bias": False}),
         ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False}),
+        ("gpt_neox", {"use_parallel_residual": False, "rope_parameters": WHOLE_HEADS}),
+        ("gpt_neox", {"use_parallel_residual": False, "rope_parameters": WHOLE_HEADS, "attention_bias": False}),
         ("gptj", {"n_inner": 48, "rotary_dim": 8}),
         ("codegen", {"tie_word_embeddings": True}),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 80, "scale_attn_weights": False}),

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig
 
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import VerificationError
@@ -97,3 +97,18 @@ def test_both_spellings_mean_the_same(tmp_path, given):
     assert after.rope_parameters == before.rope_parameters
     assert both_spellings(tmp_path, text) == text
     assert load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear"])
+def test_both_spellings_name_the_rotary_share(tmp_path, rope_type):
+    PhiConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    rope = {"rope_theta": 5e4, "partial_rotary_factor": 0.25, "rope_type": rope_type}
+    config["rope_parameters"] = rope | ({"factor": 2.0} if rope_type == "linear" else {})
+    path.write_text(json.dumps(config))
+    found = json.loads(both_spellings(tmp_path, path.read_text()))
+    assert (found["partial_rotary_factor"], found["rope_theta"]) == (0.25, 5e4)
+    assert found.get("rope_scaling") == ({"rope_type": "linear", "factor": 2.0} if rope_type == "linear" else None)
+    path.write_text(json.dumps(found))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config["rope_parameters"]

@@ -1,4 +1,4 @@
-"""GPT-NeoX with a sequential residual (`use_parallel_residual: false`, RedPajama-INCITE) as Nemotron.
+"""GPT-NeoX with a sequential residual (`use_parallel_residual: false`) and partly rotary heads as Nemotron.
 
 Nemotron's LayerNorm multiplies by one plus its weight, so the stored weight is one less.
 """
@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.modeling.transpile.configs import common, rotary
+from gqa_convert.modeling.transpile.neox import attention_and_mlp, turns_whole_heads
 from gqa_convert.modeling.transpile.rule import Part, Rule, Source, copy, register
-from gqa_convert.modeling.transpile.tensors import per_head, rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,24 +49,9 @@ def _parts(source: Source) -> Iterable[Part]:
 
 
 def _layer(source: Source, to: str, of: str) -> Iterable[Part]:
-    width, heads = source.config.hidden_size, source.config.num_attention_heads
     for name in _NORMS:
         yield from _norm(source, f"{to}.{name}", f"{of}.{name}")
-    attention = f"{of}.attention"
-    kinds = ("weight", "bias") if source.config.attention_bias else ("weight",)
-    for kind in kinds:
-        shape = (width, width) if kind == "weight" else (width,)
-        for which, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            yield Part(
-                key=f"{to}.self_attn.{name}.{kind}",
-                sources=(f"{attention}.query_key_value.{kind}",),
-                shape=shape,
-                make=rows(per_head, heads, which),
-            )
-        yield copy(f"{to}.self_attn.o_proj.{kind}", f"{attention}.dense.{kind}")
-    for kind in ("weight", "bias"):
-        yield copy(f"{to}.mlp.up_proj.{kind}", f"{of}.mlp.dense_h_to_4h.{kind}")
-        yield copy(f"{to}.mlp.down_proj.{kind}", f"{of}.mlp.dense_4h_to_h.{kind}")
+    yield from attention_and_mlp(source, to, of, "up_proj", "down_proj")
 
 
 def _norm(source: Source, to: str, of: str) -> Iterable[Part]:
@@ -81,7 +66,7 @@ def _less_one(weight: Tensor) -> Tensor:
 
 
 def _sequential(config: Any) -> bool:
-    return not config.use_parallel_residual
+    return not config.use_parallel_residual and not turns_whole_heads(config)
 
 
 def _notes(config: Any) -> tuple[str, ...]:
