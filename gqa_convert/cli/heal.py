@@ -61,7 +61,7 @@ def heal_command(
     Stopped (SIGTERM, SIGUSR1, a power cut), the same command goes on where it was. Works under `accelerate launch -m
     gqa_convert.cli heal ...` on any number of devices.
     """
-    from gqa_convert.budget.arithmetic import parse_count
+    from gqa_convert.budget.counts import parse_count
     from gqa_convert.uptrain.heal import HealOptions, foreseen, heal, told
 
     given: dict[str, Any] = {
@@ -104,7 +104,7 @@ def heal_options(
         if tokens is not None or until is not None:
             raise UsageError("--heal-tokens, --heal-until: belong to --preset heal, which was not asked for.")
         return None
-    from gqa_convert.budget.arithmetic import parse_count
+    from gqa_convert.budget.counts import parse_count
     from gqa_convert.uptrain.heal import HealOptions
 
     given: dict[str, Any] = {
@@ -117,7 +117,7 @@ def heal_options(
 
 
 def convert_healed(
-    made: ConvertPlan,
+    planned: ConvertPlan,
     options: HealOptions,
     *,
     work: Path | None,
@@ -131,9 +131,9 @@ def convert_healed(
     from gqa_convert.progress import conversion_progress
     from gqa_convert.uptrain.heal import convert_and_heal
 
-    with conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
+    with conversion_progress(planned.bytes_out, quiet=json) as (on_bytes, on_layer):
         result = convert_and_heal(
-            made,
+            planned,
             options=options,
             work=work,
             force=force,

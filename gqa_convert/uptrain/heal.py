@@ -159,7 +159,7 @@ def heal(
 
 
 def convert_and_heal(
-    made: ConvertPlan,
+    planned: ConvertPlan,
     *,
     options: HealOptions | None = None,
     work: str | Path | None = None,
@@ -177,7 +177,7 @@ def convert_and_heal(
     Interrupted, the same call goes on: after the last layer that was refitted, or the last checkpoint of the training.
 
     Args:
-        made: the conversion; its `target` is where the healed model goes.
+        planned: the conversion; its `target` is where the healed model goes.
         options: of the healing.
         work: folder for solved layers, the converted model and the training run, kept; by default one beside the
             target, removed at the end.
@@ -196,10 +196,10 @@ def convert_and_heal(
     """
     from gqa_convert.conversion.execute import execute
 
-    target = made.target
-    check_output(target, force=force, source=made.checkpoint.folder, needed_bytes=made.bytes_out)
+    target = planned.target
+    check_output(target, force=force, source=planned.checkpoint.folder, needed_bytes=planned.bytes_out)
     with heal_folder(target, work) as folder:
-        converted = replace(made, target=folder / "converted")
+        converted = replace(planned, target=folder / "converted")
         if is_main() and not _is_there(converted):
             execute(
                 converted,
@@ -214,7 +214,7 @@ def convert_and_heal(
             time.sleep(1.0)
         return heal(
             converted.target,
-            made.checkpoint.folder,
+            planned.checkpoint.folder,
             out=target,
             options=options,
             work=folder,
@@ -225,7 +225,7 @@ def convert_and_heal(
         )
 
 
-def _is_there(made: ConvertPlan) -> bool:
+def _is_there(planned: ConvertPlan) -> bool:
     """Whether an interrupted run has carried this plan out already.
 
     Raises:
@@ -234,13 +234,13 @@ def _is_there(made: ConvertPlan) -> bool:
     from gqa_convert.checkpoint.provenance import PROVENANCE
     from gqa_convert.conversion.execute import provenance
 
-    record = made.target / PROVENANCE
+    record = planned.target / PROVENANCE
     if not record.is_file():
         return False
-    before, now = json.loads(record.read_text(encoding="utf-8")), provenance(made)
+    before, now = json.loads(record.read_text(encoding="utf-8")), provenance(planned)
     if any(before.get(key) != json.loads(json.dumps(now[key])) for key in ("source", "conversion")):
         raise UsageError(
-            f"{made.target}: an interrupted run converted another model there, or otherwise. Give the same options, "
+            f"{planned.target}: an interrupted run converted another model there, or otherwise. Give the same options, "
             "another --work, or remove the folder."
         )
     return True
