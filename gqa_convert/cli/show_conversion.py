@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from gqa_convert.calibrate.report import poor_blocks_line
 from gqa_convert.console import console, key_value_table, size
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def show_result(result: ConvertResult, quality: Quality | None = None) -> None:
             logits = f"; logits within {checked['logit_difference']:.2g} of the source with merged heads"
         filled = type(result.plan.anatomy.target_model).__name__
         out.print(f"verified: {checked['tensors']} tensors fill the {filled} of config.json{logits}")
+    poor = poor_blocks_line(result.blocks)
+    if poor:
+        out.print(f"[yellow]{poor}[/]", highlight=False)
     out.print(f"[bold green]wrote[/] {result.out}", highlight=False)
     for line in quality_lines(result, quality):
         out.print(line, highlight=False, markup=False)
