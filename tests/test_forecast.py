@@ -1,18 +1,13 @@
-"""What solving will take is told before it starts, and what it left bad afterwards."""
+"""What solving will take is told before it starts."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from support import Command
 
 from gqa_convert import ConvertPlan, plan
-from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.checkpoint.embedded import CHECKPOINT
-from gqa_convert.cli.show_conversion import bad_blocks, duration
-from gqa_convert.conversion.execute import ConvertResult
+from gqa_convert.cli.show_conversion import duration
 from gqa_convert.conversion.forecast import Forecast, forecast
 from gqa_convert.conversion.recipe import make_recipe
 
@@ -58,16 +53,3 @@ def test_the_plan_shows_it(command: Command) -> None:
 @pytest.mark.parametrize(("seconds", "words"), [(40, "40 s"), (840, "14 min"), (18_720, "5.2 h")])
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
-
-
-def test_blocks_that_a_refit_left_bad_are_named(tmp_path: Path) -> None:
-    report = BlockReport(
-        module="layers.0.attn", grouping=((0, 1),), key_residual=0.1, value_residual=0.1, error_before=1.4
-    )
-    fine = replace(report, module="layers.1.attn", error_after_descent=0.2)
-    bad = replace(report, module="layers.2.attn", error_after_descent=0.71)
-    result = ConvertResult(out=tmp_path, plan=planned("fast"), verified="none", checks={}, blocks=(report, fine, bad))
-    (line,) = bad_blocks(result)
-    assert "2 of 3 attention blocks" in line
-    assert "layers.0.attn (1.40), layers.2.attn (0.71)" in line
-    assert bad_blocks(replace(result, blocks=(fine,))) == []

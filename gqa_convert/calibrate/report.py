@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 OnLayer = Callable[[str, int, int], None]
 """Called with what is being done, the number of layers finished, and of all layers."""
+
+
+POOR = 0.25
+"""A refitted block whose mean square error stays above this share is named: half of its outputs' size is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +49,21 @@ class BlockReport:
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
         return asdict(self)
+
+
+def poor_blocks_line(reports: Sequence[BlockReport]) -> str | None:
+    """Name the refitted blocks that stay far from the original's, worst first, and what helps; None if none does."""
+    poor = sorted(
+        ((report.error_after, report.module) for report in reports if (report.error_after or 0.0) > POOR), reverse=True
+    )
+    if not poor:
+        return None
+    shown = ", ".join(f"{module} {error:.0%}" for error, module in poor[:_SHOWN])
+    more = f" and {len(poor) - _SHOWN} more" if len(poor) > _SHOWN else ""
+    return (
+        f"far from the original after the refit (mean square error of attention's output on held-out windows): "
+        f"{shown}{more}, of {len(reports)} blocks. More --refit-steps, more groups, or --preset heal would help."
+    )
+
+
+_SHOWN = 4

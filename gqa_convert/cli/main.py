@@ -16,6 +16,7 @@ from gqa_convert.cli import evaluate as evaluate_commands
 from gqa_convert.cli import report as report_commands
 from gqa_convert.cli import show_conversion
 from gqa_convert.cli.budget import budget_command
+from gqa_convert.cli.heal import HEAL, convert_healed, heal_command, heal_options
 from gqa_convert.cli.options import (
     SETTINGS,
     AllowSlow,
@@ -89,6 +90,17 @@ def convert_command(
     work: Annotated[
         Path | None, typer.Option(help="Keep solved layers here, to resume or reuse. (default: beside --out, removed)")
     ] = None,
+    heal_tokens: Annotated[
+        str | None,
+        typer.Option(help="--preset heal: tokens to train on at most. (default: 500k)", metavar="COUNT"),
+    ] = None,
+    heal_until: Annotated[
+        float | None,
+        typer.Option(
+            help="--preset heal: stop once the held-out loss is within so many nats per token of the original's.",
+            metavar="NATS",
+        ),
+    ] = None,
     flush: Annotated[
         bool, typer.Option("--flush/--no-flush", help="Wait for the disk; without, a power cut may harm the output.")
     ] = True,
@@ -113,8 +125,9 @@ def convert_command(
     from gqa_convert.conversion import execute, plan
     from gqa_convert.conversion.forecast import forecast
 
+    healing = heal_options(preset, calibrate, heal_tokens, heal_until, seed)
     recipe = make_recipe(
-        preset,
+        "best" if healing else preset,
         method=method,
         grouping=grouping,
         calibrate=calibrate,
@@ -145,6 +158,18 @@ def convert_command(
     cost = forecast(made)
     if cost is not None and not json:
         typer.echo(f"solving attention blocks: {show_conversion.solving_words(cost)}", err=True)
+    if healing is not None:
+        convert_healed(
+            made,
+            healing,
+            work=work,
+            force=force,
+            flush=flush,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+            json=json,
+        )
+        return
     with stopped_by_signals(), conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
         result = execute.execute(
             made,
@@ -192,7 +217,7 @@ def plan_command(
     """Print what converting would read, merge, edit and write. `gqa convert --dry-run` takes every option."""
     from gqa_convert.conversion import plan
 
-    recipe = make_recipe(preset, method=method)
+    recipe = make_recipe("best" if preset == HEAL else preset, method=method)
     made = plan.plan(
         model,
         groups=groups,
@@ -285,6 +310,7 @@ report_commands.register(app)
 
 
 app.command("budget")(budget_command)
+app.command("heal")(heal_command)
 app.add_typer(uptrain_app, name="uptrain")
 
 

@@ -32,7 +32,8 @@ Out = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="paper: mean of adjacent heads; fast: calibrated pca of searched groups; best: fast, then layers refitted."
+        help="paper: mean of adjacent heads; fast: calibrated pca of searched groups; best: fast, then layers "
+        "refitted; heal: best, then distilled from the original (`gqa heal`)."
     ),
 ]
 Method = Annotated[str | None, typer.Option(help="How heads are merged; `gqa methods` lists them. (default: mean)")]

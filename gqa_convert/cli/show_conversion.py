@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from gqa_convert.calibrate.report import poor_blocks_line
 from gqa_convert.console import console, key_value_table, show_written, size
 
 if TYPE_CHECKING:
@@ -125,27 +126,9 @@ def show_result(result: ConvertResult, quality: Quality | None = None) -> None:
         filled = type(result.plan.anatomy.target_model).__name__
         out.print(f"verified: {checked['tensors']} tensors fill the {filled} of config.json{logits}")
     show_written(out, result.out)
-    for line in (*bad_blocks(result), *quality_lines(result, quality)):
+    poor = poor_blocks_line(result.blocks)
+    for line in (*([poor] if poor else []), *quality_lines(result, quality)):
         out.print(line, highlight=False, markup=False)
-
-
-_BAD_ERROR = 0.5
-"""Share of its output that a refitted block may miss before it is named."""
-_NAMED = 4
-
-
-def bad_blocks(result: ConvertResult) -> list[str]:
-    """A warning that names the blocks whose refit left more than half of their output unexplained."""
-    errors = {block.module: block.error_after for block in result.blocks if block.error_after is not None}
-    bad = sorted((module for module in errors if errors[module] > _BAD_ERROR), key=lambda module: -errors[module])
-    if not bad:
-        return []
-    named = ", ".join(f"{module} ({errors[module]:.2f})" for module in bad[:_NAMED])
-    return [
-        f"warning: {len(bad)} of {len(errors)} attention blocks stay bad after the refit, by their error on held-out "
-        f"windows as a share of their output: {named}{', ...' if len(bad) > _NAMED else ''}. More --refit-steps or "
-        "more groups help, and uptraining does."
-    ]
 
 
 def quality_lines(result: ConvertResult, quality: Quality | None) -> list[str]:
@@ -165,7 +148,7 @@ def quality_lines(result: ConvertResult, quality: Quality | None) -> list[str]:
     if not quality.usable:
         recipe = result.plan.recipe
         better = "" if recipe.refit else "gqa-convert --preset best --calibrate TEXT (minutes to hours), then "
-        lines.append(f"next: {better}gqa uptrain (configs/ has documented runs).")
+        lines.append(f"next: {better}gqa heal (hours), or gqa uptrain (configs/ has documented runs).")
     return lines
 
 

@@ -106,7 +106,7 @@ class TrainSection(Section):
     precision: Literal["bf16", "float32", "pure_bf16"] = "bf16"
     """bf16: float32 weights, bf16 arithmetic (autocast); pure_bf16: weights too."""
     parameters: Literal["all", "attention", "lora"] = "all"
-    """What is trained."""
+    """What is trained; attention: its projections, and the norms of queries and keys where there are any."""
     lora: LoraSection = LoraSection()
     """With `parameters: lora`."""
     attention: str = "sdpa"
@@ -162,6 +162,8 @@ class EvaluationSection(Section):
     """Held-out tokens to score; null for all."""
     reference: str | None = None
     """Folder or hub id of the original, scored once as the line to reach; default: the teacher, if there is one."""
+    target: Positive | None = None
+    """Stop as soon as an evaluation finds the held-out loss within so many nats per token of the reference's."""
 
 
 class LogSection(Section):
@@ -251,6 +253,8 @@ def _conflicts(config: UptrainConfig) -> list[str]:
         )
     if config.schedule.warmup_fraction + config.schedule.decay_fraction > 1 and config.schedule.kind == "wsd":
         found.append("schedule: warmup_fraction and decay_fraction together exceed the run.")
+    if config.evaluation.target is not None and not (config.evaluation.reference or config.objective.distillation):
+        found.append("evaluation.target: there is nothing to compare with. Give evaluation.reference, or distil.")
     if config.data.held_out_fraction == 0 and config.data.held_out_source is None:
         found.append("data: nothing is held out. Give held_out_fraction or held_out_source; a run is always evaluated.")
     return found

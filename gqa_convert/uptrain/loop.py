@@ -27,6 +27,9 @@ from gqa_convert.uptrain.state import load_training_state, save_training_state
 from gqa_convert.uptrain.step import StepResult, train_step
 from gqa_convert.uptrain.stopping import StopRequest, stop_on_signals
 
+_REACHED = "at target"
+"""Under which the losses of a run keep that of the evaluation that met its target."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class UptrainResult:
@@ -162,6 +165,7 @@ class _Run:
             self.display.tell(f"held-out loss of the original: {self.losses['reference']:.4f}")
         del reference
         self.losses["before"] = self._evaluate()
+        self._compare(self.losses["before"])
         # A run that cannot save should fail now and not in a week.
         self._save(required=True)
 
@@ -180,7 +184,7 @@ class _Run:
         total = self.plan.horizon.steps
         self.display.start(total, self.step)
         with self.recorder.profiler() as tick:
-            while self.step < total:
+            while self.step < total and _REACHED not in self.losses:
                 started = time.perf_counter()
                 result = train_step(self.parts, self.guards, self.step, stop=bool(self.stop), save=self._save_due())
                 spent = time.perf_counter() - started
@@ -189,8 +193,16 @@ class _Run:
                 self.recorder.step(self.step, result, spent)
                 tick()
                 if self.step < total and self._evaluation_due():
-                    self._evaluate()
+                    self._compare(self._evaluate())
                 self._save_or_stop(result)
+
+    def _compare(self, loss: float) -> None:
+        """Note that the target is met; a checkpoint keeps the note, so that a resumed run does not go on either."""
+        target, reference = self.config.evaluation.target, self.losses.get("reference")
+        if target is not None and reference is not None and loss - reference <= target:
+            self.losses[_REACHED] = loss
+            self.recorder.event(self.step, "target met", loss=loss, reference=reference)
+            self.display.tell(f"step {self.step:,}: within {target:g} nats per token of the original: the end")
 
     def _evaluation_due(self) -> bool:
         settings, batch = self.config.evaluation, self.plan.horizon.batch_tokens
@@ -206,7 +218,7 @@ class _Run:
         return bool(settings.every_minutes and waited >= 60 * settings.every_minutes)
 
     def _save_or_stop(self, result: StepResult) -> None:
-        finished = self.step == self.plan.horizon.steps
+        finished = self.step == self.plan.horizon.steps or _REACHED in self.losses
         if result.stop and not finished:
             self._save(required=True)
             name = self.stop.signal.name if self.stop.signal else "a signal to another process"

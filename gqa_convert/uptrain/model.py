@@ -295,6 +295,18 @@ def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def attention_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Norms of queries and keys (Qwen3, Gemma 3, OLMo 2) and others inside attention modules, by name."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if "attention" in type(module).__name__.lower())
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and any(name.startswith(prefix) for prefix in inside)
+        and any(True for _ in module.parameters(recurse=False))
+    }
+
+
 def set_dropout(model: nn.Module, share: float) -> None:
     """Set every dropout of a model, modules and plain numbers (`attention_dropout`) alike."""
     for module in model.modules():

@@ -9,7 +9,7 @@ from torch import nn
 
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.config import LoraSection, TrainSection
-from gqa_convert.uptrain.model import attention_linears
+from gqa_convert.uptrain.model import attention_linears, attention_norms
 
 
 def choose_parameters(model: Any, settings: TrainSection) -> Any:
@@ -23,7 +23,7 @@ def choose_parameters(model: Any, settings: TrainSection) -> Any:
     model.requires_grad_(False)
     projections = attention_linears(model)
     if settings.parameters == "attention":
-        for layer in projections.values():
+        for layer in (*projections.values(), *attention_norms(model).values()):
             layer.requires_grad_(True)
         return model
     return _with_lora(model, projections, settings.lora)

@@ -1,0 +1,173 @@
+"""`gqa heal`: train the attention of a converted model back to its original's predictions."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gqa_convert.cli.options import AsJson, DryRun, Force, Trust
+from gqa_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from gqa_convert.conversion.plan import ConvertPlan
+    from gqa_convert.uptrain.heal import HealOptions, HealResult
+
+HEAL = "heal"
+"""The preset that converts by `best` and heals the result."""
+
+Tokens = Annotated[
+    str | None, typer.Option("--tokens", help="Tokens to train on at most: 200k, 1M. (default: 500k)", metavar="COUNT")
+]
+Until = Annotated[
+    float | None,
+    typer.Option(help="Stop when the held-out loss is so many nats per token from the original's.", metavar="NATS"),
+]
+
+
+def heal_command(
+    converted: Annotated[str, typer.Argument(help="The converted folder.", metavar="CONVERTED")],
+    original: Annotated[
+        str, typer.Argument(help="The model before conversion: a folder or a hub id.", metavar="ORIGINAL")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="As for --calibrate. (default: self, the original writes it)", metavar="DATA"),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on. (default: a fiftieth of the documents of --text)", metavar="DATA"),
+    ] = None,
+    tokens: Tokens = None,
+    until: Until = None,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate. (default: by width)")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a sequence. (default: 512)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the order of the text. (default: 0)")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep the training run here. (default: beside --out, removed at the end)")
+    ] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Heal CONVERTED: distil ORIGINAL into its attention on a little text, and write the result to --out.
+
+    Stopped (SIGTERM, SIGUSR1, a power cut), the same command goes on where it was. Works under `accelerate launch -m
+    gqa_convert.cli heal ...` on any number of devices.
+    """
+    from gqa_convert.budget.counts import parse_count
+    from gqa_convert.uptrain.heal import HealOptions, foreseen, heal, told
+
+    given: dict[str, Any] = {
+        "text": text,
+        "held_out": held_out,
+        "tokens": None if tokens is None else parse_count(tokens),
+        "until": until,
+        "rate": rate,
+        "context": context,
+        "seed": seed,
+    }
+    options = HealOptions(**{name: value for name, value in given.items() if value is not None})
+    if dry_run:
+        cost = foreseen(converted, original, options, trust_remote_code=trust_remote_code)
+        typer.echo(jsonlib.dumps(asdict(cost), indent=2) if json else told(cost))
+        return
+    result = heal(
+        converted,
+        original,
+        out=out,
+        options=options,
+        work=work,
+        force=force,
+        trust_remote_code=trust_remote_code,
+        quiet=json,
+        tell=None if json else say,
+    )
+    show_healed(result, json)
+
+
+def heal_options(
+    preset: str | None, calibrate: str | None, tokens: str | None, until: float | None, seed: int | None
+) -> HealOptions | None:
+    """The healing that `--preset heal` asks for; None for another preset.
+
+    Raises:
+        UsageError: if its options are given without it.
+    """
+    if preset != HEAL:
+        if tokens is not None or until is not None:
+            raise UsageError("--heal-tokens, --heal-until: belong to --preset heal, which was not asked for.")
+        return None
+    from gqa_convert.budget.counts import parse_count
+    from gqa_convert.uptrain.heal import HealOptions
+
+    given: dict[str, Any] = {
+        "text": calibrate,
+        "tokens": None if tokens is None else parse_count(tokens),
+        "until": until,
+        "seed": seed,
+    }
+    return HealOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+def convert_healed(
+    planned: ConvertPlan,
+    options: HealOptions,
+    *,
+    work: Path | None,
+    force: bool,
+    flush: bool,
+    verify: str,
+    trust_remote_code: bool,
+    json: bool,
+) -> None:
+    """Carry a plan out, heal the result, and print what both brought."""
+    from gqa_convert.progress import conversion_progress
+    from gqa_convert.uptrain.heal import convert_and_heal
+
+    with conversion_progress(planned.bytes_out, quiet=json) as (on_bytes, on_layer):
+        result = convert_and_heal(
+            planned,
+            options=options,
+            work=work,
+            force=force,
+            flush=flush,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+            quiet=json,
+            tell=None if json else say,
+            on_bytes=on_bytes,
+            on_layer=on_layer,
+        )
+    show_healed(result, json)
+
+
+def say(text: str) -> None:
+    """Print a line, by the first process of several."""
+    from gqa_convert.console import console
+    from gqa_convert.uptrain.heal import is_main
+
+    if is_main():
+        console().print(text, highlight=False, markup=False)
+
+
+def show_healed(result: HealResult, json: bool) -> None:
+    """Print what healing brought."""
+    from gqa_convert.console import console, show_written
+    from gqa_convert.uptrain.heal import is_main
+
+    if not is_main():
+        return
+    if json:
+        typer.echo(jsonlib.dumps({**asdict(result), "out": str(result.out)}, indent=2))
+        return
+    say(
+        f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats per token; the original's is "
+        f"{result.loss_original:.4f} ({result.tokens:,} tokens, {result.seconds:,.0f} s in steps)"
+    )
+    show_written(console(), result.out)

@@ -1,0 +1,79 @@
+"""What a run will take on this machine, told before it starts: time from a measured matrix product, memory by count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gqa_convert.budget.machine import matmul_rate
+from gqa_convert.budget.shape import shape_of_folder
+from gqa_convert.hf import api
+from gqa_convert.uptrain.model import attention_linears, attention_norms
+
+if TYPE_CHECKING:
+    from gqa_convert.uptrain.config import UptrainConfig
+
+REACHED = 0.45
+"""Share of a large matrix product's rate that training reaches (SmolLM2-135M on a core of an AMD EPYC: 0.45 to 0.5)."""
+_ACTIVATIONS = 40
+"""Numbers kept for the backward pass, per token and layer, as multiples of the hidden size."""
+_LOGIT_COPIES = 6
+"""Arrays of the size of a chunk's logits that the loss holds at a time, in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a distillation will take.
+
+    Attributes:
+        trained: parameters that change.
+        flops: operations of the whole run: both models' forward passes and the backward pass through the frozen parts.
+        hours: of training on this machine, evaluation and loading left out.
+        memory_bytes: weights of both models, gradients, moments, activations of a micro-batch, logits of a chunk.
+    """
+
+    trained: int
+    flops: float
+    hours: float
+    memory_bytes: int
+
+
+def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int, processes: int = 1) -> Forecast:
+    """Count and measure what a distillation of attention alone takes.
+
+    Args:
+        config: the run.
+        source: the converted model's folder.
+        teacher: the original's.
+        tokens: to train on.
+        processes: that share the work.
+    """
+    import torch
+
+    shape, taught = shape_of_folder(source), shape_of_folder(teacher)
+    known = api.load_config(source, trust_remote_code=config.trust_remote_code)
+    model = api.build_on_meta(api.model_class(known, folder=source, trust_remote_code=config.trust_remote_code), known)
+    parts = (*attention_linears(model).values(), *attention_norms(model).values())
+    trained = sum(p.numel() for part in parts for p in part.parameters())
+    context = config.data.context
+    backward_and_forward = shape.training_flops_per_token(context) * 2 / 3
+    per_token = backward_and_forward + 2 * trained + taught.training_flops_per_token(context) / 3
+    text = known.get_text_config(decoder=True)
+    narrow = config.train.precision != "float32"
+    micro_tokens = config.train.micro_batch * context
+    width, layers = int(getattr(text, "hidden_size", 0)), shape.layers
+    activations = micro_tokens * layers * width * _ACTIVATIONS * (2 if narrow else 4)
+    logits = min(config.objective.loss_chunk, micro_tokens) * int(text.vocab_size) * 4 * _LOGIT_COPIES
+    teacher_bytes = 2 if config.objective.distillation and config.objective.distillation.dtype == "bfloat16" else 4
+    held = 4 * shape.parameters + teacher_bytes * taught.parameters + 12 * trained + activations + logits
+    rate = matmul_rate(torch.bfloat16 if narrow else torch.float32)
+    flops = tokens * per_token
+    return Forecast(trained=trained, flops=flops, hours=flops / (REACHED * rate * processes) / 3600, memory_bytes=held)
+
+
+def training_precision() -> str:
+    """`bf16` where this machine computes faster in it, else `float32` (some processors are far slower in it)."""
+    import torch
+
+    return "bf16" if matmul_rate(torch.bfloat16) > 1.2 * matmul_rate(torch.float32) else "float32"

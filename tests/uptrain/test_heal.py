@@ -1,0 +1,216 @@
+"""Healing: a converted model comes back to its original, on attention alone, and resumes, stops and refuses soundly."""
+
+import json
+import signal
+
+import pytest
+import torch
+from conftest import make_tiny
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from gqa_convert import convert
+from gqa_convert.cli.main import app
+from gqa_convert.errors import Preempted, UsageError
+from gqa_convert.uptrain import heal as healing
+from gqa_convert.uptrain import loop
+from gqa_convert.uptrain.heal import HealOptions, heal, heal_rate
+from gqa_convert.uptrain.model import attention_norms
+from gqa_convert.uptrain.optim import choose_parameters
+from gqa_convert.uptrain.read_config import parse_config
+
+OPTIONS = {"context": 32, "tokens": 40_000, "rate": 0.01}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A model whose heads matter: its text is predictable and its logits are sharp."""
+    return make_tiny(tmp_path_factory.mktemp("heal") / "original", kv_heads=4, seed=3, sharpness=30.0)
+
+
+@pytest.fixture(scope="module")
+def converted(original, tmp_path_factory):
+    out = tmp_path_factory.mktemp("heal") / "converted"
+    convert(original, groups=1, out=out)
+    return out
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_healed_model_predicts_as_its_original_did_and_only_its_attention_has_changed(
+    original, converted, text_file, tmp_path
+):
+    told = []
+    result = heal(
+        converted, original, out=tmp_path / "healed", options=HealOptions(text=str(text_file), **OPTIONS),
+        quiet=True, tell=told.append,
+    )  # fmt: skip
+    before, after = weights(converted), weights(result.out)
+    assert {key for key in after if not torch.equal(before[key], after[key])} == {
+        key for key in after if "self_attn" in key
+    }
+    runs = json.loads((result.out / "gqa_convert.json").read_text())
+    assert runs["uptraining"]["config"]["objective"]["distillation"]["cross_entropy_weight"] == 0
+    assert runs["conversion"]["after"]["kv_heads"] == 1
+    assert distance(original, result.out) < 0.5 * distance(original, converted)
+    assert any("parameters are trained" in line and "hours" in line and "GB" in line for line in told)
+    assert not list(tmp_path.glob(".healed*")), "nothing is left beside the result"
+
+
+def distance(original, folder):
+    """KL from the original on sequences of words."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.randint(3, 20, (16, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        t, s = (AutoModelForCausalLM.from_pretrained(f)(ids).logits.log_softmax(-1) for f in (original, folder))
+    return float((t.exp() * (t - s)).sum(-1).mean())
+
+
+def test_interrupted_and_started_again_it_gives_the_same_bits(original, converted, text_file, tmp_path, monkeypatch):
+    options = HealOptions(text=str(text_file), **{**OPTIONS, "tokens": 20_000})
+    straight = heal(converted, original, out=tmp_path / "straight", options=options, quiet=True)
+    real = loop.train_step
+
+    def train_step(parts, guards, at, **rest):
+        found = real(parts, guards, at, **rest)
+        if at == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", train_step)
+        with pytest.raises(Preempted):
+            heal(converted, original, out=tmp_path / "resumed", options=options, quiet=True)
+    assert not (tmp_path / "resumed").exists()
+    with pytest.raises(UsageError, match="interrupted healing with other options"):
+        heal(converted, original, out=tmp_path / "resumed", options=HealOptions(text=str(text_file)), quiet=True)
+    resumed = heal(converted, original, out=tmp_path / "resumed", options=options, quiet=True)
+    assert same_bits(weights(straight.out), weights(resumed.out))
+    assert not list(tmp_path.glob(".resumed*"))
+
+
+def test_it_stops_when_the_target_is_met_and_a_second_run_does_not_go_on(original, converted, text_file, tmp_path):
+    options = HealOptions(text=str(text_file), until=5.0, **OPTIONS)
+    result = heal(converted, original, out=tmp_path / "out", options=options, work=tmp_path / "work", quiet=True)
+    assert result.tokens < OPTIONS["tokens"]
+    assert result.loss_after - result.loss_original <= 5.0
+    again = heal(
+        converted, original, out=tmp_path / "out", options=options, work=tmp_path / "work", quiet=True, force=True
+    )
+    assert again.tokens == result.tokens
+
+
+def test_a_target_needs_something_to_be_near_to(settings):
+    with pytest.raises(UsageError, match="nothing to compare with"):
+        parse_config({**settings, "evaluation": {"target": 0.1}})
+
+
+@pytest.mark.parametrize(
+    "given", [{"tokens": 0}, {"until": 0.0}, {"rate": 1.5}, {"context": 1}], ids=lambda g: next(iter(g))
+)
+def test_values_that_mean_nothing_are_refused(given):
+    with pytest.raises(UsageError, match=next(iter(given))):
+        HealOptions(**given)
+
+
+def test_another_models_vocabulary_is_refused(original, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+            vocab_size=99, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    other.save_pretrained(tmp_path / "other")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"the cat sees a dog {'and ' * i}"}) + "\n" for i in range(200)))
+    with pytest.raises(UsageError, match="vocabulary"):
+        heal(
+            original, tmp_path / "other", out=tmp_path / "o", options=HealOptions(text=str(text), **OPTIONS), quiet=True
+        )
+    assert not (tmp_path / "o").exists()
+
+
+def test_without_text_the_original_writes_it(original, converted, tmp_path):
+    options = HealOptions(**{**OPTIONS, "tokens": 4096})
+    result = heal(converted, original, out=tmp_path / "out", options=options, work=tmp_path / "work", quiet=True)
+    lines = (tmp_path / "work" / "original-wrote.jsonl").read_text().splitlines()
+    assert len(lines) >= 64
+    assert all(len(json.loads(line)["text"].split()) > 10 for line in lines)
+    assert result.tokens == 4096
+
+
+def test_norms_of_queries_and_keys_are_trained_and_no_other_norm():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, vocab_size=30,
+        )
+    )  # fmt: skip
+    norms = attention_norms(model)
+    assert {name.rpartition(".")[2] for name in norms} == {"q_norm", "k_norm"}
+    section = parse_config_section()
+    choose_parameters(model, section)
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+
+
+def parse_config_section():
+    from gqa_convert.uptrain.config import TrainSection
+
+    return TrainSection(batch_sequences=1, parameters="attention")
+
+
+def test_wide_models_move_less():
+    assert heal_rate(576) == heal_rate(1024) == healing.PEAK
+    assert heal_rate(4096) == pytest.approx(healing.PEAK / 2)
+
+
+def test_the_preset_converts_by_best_and_heals_and_goes_on_after_the_conversion(original, text_file, tmp_path):
+    out = tmp_path / "out"
+    command = ["convert", str(original), "--groups", "1", "--preset", "heal", "--calibrate", str(text_file), "--out",
+               str(out), "--heal-tokens", "4k", "--calibration-sequences", "8", "--calibration-length", "32",
+               "--refit-steps", "5", "--work", str(tmp_path / "work"), "--json"]  # fmt: skip
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    first = json.loads(shown.stdout)
+    assert first["tokens"] >= 4000
+    record = json.loads((out / "gqa_convert.json").read_text())
+    assert record["conversion"]["recipe"]["refit"]
+    assert "uptraining" in record
+    untouched = (tmp_path / "work" / "converted" / "model.safetensors").stat().st_mtime_ns
+    again = CliRunner().invoke(app, [*command, "--force"])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "work" / "converted" / "model.safetensors").stat().st_mtime_ns == untouched
+    other = CliRunner().invoke(app, [*command, "--force", "--refit-steps", "6"])
+    assert isinstance(other.exception, UsageError)
+    assert "interrupted run converted another model there" in str(other.exception)
+
+
+def test_options_of_the_preset_without_it_are_refused(original, tmp_path):
+    shown = CliRunner().invoke(app, ["convert", str(original), "--groups", "1", "--heal-tokens", "4k"])
+    assert isinstance(shown.exception, UsageError)
+    assert "--preset heal" in str(shown.exception)
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(original, converted, tmp_path):
+    shown = CliRunner().invoke(
+        app, ["heal", str(converted), str(original), "--out", str(tmp_path / "o"), "--dry-run", "--json"]
+    )
+    assert shown.exit_code == 0, shown.output
+    cost = json.loads(shown.stdout)
+    attention = sum(v.numel() for k, v in weights(converted).items() if "self_attn" in k)
+    assert cost["trained"] == attention
+    assert cost["hours"] > 0
+    assert cost["memory_bytes"] > 0
+    assert not list(tmp_path.iterdir())
