@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import random
+import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,11 @@ def mutate(draw: random.Random, work: Path) -> tuple[str, list[str], list[str], 
     overrides: list[str] = []
     exact = True
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
-        exact &= _KINDS[kind](draw, work, done, overrides)
+        try:
+            exact &= _KINDS[kind](draw, work, done, overrides)
+        except (OSError, EOFError, zlib.error, MemoryError, shutil.Error) as error:  # of what was damaged before
+            done.append(f"no more: {type(error).__name__}")
+            break
     return kind, done, overrides, exact
 
 
@@ -146,7 +152,7 @@ def _text(draw: random.Random, work: Path, done: list[str], overrides: list[str]
         packed = path.suffix == ".gz"
         try:
             data = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
-        except OSError:
+        except (OSError, EOFError, zlib.error):
             return True
         lines = data.splitlines(keepends=True)
         at = draw.randrange(len(lines)) if lines else 0

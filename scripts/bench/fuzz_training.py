@@ -161,7 +161,9 @@ def judge(bases: Path, work: Path, seed: int, number: int) -> dict[str, Any]:
         stack = work / "tmp" / "stack"
         said = stack.read_text()[-3000:] if stack.is_file() else ""
         result = {"case": number, "base": name, "kind": kind, "done": damage, "code": None, "faults": [], "said": said}
-    if outcome.fault:
+    if outcome.fault == "the process ended with -15":
+        result["code"] = -15  # asked to stop before there was anything to save, which ends a process
+    elif outcome.fault:
         result["faults"].append("hang" if outcome.fault == "hang" else f"died: {outcome.fault}")
     if outcome.peak_mb > MEGABYTES:
         result["faults"].append(f"memory: {outcome.peak_mb} MB")
