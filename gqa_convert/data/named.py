@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from gqa_convert.data.documents import KNOWN_SUFFIXES, SourceSpec, kind_of
 from gqa_convert.errors import HubError, UsageError
 
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255
 _SUFFIXES = ", ".join(KNOWN_SUFFIXES)
 FORMS = f"a {_SUFFIXES} file (compressed too), a folder of those, or a hub dataset `id[:configuration[:split]]`"
 """For messages and help."""
@@ -27,7 +29,13 @@ def source_named(data: str, *, split: str = "train", text_field: str = "text", d
     Raises:
         UsageError: if there is no such file, or none of a known kind.
     """
-    path = Path(data).expanduser()
+    problem = unfit_name(data)
+    if problem:
+        raise UsageError(f"{data[:80]!r}: cannot be a path ({problem}). Give {FORMS}.")
+    try:
+        path = Path(data).expanduser()
+    except RuntimeError as error:  # the home of a user that is not there
+        raise UsageError(f"{data[:80]!r}: cannot be a path ({error}). Give {FORMS}.") from error
     if path.is_dir():
         spec = SourceSpec(kind="folder", paths=(str(path),), text_field=text_field, documents=documents)
         if not any(kind_of(file) for file in path.rglob("*") if file.is_file()):
@@ -45,6 +53,21 @@ def source_named(data: str, *, split: str = "train", text_field: str = "text", d
     return SourceSpec(
         kind="hub", paths=(name,), text_field=text_field, config_name=configuration or None, split=own_split or split
     )
+
+
+def unfit_name(text: str) -> str | None:
+    """Say why no file system takes `text` for a path; None if one might."""
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError:
+        return "it holds half a surrogate pair"
+    if not text.strip():
+        return "it is empty"
+    if b"\0" in data:
+        return "it holds a null character"
+    if len(data) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in data.split(b"/")):
+        return "it is too long"
+    return None
 
 
 @contextmanager

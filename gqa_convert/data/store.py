@@ -81,6 +81,8 @@ class TokenStore:
             tell: told of a store that is there but damaged.
         """
         try:
+            if any(path.exists() and not path.is_file() for path in map(folder.joinpath, (_META, _TOKENS, _STARTS))):
+                raise ValueError("a part of it is no file")
             meta = _description(folder)
             starts = np.fromfile(folder / _STARTS, dtype=np.int64)
             size = (folder / _TOKENS).stat().st_size

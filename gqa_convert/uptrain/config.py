@@ -9,14 +9,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gqa_convert.uptrain.config_data import BudgetSection, Count, DataSection, Positive, Section, Share
+from gqa_convert.uptrain.config_data import BudgetSection, Count, DataSection, Place, Positive, Section, Share
 from gqa_convert.uptrain.optim import get_optimizer
 
 
 class DistillationSection(Section):
     """Learn from the original model's predictions."""
 
-    teacher: str
+    teacher: Place
     """Folder or hub id of the original."""
     weight: Positive = 1.0
     """Weight of KL(teacher || model), nats per token."""
@@ -145,7 +145,7 @@ class CheckpointSection(Section):
     """Save when this long has passed since the last save."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Whole checkpoints kept; older ones go only after a newer one is committed."""
-    resume: Literal["auto", "never"] | str = "auto"
+    resume: Literal["auto", "never"] | Place = "auto"
     """auto: from the newest whole checkpoint of `output`; never; or a checkpoint folder."""
     failures_allowed: Annotated[int, Field(ge=0)] = 3
     """Saves in a row that may fail (disk full) before the run stops."""
@@ -160,7 +160,7 @@ class EvaluationSection(Section):
     """And when these many were seen: a curve is best resolved where it falls fastest, near the start."""
     tokens: Count | None = 1_000_000
     """Held-out tokens to score; null for all."""
-    reference: str | None = None
+    reference: Place | None = None
     """Folder or hub id of the original, scored once as the line to reach; default: the teacher, if there is one."""
     target: Positive | None = None
     """Stop as soon as an evaluation finds the held-out loss within so many nats per token of the reference's."""
@@ -191,9 +191,9 @@ class ExpectSection(Section):
 class UptrainConfig(Section):
     """An uptraining run."""
 
-    model: str
+    model: Place
     """Folder of the converted model."""
-    output: str
+    output: Place
     """Folder of the run: checkpoints, metrics, and in the end `final`, a plain transformers folder."""
     budget: BudgetSection = BudgetSection()
     data: DataSection

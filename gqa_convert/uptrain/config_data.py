@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from gqa_convert.budget.counts import parse_count
-from gqa_convert.data.named import source_named
+from gqa_convert.data.named import source_named, unfit_name
 from gqa_convert.errors import UsageError
 
 
@@ -23,6 +23,17 @@ def _count(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_count)]
 """A number of tokens or steps; may be written 2B, 1.5T, 8k (8,192)."""
+
+
+def _place(value: str) -> str:
+    problem = unfit_name(value)
+    if problem:
+        raise ValueError(f"cannot be a path: {problem}")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_place)]
+"""A file or folder, a glob pattern or a hub id: anything that a file system could take for a name."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -58,7 +69,7 @@ class SourceSection(Section):
 
     kind: Literal["text", "jsonl", "parquet", "folder", "hub", "python"]
     """text, jsonl, parquet: files; folder: every file below one; hub: a dataset id; python: `module:function`."""
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    paths: Annotated[tuple[Place, ...], Field(min_length=1)]
     """Files and glob patterns, relative to the working directory; or the folder, the id, the function."""
     text_field: str = "text"
     """The column that holds the text."""
@@ -95,7 +106,7 @@ class DataSection(Section):
     """Tokens a sequence (of the encoder, for span corruption)."""
     streaming: bool = False
     """Tokenise while training (corpora too large to tokenise first); else once, into `<output>/tokens` or `cache`."""
-    cache: str | None = None
+    cache: Place | None = None
     """Folder for tokenised corpora, shared between runs."""
     separate_documents: bool | Literal["auto"] = "auto"
     """Restart positions and let no attention cross documents; auto: yes for causal_lm. Proven on the model at start."""

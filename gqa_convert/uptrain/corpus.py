@@ -16,7 +16,7 @@ from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
 from gqa_convert.data.encoding import Encoder
 from gqa_convert.data.spans import SpanCorruption, sentinel_ids
 from gqa_convert.data.split import is_held_out
-from gqa_convert.data.store import StoreWriter, TokenStore
+from gqa_convert.data.store import StoreWriter, TokenStore, remove_stale
 from gqa_convert.data.stream import StreamedBlocks
 from gqa_convert.errors import Preempted, UsageError
 from gqa_convert.uptrain.config import UptrainConfig
@@ -126,6 +126,7 @@ def prepare_data(
     collate, collate_held_out, length = objective_parts(config, tokenizer, model_config)
     corpus = open_corpus(source_spec(config.data.source))
     making = _Making(Path(config.data.cache or Path(config.output) / "tokens"), encoder, tell, stopped, check)
+    remove_stale(making.root)
     apart = config.data.held_out_source
     fraction = 0.0 if apart is not None else config.data.held_out_fraction
     limit = config.evaluation.tokens

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import OutputError, UsageError
 from gqa_convert.uptrain.config import LogSection
 
 _MODULES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -18,11 +18,16 @@ class MetricsFile:
     """`metrics.jsonl`: one object a line, each with its `step` and `kind` (`train`, `evaluation`, `event`).
 
     When a run resumes, what was logged after the checkpoint is dropped, so that every step is there once.
+
+    Raises:
+        OutputError: if something else has its name.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: is no file, so nothing can be logged there. Move it away.")
 
     def rewind(self, step: int, *, finishing: bool = False) -> None:
         """Drop what will be written again: records after `step`, and of `step` itself that the run had gone on.

@@ -77,6 +77,9 @@ def training_state_problem(folder: Path) -> str | None:
         if (folder / SHARDS).is_dir():
             read_description(folder / SHARDS)
         elif not (folder / ZERO).is_dir():
+            missing = [name for name in (MODEL, OPTIMIZER) if not (folder / name).is_file()]
+            if missing:
+                return f"{missing[0]} is missing"
             read_header(folder / MODEL)
             read_optimizer(folder / OPTIMIZER)
     except CheckpointError as error:

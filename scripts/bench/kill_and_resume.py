@@ -1,131 +1,185 @@
 #!/usr/bin/env python3
-"""Kill a run with SIGKILL at random moments, again and again, and check that every start finds a whole checkpoint.
+"""Kill a run with SIGKILL at random moments of its life until it ends, then another; look each time.
 
-    python scripts/bench/kill_and_resume.py CONFIG --kills 30 --out results.json [--set a.b=c ...]
+    python scripts/bench/kill_and_resume.py --kills 200 --out scripts/bench/results/uptrain_kills.json
+    python scripts/bench/kill_and_resume.py --config CONFIG --kills 30 [--set a.b=c ...]
 
-CONFIG is a short run of `gqa uptrain`; it is given a fresh output and saves every few steps. After the kills it is left
-to finish, and its weights are compared, bit by bit, with those of a run that was never disturbed.
+Without a configuration a run of tiny models is used, whose starts take a second: kills then fall everywhere, into
+tokenising, training, saving, and writing the result. After each kill every folder that counts as a checkpoint must be
+whole, none newer than the one before it may be lost, and `final` is whole or not there. Each run that ends at last must
+have the files of one that was never disturbed, byte for byte, and its metrics every line once.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import multiprocessing
+import os
+import platform
 import random
+import shutil
+import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
 import torch
 import transformers
+import yaml
+from tiny_run import make_model, make_text, settings
+from warm import import_all, in_fork, kill_after, start
 
-from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore
-from gqa_convert.uptrain.loop import uptrain
-from gqa_convert.uptrain.metrics import read_metrics
-from gqa_convert.uptrain.read_config import load_config
+from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore, damage
 
-
-def start(options: argparse.Namespace, output: Path, cache: Path) -> Any:
-    """Start the run in a process of its own, forked so that imports are paid for once."""
-    process = multiprocessing.get_context("fork").Process(target=train, args=(options, output, cache))
-    process.start()
-    return process
+STEPS, EVERY = 30, 2
 
 
-def train(options: argparse.Namespace, output: Path, cache: Path) -> None:
-    sets = [
-        *options.set,
-        f"output={output}",
-        f"data.cache={cache}",
-        f"checkpoints.every_steps={options.every}",
-        "log.trackers=[]",
-    ]
-    uptrain(load_config(options.config, sets), quiet=True)
+def train(config: Path, output: Path, sets: list[str]) -> None:
+    """The whole of one start."""
+    from gqa_convert.uptrain.loop import uptrain
+    from gqa_convert.uptrain.read_config import load_config
+
+    os.chdir(config.parent)
+    uptrain(load_config(config, [*sets, f"output={output}", "log.trackers=[]"]), quiet=True)
 
 
-def steps_logged(output: Path) -> int:
-    path = output / "metrics.jsonl"
-    return max((r["step"] for r in read_metrics(path)), default=0) if path.exists() else 0
-
-
-def kill_once(options: argparse.Namespace, output: Path, cache: Path, rng: random.Random) -> dict[str, Any] | None:
-    """Start, wait for the first step of this start, kill at a random moment after it; None if it finished first."""
+def look(output: Path, before: int) -> dict[str, Any]:
+    """What a kill has left; stops the script if it is anything that must not be."""
     store = CheckpointStore(output / "checkpoints", 2)
-    begun = store.newest()
-    before = begun.step if begun else 0
-    log = output / "metrics.jsonl"
-    seen = log.stat().st_mtime_ns if log.exists() else 0
-    run = start(options, output, cache)
-    # Until the log is rewound it still has the steps of the run that was killed.
-    while run.is_alive() and (not log.exists() or log.stat().st_mtime_ns == seen or steps_logged(output) <= before):
-        time.sleep(0.01)
-    run.join(rng.uniform(0, options.spread))
-    if not run.is_alive():
-        if run.exitcode:
-            raise SystemExit(f"the run ended with {run.exitcode}")
-        return None
-    run.kill()
-    run.join()
-    found = store.newest()
-    if found is None or found.step < before:
-        raise SystemExit(f"after a kill the newest whole checkpoint is {found}, it was step {before}")
-    half = [p.name for p in (output / "checkpoints").iterdir() if not (p / MARKER).is_file()]
-    return {"resumed_from": before, "killed_after_step": steps_logged(output), "newest_whole": found.step,
-            "unfinished_save": bool(half)}  # fmt: skip
+    marked = store.steps()
+    bad = [step for step in marked if damage(store.path(step), step)]
+    newest = store.newest()
+    if bad or (newest.step if newest else -1) < before:
+        raise SystemExit(f"after a kill: damaged {bad}, newest {newest}, it was step {before}")
+    final = output / "final"
+    if final.exists() and not {"config.json", "model.safetensors", "gqa_convert.json"} <= names(final):
+        raise SystemExit(f"after a kill the result is in parts: {sorted(names(final))}")
+    saving = any((output / "checkpoints").glob(".saving-*")) if marked or (output / "checkpoints").is_dir() else False
+    tokens = output / "tokens"
+    return {
+        "newest_whole": newest.step if newest else None,
+        "unfinished_save": saving or any(not (p / MARKER).is_file() for p in (output / "checkpoints").glob("step-*")),
+        "unfinished_tokens": tokens.is_dir() and any(p.name.startswith(".") for p in tokens.iterdir()),
+        "unfinished_result": any(p.name.startswith(".final.") for p in output.iterdir()) if output.is_dir() else False,
+    }
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def compare(output: Path, undisturbed: Path) -> list[str]:
+    """How a finished run differs from one that was never disturbed."""
+    problems = []
+    one, two = output / "final", undisturbed / "final"
+    if names(one) != names(two):
+        problems.append(f"files {sorted(names(one) ^ names(two))}")
+    for name in names(one) & names(two) - {"gqa_convert.json"}:
+        if (one / name).read_bytes() != (two / name).read_bytes():
+            problems.append(f"{name} differs")
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    if len(set(lines)) != len(lines):
+        problems.append("a line of metrics.jsonl is there twice")
+    if records(output) != records(undisturbed):
+        problems.append("metrics.jsonl differs")
+    left = [p.name for p in output.rglob(".*") if p.name.startswith((".saving-", ".final.")) or ".tmp-" in p.name]
+    if left:
+        problems.append(f"left behind: {left}")
+    return problems
+
+
+def records(output: Path) -> list[dict[str, Any]]:
+    """What a run has measured, without speeds and without what was said of its being resumed."""
+    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in record.items() if key != "tokens_per_second"}
+        for record in found
+        if record["kind"] != "event"
+    ]
+
+
+def prepare(options: argparse.Namespace, work: Path) -> tuple[Path, list[str]]:
+    """The configuration to run, and overrides."""
+    if options.config is not None:
+        return options.config.absolute(), [*options.set, f"checkpoints.every_steps={options.every}"]
+    make_model(work / "model")
+    make_text(work / "data")
+    path = work / "run.yaml"
+    tiny = settings(
+        budget={"steps": STEPS}, checkpoints={"every_steps": options.every}, evaluation={"every_tokens": 640}
+    )
+    path.write_text(yaml.safe_dump(tiny))
+    return path, options.set
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--every", type=int, default=2)
-    parser.add_argument("--spread", type=float, default=2.0, help="seconds after the first step within which to kill")
+    parser.add_argument("--every", type=int, default=EVERY)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rng = random.Random(options.seed)
+    draw = random.Random(options.seed)
     torch.set_num_threads(1)  # threads do not survive a fork
     transformers.logging.set_verbosity_error()
-    for name in ("accelerate", "datasets", "transformers.models.llama.modeling_llama", "gqa_convert.uptrain.build"):
-        importlib.import_module(name)  # before forking
-    getattr(transformers, "AutoTokenizer")  # noqa: B009 - lazily imported
-    with tempfile.TemporaryDirectory() as name:
+    import_all(["gqa_convert.uptrain.loop", "gqa_convert.uptrain.read_config", "accelerate", "datasets"])
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="kills-") as name:
         work = Path(name)
-        kills: list[dict[str, Any]] = []
-        finished = 0
-        while len(kills) < options.kills:
-            output = work / f"run-{finished}"
-            found = kill_once(options, output, work / "tokens", rng)
-            if found is None:
-                finished += 1  # it got to the end between two kills: begin anew
-                continue
-            kills.append(found)
-            print(f"kill {len(kills)}: {found}", flush=True)
-        last = work / f"run-{finished}"
+        config, sets = prepare(options, work)
         undisturbed = work / "undisturbed"
-        for output in (last, undisturbed):
-            run = start(options, output, work / "tokens")
-            run.join()
-        one, two = ((folder / "final" / "model.safetensors").read_bytes() for folder in (last, undisturbed))
+        outcome = in_fork(lambda: (train(config, undisturbed, sets), sorted(sys.modules))[1], seconds=3600)
+        if outcome.value is None:
+            raise SystemExit("the undisturbed run fails")
+        import_all(outcome.value)
+        life = in_fork(lambda: train(config, work / "again", sets), seconds=3600).seconds  # nothing left to import
+        problems = compare(work / "again", undisturbed)
+        if problems:
+            raise SystemExit(f"two undisturbed runs differ: {problems}")
+        kills: list[dict[str, Any]] = []
+        finished = whole = 0
+        before, output = -1, work / "run-0"
+        while len(kills) < options.kills or before >= 0:
+            enough = len(kills) >= options.kills
+            child = start(lambda output=output: train(config, output, sets))  # type: ignore[misc]
+            status = kill_after(child, None if enough else draw.uniform(0, life))
+            if status == 0:
+                problems = compare(output, undisturbed)
+                if problems:
+                    raise SystemExit(f"run {finished}: {'; '.join(problems)}")
+                finished, whole, before = finished + 1, whole + 1, -1
+                shutil.rmtree(output)
+                output = work / f"run-{finished}"
+                continue
+            if status != -9:
+                raise SystemExit(f"a start ended with {status}")
+            kills.append({"resumed_from": before if before >= 0 else None, **look(output, before)})
+            newest = kills[-1]["newest_whole"]
+            before = -1 if newest is None else newest
     result = {
-        "what": "SIGKILL at random moments of training; every start resumed from a whole checkpoint",
-        "config": options.config.name,
+        "what": "SIGKILL at random moments of a run's life; every start went on from a whole checkpoint",
+        "command": f"python scripts/bench/kill_and_resume.py --kills {options.kills} --seed {options.seed}",
         "kills": len(kills),
-        "whole_after_every_kill": True,
+        "runs_that_ended": finished,
+        "equal_byte_for_byte_to_an_undisturbed_run": whole,
+        "metrics_without_a_doubled_line": whole,
         "killed_while_saving": sum(kill["unfinished_save"] for kill in kills),
-        "bitwise_equal_to_an_undisturbed_run": one == two,
+        "killed_while_tokenising": sum(kill["unfinished_tokens"] for kill in kills),
+        "killed_while_writing_the_result": sum(kill["unfinished_result"] for kill in kills),
+        "killed_before_the_first_checkpoint": sum(kill["newest_whole"] is None for kill in kills),
+        "wall_s": round(time.monotonic() - started, 1),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
         "versions": {n: version(n) for n in ("gqa-convert", "torch", "transformers", "accelerate")},
-        "runs": kills,
     }
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=2))
-    raise SystemExit(0 if one == two else 1)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
