@@ -9,6 +9,7 @@ from rich.text import Text
 
 from gqa_convert.console import console, size
 from gqa_convert.evaluate import metrics
+from gqa_convert.evaluate.metric import Figures, Metric
 from gqa_convert.evaluate.results import Comparison, Evaluation
 
 _MODELS_PER_TABLE = 4
@@ -34,7 +35,7 @@ def show_evaluation(evaluation: Evaluation) -> None:
             out.print(line, markup=False)
 
 
-def _shown(evaluation: Evaluation) -> list[metrics.Metric]:
+def _shown(evaluation: Evaluation) -> list[Metric]:
     """A model's own figures first, then those of a pair."""
     own = metrics.shown("eval", [evaluation.base.figures, *(c.model.figures for c in evaluation.converted)], "model")
     return own + metrics.shown("eval", [comparison.figures for comparison in evaluation.converted], "pair")
@@ -47,7 +48,7 @@ def _table(evaluation: Evaluation, converted: Sequence[Comparison]) -> Table:
     for model in models:
         table.add_column(Text(model.name), justify="right", overflow="fold")
     table.add_row("KV heads", *(f"{model.kv_heads} of {model.query_heads}" for model in models))
-    pairs: list[metrics.Figures] = [{}, *(comparison.figures for comparison in converted)]
+    pairs: list[Figures] = [{}, *(comparison.figures for comparison in converted)]
     for metric in _shown(evaluation):
         figures = [model.figures for model in models] if metric.of == "model" else pairs
         cells = [by_name.get(metric.name) for by_name in figures]

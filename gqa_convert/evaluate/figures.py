@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gqa_convert.evaluate.intervals import mean_per_token
-from gqa_convert.evaluate.metrics import Against, Figure, Figures, FromFigures, OfModel, PerToken, rows
+from gqa_convert.evaluate.metric import Against, Figure, Figures, FromFigures, OfModel, PerToken
+from gqa_convert.evaluate.metrics import rows
 from gqa_convert.evaluate.models import Subject
 from gqa_convert.evaluate.scoring import WindowSums
 

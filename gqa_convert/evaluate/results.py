@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.evaluate.metrics import Figures, FromBench, Metric, from_json, rows, to_json
+from gqa_convert.evaluate.metric import Figures, FromBench, Metric
+from gqa_convert.evaluate.metrics import from_json, rows, to_json
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gqa_convert.errors import VerificationError
 from gqa_convert.evaluate.examples import Batch, Example, batches
-from gqa_convert.evaluate.metrics import PerToken, TokenScores, rows
+from gqa_convert.evaluate.metric import PerToken, TokenScores
+from gqa_convert.evaluate.metrics import rows
 
 _CHUNK = 1 << 24
 """Logits that are turned into float32 log-probabilities at a time (64 MiB)."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from gqa_convert.evaluate.metrics import QUALITY, Metric, row, rows
+from gqa_convert.evaluate.metric import Metric
+from gqa_convert.evaluate.metrics import QUALITY, row, rows
 from gqa_convert.evaluate.sweep.points import SweepPoint, frontiers
 from gqa_convert.report.collect import Run
 from gqa_convert.report.labels import place_labels

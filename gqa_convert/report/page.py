@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from gqa_convert.evaluate import metrics
-from gqa_convert.evaluate.metrics import Against
+from gqa_convert.evaluate.metric import Against, Figure
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
 from gqa_convert.report.commands import commands
@@ -95,5 +95,5 @@ def tiles(run: Run, point: SweepPoint) -> list[Tile]:
     return numbers
 
 
-def _verdict(figure: metrics.Figure) -> str:
+def _verdict(figure: Figure) -> str:
     return f" ({figure.verdict})" if figure.verdict else ""

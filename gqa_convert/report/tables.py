@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gqa_convert.console import size
 from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.decode.results import DecodeResult, lengths
-from gqa_convert.evaluate.metrics import Metric
+from gqa_convert.evaluate.metric import Figures, Metric
 from gqa_convert.evaluate.results import Evaluation, Tasks
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run, Timed
@@ -64,7 +64,7 @@ def _heads(shown: Sequence[Metric]) -> tuple[Column, ...]:
     return (Column("model"), Column("KV heads"), *(Column(metric.column, metric.hint) for metric in shown))
 
 
-def _row(name: str, kv_heads: int, figures: metrics.Figures, shown: Sequence[Metric]) -> Row:
+def _row(name: str, kv_heads: int, figures: Figures, shown: Sequence[Metric]) -> Row:
     return Row((name, str(kv_heads), *(metric.cell(figures.get(metric.name)) for metric in shown)))
 
 

@@ -10,7 +10,7 @@ from gqa_convert.cli.main import app
 from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.intervals import mean_per_token
-from gqa_convert.evaluate.metrics import Compared, Figure, FromBench, Metric, OfModel, PerToken, fixed
+from gqa_convert.evaluate.metric import Compared, Figure, FromBench, Metric, OfModel, PerToken, fixed
 from gqa_convert.evaluate.results import Evaluation
 from gqa_convert.evaluate.text import overlapping, windows
 from gqa_convert.report.card import card

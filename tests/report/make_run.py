@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread
-from gqa_convert.evaluate.metrics import Figure
+from gqa_convert.evaluate.metric import Figure
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
 from gqa_convert.evaluate.sweep.points import SweepPoint, recommend
 

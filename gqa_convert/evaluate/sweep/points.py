@@ -8,7 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.evaluate import metrics
-from gqa_convert.evaluate.metrics import QUALITY, Figures
+from gqa_convert.evaluate.metric import Figures, Metric
+from gqa_convert.evaluate.metrics import QUALITY
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -114,7 +115,7 @@ def frontiers(points: Sequence[SweepPoint]) -> dict[str, list[str]]:
     return {metric.frontier: frontier(points, _cost(metric)) for metric in costs}
 
 
-def _cost(metric: metrics.Metric) -> Callable[[SweepPoint], float | None]:
+def _cost(metric: Metric) -> Callable[[SweepPoint], float | None]:
     sign = -1 if metric.better == "higher" else 1
 
     def cost(point: SweepPoint) -> float | None:
