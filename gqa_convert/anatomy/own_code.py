@@ -52,7 +52,7 @@ def prove_own_code(source: Source, difference: ShapeDifference) -> str:
 
 
 def _wrong_axis(config: Any, difference: ShapeDifference) -> str:
-    """Hold the axes that KV heads change to whole heads of a width that the configuration states."""
+    """Hold the axes that KV heads change to whole heads of a width that the configuration states; say where not."""
     counts, widths = {field.kv_heads for field in difference.fields}, _widths(config, difference.fields[0])
     for name, rows in difference.rows.items():
         shape = difference.source_shapes[name]
