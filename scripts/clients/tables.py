@@ -21,8 +21,8 @@ BEGIN, END = "<!-- from scripts/clients/results.json -->", "<!-- end -->"
 
 TOLERANCE, OWN_GELU = 1e-4, 5e-3
 OWN_GELUS = ("llamacpp", "mlx", "genai")
-"""Nats within which log-probabilities count as the same. llama.cpp takes its GELU from a table in half precision; mlx-lm and
-GenAI compute one form of it (exact, by tanh, or faster yet) per family, whatever config.json says."""
+"""Nats within which log-probabilities count as the same. llama.cpp's GELU is a table in half precision; mlx-lm and
+GenAI compute one form of it (exact, by tanh, or faster yet) in a family, whatever config.json says."""
 VARIANTS = ("Llama, theta 50,000", "Llama, head_dim 64")
 """Models that show one setting; the family's own row decides what plans say."""
 NAMES = {"vllm": "vLLM", "llamacpp": "llama.cpp", "openvino": "OpenVINO", "ctranslate2": "CTranslate2", "mlx": "mlx-lm"}
