@@ -39,6 +39,10 @@ PYTHIA = {
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Pythia-70M (parallel)": ("gpt_neox", {**PYTHIA, "use_parallel_residual": True}),
     "GPT-NeoX (sequential)": ("gpt_neox", {**PYTHIA, "use_parallel_residual": False}),
+    "GPT-NeoX (sequential, whole heads)": (
+        "gpt_neox",
+        {**PYTHIA, "use_parallel_residual": False, "rotary_pct": 1.0},
+    ),
     "GPT-J": ("gptj", {"n_embd": 512, "n_layer": 6, "n_head": 8, "rotary_dim": 16}),
     "CodeGen": ("codegen", {"n_embd": 512, "n_layer": 6, "n_head": 8, "rotary_dim": 32}),
     "GPT-2": ("gpt2", {"n_embd": 512, "n_layer": 6, "n_head": 8}),

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai
 from common import main
-from onnxruntime_genai.models.builder import create_model
+from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
 
 def logits_of(folder: Path, ids: list[int]) -> Any:
     """Logits of every position, the last half of them one by one through the cache."""
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as cache:
-        create_model("", str(folder), out, "fp32", "cpu", cache)
+        where = ("", str(folder), out, "fp32", "cpu", cache)
+        create_model(*where, **parse_extra_options(*where, []))
         model = onnxruntime_genai.Model(out)
         parameters = onnxruntime_genai.GeneratorParams(model)
         parameters.set_search_options(max_length=64, batch_size=1)

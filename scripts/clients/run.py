@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -53,21 +54,25 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ask(engine: str, environments: Path, folders: list[Path]) -> list[dict[str, Any]]:
+def ask(engine: str, environments: Path, folders: list[Path]) -> Iterator[dict[str, Any]]:
     """Run an engine's check on folders, in its environment: one answer per folder, in their order."""
     environment, check = ENGINES[engine]
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE), "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryDirectory() as modules:
-        python = environments.absolute() / environment / "bin" / "python"
-        command = [str(python), str(HERE / f"check_{check}.py"), *map(str, folders)]
+    python = environments.absolute() / environment / "bin" / "python"
+    command = [str(python), str(HERE / f"check_{check}.py"), *map(str, folders)]
+    count = 0
+    with tempfile.TemporaryDirectory() as modules, tempfile.TemporaryFile("w+") as said:
         variables |= {"HF_MODULES_CACHE": modules, "GGML_NO_BACKTRACE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    lines = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    answers: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    if len(answers) < len(folders):
-        said = f"exit code {done.returncode}: {' '.join(done.stderr.split())[-300:]}"
-        answers += [{"error": said, "version": engine}] * (len(folders) - len(answers))
-    return answers
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=variables) as running:
+            assert running.stdout is not None
+            for line in running.stdout:
+                if line.startswith("ANSWER "):
+                    count += 1
+                    yield json.loads(line.removeprefix("ANSWER "))
+        said.seek(0)
+        last = f"exit code {running.returncode}: {' '.join(said.read().split())[-300:]}"
+    for _ in folders[count:]:
+        yield {"error": last, "version": engine}
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def test_an_engine_does_what_the_results_say(engine: str, model: str, tmp_path: 
     if "GQA_CLIENTS" not in os.environ:
         pytest.skip("GQA_CLIENTS is not set; see scripts/clients/setup.sh")
     folders = load("models").write_models(tmp_path, model)
-    answers = load("run").ask(engine, Path(os.environ["GQA_CLIENTS"]), [folder for _, folder in folders])
+    answers = list(load("run").ask(engine, Path(os.environ["GQA_CLIENTS"]), [folder for _, folder in folders]))
     known = {r["label"]: r for r in RESULTS["engines"][engine]["answers"] if r["model"] == model}
     verdict = load("tables").verdict
     control = folders[0][0]
@@ -51,6 +51,21 @@ def test_docs_and_package_say_what_the_results_say() -> None:
     tables = load("tables")
     assert f"{tables.BEGIN}\n\n{tables.page_table(RESULTS)}\n\n{tables.END}" in tables.PAGE.read_text()
     assert json.loads(tables.SUMMARY.read_text()) == tables.summary(RESULTS)
+
+
+def test_caches_in_the_engines_hold_the_share_of_heads_that_are_left() -> None:
+    """llama.cpp's figure has 12 to 24 bytes per token of its own, whatever the heads."""
+    shares = []
+    for engine, seen in RESULTS["engines"].items():
+        whole = {r["model"]: r for r in seen["answers"] if r["label"].startswith("MHA")}
+        for answer in seen["answers"]:
+            before = whole[answer["model"]].get("cache_bytes_per_token")
+            if before and answer.get("cache_bytes_per_token") and answer["type"] == whole[answer["model"]]["type"]:
+                own = answer["cache_bytes_per_token"] % 256
+                left = (answer["cache_bytes_per_token"] - own) / (before - own)
+                shares.append((engine, answer["model"], left, int(answer["label"].split()[1]) / 8))
+    assert len({engine for engine, *_ in shares}) >= 3
+    assert [each for each in shares if each[2] != each[3]] == []
 
 
 def test_every_rule_was_run_in_the_engines() -> None:

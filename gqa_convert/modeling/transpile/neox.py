@@ -17,7 +17,7 @@ def rotary_size(config: Any) -> int:
 
 def turns_whole_heads(config: Any) -> bool:
     """Whether all of a head is rotary (`rotary_pct: 1.0`)."""
-    return rotary_size(config) == int(config.hidden_size // config.num_attention_heads)
+    return bool(rotary_size(config) == config.hidden_size // config.num_attention_heads)
 
 
 def attention_and_mlp(source: Source, to: str, of: str, up: str, down: str) -> Iterable[Part]:
