@@ -68,12 +68,12 @@ BASES: dict[str, Base] = {
 }
 
 
-def make(folder: Path, name: str) -> Path:
-    """Write the checkpoint of a base; the same bytes every time."""
+def make(folder: Path, name: str, **config: Any) -> Path:
+    """Write the checkpoint of a base, the same bytes every time; `config` replaces parts of its configuration."""
     base = BASES[name]
     cls = getattr(transformers, base.class_name)
     torch.manual_seed(7)
-    model = cls(cls.config_class(**json.loads(json.dumps(base.config)))).to(base.dtype)
+    model = cls(cls.config_class(**json.loads(json.dumps({**base.config, **config})))).to(base.dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape).to(base.dtype) * 0.1)
