@@ -4,7 +4,7 @@
     python scripts/bench/kill_conversions.py --kills 1000 --out scripts/bench/results/kill_conversions.json
 
 Every conversion is a fork of one warm process. Checked after each kill: the output is absent, or the one of before, or
-the new one, byte for byte; the source is untouched; beside them lie only hidden leftovers of ours. Each kill is followed
+the new one, byte for byte; the source is untouched; beside them lie only hidden leftovers of ours. A kill is followed
 by the same command run to its end, whose output must equal that of a run that was never disturbed, with nothing left.
 """
 
@@ -100,10 +100,20 @@ def kill_often(name: str, scenario: Scenario, root: Path, kills: int, rng: rando
     earlier: dict[str, str] | None = None
     if scenario.replacing:
         shutil.rmtree(out)
-        check(fork_command(["convert", source, "--out", out, "--groups", "1", "--no-measure"], None) == 0, f"{name}: earlier")
+        check(
+            fork_command(["convert", source, "--out", out, "--groups", "1", "--no-measure"], None) == 0,
+            f"{name}: earlier",
+        )
         earlier = contents(out)
         shutil.copytree(out, root / "earlier")
-    found = {"kills": 0, "ended before the kill": 0, "no output": 0, "earlier output": 0, "new output": 0, "set aside": 0}
+    found = {
+        "kills": 0,
+        "ended before the kill": 0,
+        "no output": 0,
+        "earlier output": 0,
+        "new output": 0,
+        "set aside": 0,
+    }
     while found["kills"] < kills:
         shutil.rmtree(out, ignore_errors=True)
         if scenario.replacing:

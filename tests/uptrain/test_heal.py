@@ -16,7 +16,7 @@ from gqa_convert.uptrain import heal as healing
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.heal import HealOptions, heal, heal_rate
 from gqa_convert.uptrain.model import attention_norms
-from gqa_convert.uptrain.optim import choose_parameters
+from gqa_convert.uptrain.parameters import choose_parameters
 from gqa_convert.uptrain.read_config import parse_config
 
 OPTIONS = {"context": 32, "tokens": 40_000, "rate": 0.01}
