@@ -8,17 +8,19 @@ the family has. Raw checkpoint keys are then mapped to module names with transfo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gqa_convert.anatomy import family_facts
+from gqa_convert.anatomy.filling import Filling, check_filled, filling, filling_notes, packed_keys, tied_names
 from gqa_convert.anatomy.kv_fields import KVField, aim, check_groups, get_path
 from gqa_convert.anatomy.own_code import prove_own_code
 from gqa_convert.anatomy.shapes import ShapeDifference
 from gqa_convert.anatomy.stated import stated_heads
 from gqa_convert.anatomy.target import fields_of, retarget
 from gqa_convert.anatomy.tensor_merges import Finder, Merge
+from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import UnsupportedModelError, VerificationError
 from gqa_convert.hf import api
 from gqa_convert.hf.loading import Source
@@ -42,6 +44,10 @@ class Anatomy:
     source: Source = field(repr=False)
     target_config: Any = field(repr=False)
     target_model: Any = field(repr=False)
+    key_map: api.KeyMap = field(repr=False)
+    """Raw key -> names in the source's model."""
+    filling: Filling = field(repr=False)
+    """How the source's tensors fill the source's model: as they should."""
     difference: ShapeDifference | None = field(repr=False)
     files: tuple[Path, ...] = ()
     """Modelling code that the converted folder needs beside its weights."""
@@ -102,9 +108,14 @@ def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> 
     cls = source.model_class
     edits, target_config, target_cls = retarget(config, checkpoint.config, cls, fields, groups, checkpoint.folder)
     files = (shipping.FILE,) if shipping.is_shipped(str(target_config.model_type)) else ()
-    target_model = api.build_on_meta(target_cls, target_config) if changed else source.meta_model
-    difference = ShapeDifference(source.meta_model, target_model, fields, groups) if changed else None
-    finder = Finder(checkpoint, difference) if difference else None
+    source_model = source.meta_model
+    target_model = api.build_on_meta(target_cls, target_config) if changed else source_model
+    difference = ShapeDifference(source_model, target_model, fields, groups) if changed else None
+    key_map = api.KeyMap(source_model)
+    finder = Finder(checkpoint, difference, key_map) if difference else None
+    source_filling = check_filled(checkpoint, source_model, key_map)
+    merged = {merge.key for merge in finder.merges} if finder else set()
+    left = replace(source_filling, unread=tuple(key for key in source_filling.unread if key not in merged))
     proof = (prove_own_code(source, difference),) if difference and source.own_code else ()
     return Anatomy(
         model_type=str(config.model_type),
@@ -116,10 +127,12 @@ def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> 
         edits=edits,
         merges=tuple(finder.merges) if finder else (),
         dropped=tuple(finder.dropped) if finder else (),
-        notes=(tuple(finder.notes) if finder else ()) + proof,
+        notes=(tuple(finder.notes) if finder else ()) + filling_notes(checkpoint, left, cls.__name__) + proof,
         source=source,
         target_config=target_config,
         target_model=target_model,
+        key_map=key_map,
+        filling=source_filling,
         difference=difference,
         files=files,
     )
@@ -134,26 +147,32 @@ def _config_head_dim(config: Any, main: KVField) -> int:
     return max(1, int(hidden) // main.query_heads)
 
 
-def check_target(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], source_keys: Mapping[str, Any]) -> None:
-    """Check that written tensors fill the target model as the source's filled the source model.
+def check_target(
+    anatomy: Anatomy, source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], *, tied_once: bool = False
+) -> None:
+    """Check that written tensors fill the target model as the source's fill the source's.
 
-    `shapes` are the written raw keys with their shapes, `source_keys` the source's raw keys.
+    Args:
+        anatomy: of the conversion.
+        source: what was converted.
+        shapes: raw key -> shape of every written tensor.
+        tied_once: accept that of tensors that are tied in the model only one is written, as transformers saves them.
 
     Raises:
-        VerificationError: naming the first key that is missing, unexpected or of the wrong shape.
+        VerificationError: naming what is missing, unexpected or of the wrong shape.
     """
     key_map = api.KeyMap(anatomy.target_model)
-    merged = {merge.key for merge in anatomy.merges}
-    for key, shape in shapes.items():
-        if key not in source_keys:
-            raise VerificationError(f"{key}: written, but not in the source.")
-        names = key_map.targets(key)
-        if key in merged and not names and not any(m.key == key and not m.cached for m in anatomy.merges):
-            raise VerificationError(f"{key}: the converted model has no place for it.")
-        if key in merged and len(names) == 1:
-            expected = tuple(key_map.names[names[0]].shape)
-            if shape not in (expected, expected[::-1]):
-                raise VerificationError(f"{key}: written with shape {shape}, the converted model has {expected}.")
-    lost = set(source_keys) - set(shapes) - set(anatomy.dropped)
+    strange = [key for key in shapes if key not in source.tensors]
+    if strange:
+        raise VerificationError(f"{strange[0]}: written, but not in the source.")
+    for merge in anatomy.merges:
+        if merge.cached and merge.key in shapes and not key_map.targets(merge.key):
+            raise VerificationError(f"{merge.key}: the converted model has no place for it.")
+    lost = set(source.tensors) - set(shapes) - set(anatomy.dropped)
+    if tied_once:
+        lost = {key for key in lost if not set(key_map.targets(key)) & tied_names(anatomy.target_model)}
     if lost:
         raise VerificationError(f"{sorted(lost)[0]}: in the source, but not written ({len(lost)} such tensors).")
+    result = filling(anatomy.target_model, key_map, shapes, packed=packed_keys(source))
+    if result.fault and not key_map.exact_only:
+        raise VerificationError(f"{result.fault} ({type(anatomy.target_model).__name__}).")

@@ -21,6 +21,8 @@ from gqa_convert.hf.api import config_from_dict
 Path = tuple[str, ...]
 
 _KV_NAME = re.compile(r"^(swa_|cross_|num_global_)?(num_key_value_heads|num_kv_heads|kv_n_heads|key_value_heads)$")
+_NESTED: tuple[Path, ...] = (("text_config",), ("llm_config",), ("language_config",))
+"""Where engines other than transformers may look for the decoder's configuration."""
 _HEAD_NAMES = ("num_attention_heads", "decoder_attention_heads", "n_head", "n_heads", "num_heads")
 
 
@@ -215,6 +217,8 @@ def config_edits(
     edits: dict[Path, Any] = {}
     for field in fields:
         edits.update(_edit_one(config, values, edits, field, groups))
+    for field in fields:
+        edits.update(_copies(config, values, edits, field, groups))
     edits.update(family_facts.extra_edits(config, values, groups))
     edited = config_from_dict(config, apply_edits(values, edits))
     return edits, edited
@@ -238,6 +242,32 @@ def _edit_one(
     raise UnsupportedModelError(
         f"{type(config).__name__}: transformers does not read {field.name}={groups} from config.json."
     )
+
+
+def _copies(
+    config: Any, values: Mapping[str, Any], done: Mapping[Path, Any], field: KVField, groups: int
+) -> dict[Path, Any]:
+    """Edits of the other places that state a field's KV heads (flat beside `text_config`): other engines read those.
+
+    Only what says the same number now is such a copy, and only where transformers still reads what it should.
+    """
+    leaf, wanted = field.path[-1], field.wanted(groups)
+    plain = not leaf.startswith(("swa_", "cross_", "num_global_"))
+    edits: dict[Path, Any] = {}
+    for prefix in dict.fromkeys((field.path[:-1], (), *_NESTED)):
+        section = _json_at(values, prefix)
+        for name in (leaf, *(family_facts.JSON_ALIASES if plain else ())):
+            path = (*prefix, name)
+            if path in done or section.get(name) != field.kv_heads or isinstance(section.get(name), bool):
+                continue
+            trial = {**done, **edits, path: wanted}
+            try:
+                edited = config_from_dict(config, apply_edits(values, trial))
+            except Exception:  # a strict class: leave alone what it does not take
+                continue
+            if get_path(edited, field.path) in (wanted, None):
+                edits[path] = wanted
+    return edits
 
 
 def _json_candidates(values: Mapping[str, Any], field: KVField) -> Iterator[Path]:

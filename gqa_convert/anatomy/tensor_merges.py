@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gqa_convert.anatomy.head_axis import Rows
 from gqa_convert.anatomy.shapes import ShapeDifference, index_of
@@ -42,10 +42,10 @@ class Merge:
 class Finder:
     """Finds the merges of one checkpoint. Results: `merges` in the checkpoint's order, `dropped` keys, `notes`."""
 
-    def __init__(self, checkpoint: Checkpoint, difference: ShapeDifference) -> None:
+    def __init__(self, checkpoint: Checkpoint, difference: ShapeDifference, key_map: KeyMap | None = None) -> None:
         self.checkpoint = checkpoint
         self.difference = difference
-        self.key_map = KeyMap(difference.source)
+        self.key_map = key_map or KeyMap(difference.source)
         self.merges: list[Merge] = []
         self.dropped: list[str] = []
         self.notes: list[str] = []
@@ -141,6 +141,10 @@ class Finder:
             re.compile(p) for p in getattr(self.difference.source, "_keys_to_ignore_on_load_unexpected", None) or ()
         ]
         hidden = 0
+        by_module = {merge.key.removesuffix(".weight"): merge for merge in self.merges if merge.is_projection}
+        beside = [raw_key for raw_key in unmapped if self._merge_beside(raw_key, by_module)]
+        if beside:
+            self.notes.append(f"{len(beside)} tensors that no code reads lie in KV heads and are merged ({beside[0]})")
         for raw_key in unmapped:
             like = known.get((_leaf(raw_key), self.checkpoint.tensors[raw_key].shape))
             if like is not None and any(p.search(raw_key) for p in patterns):
@@ -149,6 +153,15 @@ class Finder:
                 hidden += 1
         if hidden:
             self.notes.append(f"{hidden} tensors of multi-token-prediction layers are merged too")
+
+    def _merge_beside(self, raw_key: str, by_module: dict[str, Merge]) -> bool:
+        """Merge a stored bias beside a k or v weight that the configuration switches off: full width would not fit."""
+        module, _, leaf = raw_key.rpartition(".")
+        merge, info = by_module.get(module), self.checkpoint.tensors[raw_key]
+        if merge is None or leaf != "bias" or info.shape != (merge.rows.size,) or info.dtype not in FLOATS:
+            return False
+        self._add(raw_key, (raw_key,), raw_key, replace(merge.rows, dim=0), info.shape, cached=False)
+        return True
 
     def _add(
         self, key: str, sources: tuple[str, ...], name: str, rows: Rows, shape: tuple[int, ...], *, cached: bool = True

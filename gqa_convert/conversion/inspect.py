@@ -127,7 +127,7 @@ def verify_pair(
     """
     record = read_record(converted)
     planned = recorded_plan(source, converted, record, trust_remote_code=trust_remote_code)
-    checks = verify_structure(planned, converted, trust_remote_code=trust_remote_code)
+    checks = verify_structure(planned, converted, trained=record.trained, trust_remote_code=trust_remote_code)
     comparison = compare_tensors(planned, Checkpoint.open(converted), record)
     if comparison.damaged:
         raise VerificationError(

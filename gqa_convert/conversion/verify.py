@@ -56,8 +56,13 @@ def verify_output(planned: ConvertPlan, folder: Path, *, level: str, trust_remot
     return checks
 
 
-def verify_structure(planned: ConvertPlan, folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Check configuration, keys, shapes and dtypes without reading a weight. See `verify_output`."""
+def verify_structure(
+    planned: ConvertPlan, folder: Path, *, trained: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Check configuration, keys, shapes and dtypes without reading a weight. See `verify_output`.
+
+    `trained` says that the folder was trained since, when transformers writes tied tensors once.
+    """
     written = Checkpoint.open(folder)
     config = api.load_config(folder, trust_remote_code=trust_remote_code)
     expected = planned.anatomy.target_config.model_type
@@ -69,15 +74,19 @@ def verify_structure(planned: ConvertPlan, folder: Path, *, trust_remote_code: b
         if value != wanted and get_path(written.config, kv_field.path) != wanted:
             raise VerificationError(f"{folder / 'config.json'}: {kv_field.name} reads {value}, not {wanted}.")
     shapes = {key: info.shape for key, info in written.tensors.items()}
-    check_target(planned.anatomy, shapes, planned.checkpoint.tensors)
+    check_target(planned.anatomy, planned.checkpoint, shapes, tied_once=trained)
+    expected_bytes = 0
     for operation in planned.operations:
-        info = written.tensors[operation.key]
+        info = written.tensors.get(operation.key)
+        if info is None:  # tied, and written once
+            continue
+        expected_bytes += operation.nbytes
         if (info.dtype, info.shape) != (operation.dtype, operation.shape):
             raise VerificationError(
                 f"{info.key}: {info.dtype} {info.shape} written, {operation.dtype} {operation.shape} planned."
             )
-    if written.total_bytes != planned.bytes_out:
-        raise VerificationError(f"{folder}: {written.total_bytes} bytes of tensors, {planned.bytes_out} planned.")
+    if written.total_bytes != expected_bytes:
+        raise VerificationError(f"{folder}: {written.total_bytes} bytes of tensors, {expected_bytes} planned.")
     return {"tensors": len(shapes), "merged": planned.merged_tensors, "bytes": written.total_bytes}
 
 

@@ -286,6 +286,7 @@ class KeyMap:
         self._model = model
         self.names: dict[str, Any] = dict(model.state_dict())
         self._prefix = getattr(model, "base_model_prefix", None)
+        self._known: dict[str, tuple[str, ...]] = {}
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
         self.exact_only = not self._load_rules()
@@ -304,6 +305,11 @@ class KeyMap:
 
     def targets(self, raw_key: str) -> tuple[str, ...]:
         """Return the module names that a raw key fills: one, several (a fused tensor), or none (ignored on load)."""
+        if raw_key not in self._known:
+            self._known[raw_key] = self._targets(raw_key)
+        return self._known[raw_key]
+
+    def _targets(self, raw_key: str) -> tuple[str, ...]:
         if self.exact_only:
             return (raw_key,) if raw_key in self.names else ()
         name, pattern = self._rename(raw_key, self._renamings, self._converters, self._prefix, self.names)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.anatomy.filling import check_loads
 from gqa_convert.budget.arithmetic import Budget, Horizon, budget, budget_rows, horizon
 from gqa_convert.budget.counts import format_count
 from gqa_convert.budget.shape import ModelShape, known_model, shape_of_folder
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.documents import open_corpus
 from gqa_convert.errors import UsageError
+from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.metrics import chosen_trackers
 from gqa_convert.uptrain.optim import get_optimizer
@@ -61,13 +63,14 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
 
     Raises:
         UsageError: if the length is not decided, sources are missing, or trackers are not installed.
-        CheckpointError: if the model folder is no checkpoint.
+        CheckpointError: if the model folder is no checkpoint, or its weights do not fill the model.
     """
     source = resolve_model(config.model)
     output, inside = Path(config.output).resolve(), source.resolve()
     if output == inside or output.is_relative_to(inside) or inside.is_relative_to(output):
         raise UsageError(f"output={config.output}: must lie apart from the model folder {config.model}.")
     shape = shape_of_folder(source)
+    check_loads(Source.open(source, trust_remote_code=config.trust_remote_code))
     if config.data.source.kind not in ("hub", "python"):
         open_corpus_of(config)
     chosen_trackers(config.log)
