@@ -177,7 +177,6 @@ def convert_command(
             force=force,
             work=work,
             flush=flush,
-            trust_remote_code=trust_remote_code,
             on_bytes=on_bytes,
             on_layer=on_layer,
         )
@@ -186,7 +185,7 @@ def convert_command(
         from gqa_convert.evaluate.quality import measure_conversion
 
         insist = bool(measure) or data is not None
-        quality = measure_conversion(made, result.out, data=data, insist=insist, trust_remote_code=trust_remote_code)
+        quality = measure_conversion(made, result.out, data=data, insist=insist)
     described: dict[str, Any] = {
         "out": str(result.out),
         "verified": result.verified,

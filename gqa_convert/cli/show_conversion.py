@@ -166,6 +166,7 @@ def show_inspection(found: Inspection) -> None:
         (f"KV cache, {groups} groups", f"{size(cost)} per token" if cost is not None else f"refused: {reason}")
         for groups, cost, reason in found.cache
     ]
+    rows += [("note", note) for note in found.notes]
     if found.slow:
         rows.append(
             ("note", "fewer groups make the KV cache smaller but decoding no faster: convert with --allow-slow")

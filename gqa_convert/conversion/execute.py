@@ -121,7 +121,6 @@ def convert(
         force=force,
         work=work,
         flush=flush,
-        trust_remote_code=trust_remote_code,
         on_bytes=on_bytes,
         on_layer=on_layer,
     )
@@ -134,7 +133,6 @@ def execute(
     force: bool = False,
     work: str | Path | None = None,
     flush: bool = True,
-    trust_remote_code: bool = False,
     on_bytes: OnBytes | None = None,
     on_layer: OnLayer | None = None,
 ) -> ConvertResult:
@@ -151,7 +149,7 @@ def execute(
             check_output(planned.target, force=force, source=checkpoint.folder, needed_bytes=needed)
             folder = stack.enter_context(work_folder(planned, work))
             solved = solve_blocks(planned, folder, on_layer=on_layer)
-        checks = _write(planned, solved, needed, verify, force, flush, trust_remote_code, on_bytes)
+        checks = _write(planned, solved, needed, verify, force, flush, on_bytes)
     return ConvertResult(
         out=planned.target, plan=planned, verified=verify, checks=checks, blocks=solved.reports if solved else ()
     )
@@ -164,7 +162,6 @@ def _write(
     verify: str,
     force: bool,
     flush: bool,
-    trust_remote_code: bool,
     on_bytes: OnBytes | None,
 ) -> dict[str, Any]:
     checkpoint = planned.checkpoint
@@ -179,7 +176,7 @@ def _write(
             if path.name in {file.name for file in planned.anatomy.files}:
                 continue
             copy_side_file(checkpoint.folder, path, folder)
-        checks = verify_output(planned, folder, level=verify, trust_remote_code=trust_remote_code)
+        checks = verify_output(planned, folder, level=verify)
         write_provenance(folder / PROVENANCE, provenance(planned, solved, digests))
     return checks
 

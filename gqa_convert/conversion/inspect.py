@@ -28,7 +28,7 @@ class Inspection:
 
     `becomes` says what converting writes, and why, where that is of another family. `cache` holds (groups, KV-cache
     bytes per token or None where refused, the reason of a refusal). `slow` says that fewer KV heads make the cache
-    smaller and decoding no faster, so that converting takes `--allow-slow`.
+    smaller and decoding no faster, so that converting takes `--allow-slow`. `notes` say what code was not run.
     """
 
     source: Path
@@ -41,6 +41,7 @@ class Inspection:
     converted_from: str
     becomes: str = ""
     slow: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def legal_groups(self) -> tuple[int, ...]:
@@ -55,6 +56,7 @@ class Inspection:
             "class": self.class_name,
             "becomes": self.becomes,
             "slow": self.slow,
+            "notes": list(self.notes),
             "kind": self.layout.kind,
             "query_heads": self.layout.num_query_heads,
             "kv_heads": self.layout.num_kv_heads,
@@ -102,6 +104,7 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, revision: str
         bytes=now.bytes_in,
         cache=tuple(cache),
         becomes=way.becomes,
+        notes=source.notes,
         slow=shipping.is_slow(now.model_type),
         converted_from=" ".join(str(value) for value in tool.values()),
     )
@@ -127,7 +130,7 @@ def verify_pair(
     """
     record = read_record(converted)
     planned = recorded_plan(source, converted, record, trust_remote_code=trust_remote_code)
-    checks = verify_structure(planned, converted, trained=record.trained, trust_remote_code=trust_remote_code)
+    checks = verify_structure(planned, converted, trained=record.trained)
     comparison = compare_tensors(planned, Checkpoint.open(converted), record)
     if comparison.damaged:
         raise VerificationError(
@@ -140,7 +143,7 @@ def verify_pair(
         )
     checks |= comparison.to_json()
     if logits:
-        checks |= verify_logits(planned, converted, trained=record.trained, trust_remote_code=trust_remote_code)
+        checks |= verify_logits(planned, converted, trained=record.trained)
     return checks
 
 

@@ -81,6 +81,11 @@ class ConvertPlan:
         return self._count(Pool)
 
     @property
+    def trust_remote_code(self) -> bool:
+        """The user's word, given when planning, that Python code of the source may run."""
+        return self.anatomy.source.as_stored.trust_remote_code
+
+    @property
     def solved_tensors(self) -> int:
         """Tensors that are solved with their whole attention block: q, k, v and o."""
         return self._count(Solve)

@@ -39,7 +39,7 @@ MEAN_TOLERANCE = 10 * LOGIT_TOLERANCE
 """The same where means are taken anew: another order of summing may round to the other neighbour in half precision."""
 
 
-def verify_output(planned: ConvertPlan, folder: Path, *, level: str, trust_remote_code: bool = False) -> dict[str, Any]:
+def verify_output(planned: ConvertPlan, folder: Path, *, level: str) -> dict[str, Any]:
     """Verify a folder written by following `planned`.
 
     Returns:
@@ -50,21 +50,19 @@ def verify_output(planned: ConvertPlan, folder: Path, *, level: str, trust_remot
     """
     if level == "none":
         return {}
-    checks = verify_structure(planned, folder, trust_remote_code=trust_remote_code)
+    checks = verify_structure(planned, folder)
     if level == "logits":
-        checks |= verify_logits(planned, folder, trust_remote_code=trust_remote_code)
+        checks |= verify_logits(planned, folder)
     return checks
 
 
-def verify_structure(
-    planned: ConvertPlan, folder: Path, *, trained: bool = False, trust_remote_code: bool = False
-) -> dict[str, Any]:
+def verify_structure(planned: ConvertPlan, folder: Path, *, trained: bool = False) -> dict[str, Any]:
     """Check configuration, keys, shapes and dtypes without reading a weight. See `verify_output`.
 
     `trained` says that the folder was trained since, when transformers writes tied tensors once.
     """
     written = Checkpoint.open(folder)
-    config = api.load_config(folder, trust_remote_code=trust_remote_code)
+    config = api.load_config(folder, trust_remote_code=planned.trust_remote_code)
     expected = planned.anatomy.target_config.model_type
     if config.model_type != expected:
         raise VerificationError(f"{folder / 'config.json'}: model_type is {config.model_type}, not {expected}.")
@@ -90,16 +88,14 @@ def verify_structure(
     return {"tensors": len(shapes), "merged": planned.merged_tensors, "bytes": written.total_bytes}
 
 
-def verify_logits(
-    planned: ConvertPlan, folder: Path, *, trained: bool = False, trust_remote_code: bool = False
-) -> dict[str, Any]:
+def verify_logits(planned: ConvertPlan, folder: Path, *, trained: bool = False) -> dict[str, Any]:
     """Run both models in float32 and compare. Both are held in memory. See the module's docstring.
 
     `trained` says that the folder was trained since, so that its heads are means of the source's no more.
     """
     import torch
 
-    written = Source.open(folder, trust_remote_code=trust_remote_code)
+    written = Source.open(folder, trust_remote_code=planned.trust_remote_code)
     try:
         converted = load_model(written, dtype=torch.float32)
     except CheckpointError as error:

@@ -89,7 +89,6 @@ def measure_conversion(
     data: str | None = None,
     insist: bool = False,
     seconds: float = SECONDS,
-    trust_remote_code: bool = False,
 ) -> Quality:
     """Score the source and its conversion on a held-out sample.
 
@@ -99,7 +98,6 @@ def measure_conversion(
         data: text to score, named as for `gqa eval`; by default text that the source writes (decoder-only models).
         insist: measure whatever it takes.
         seconds: longest measurement to make otherwise, as estimated.
-        trust_remote_code: allow the model's own Python code to run.
 
     Returns:
         The figures, or the reason why there are none.
@@ -120,8 +118,8 @@ def measure_conversion(
     started = time.perf_counter()
     try:
         if data is None:
-            return _on_own_text(plan, out, started, trust_remote_code)
-        return _on_data(plan, out, data, started, trust_remote_code)
+            return _on_own_text(plan, out, started)
+        return _on_data(plan, out, data, started)
     except Exception as error:
         if insist:
             raise
@@ -130,10 +128,10 @@ def measure_conversion(
         return Quality(reason=f"the models could not be run ({type(error).__name__}: {line})")
 
 
-def _on_own_text(plan: ConvertPlan, out: Path, started: float, trust: bool) -> Quality:
+def _on_own_text(plan: ConvertPlan, out: Path, started: float) -> Quality:
     device = str(pick_device("auto"))
     ids = self_tokens(plan.anatomy.source.as_stored, sequences=_WINDOWS, length=_LENGTH, device=device, seed=1)
-    subjects = [models.subject(str(folder), trust_remote_code=trust) for folder in (plan.source, out)]
+    subjects = [models.subject(str(folder), trust_remote_code=plan.trust_remote_code) for folder in (plan.source, out)]
     before, after = (models.load(subject) for subject in subjects)
     stream = TokenStream(ids.flatten().tolist(), [0] * ids.numel())
     sample = ex.causal_examples(stream, windows(len(stream.ids), context=_LENGTH, stride=_LENGTH))
@@ -150,10 +148,13 @@ def _on_own_text(plan: ConvertPlan, out: Path, started: float, trust: bool) -> Q
     )
 
 
-def _on_data(plan: ConvertPlan, out: Path, data: str, started: float, trust: bool) -> Quality:
-    longest = models.subject(str(plan.source), trust_remote_code=trust).max_context or _DATA_CONTEXT
+def _on_data(plan: ConvertPlan, out: Path, data: str, started: float) -> Quality:
+    longest = models.subject(str(plan.source), trust_remote_code=plan.trust_remote_code).max_context or _DATA_CONTEXT
     settings = EvalSettings(
-        data=data, context=min(longest, _DATA_CONTEXT), max_windows=_DATA_WINDOWS, trust_remote_code=trust
+        data=data,
+        context=min(longest, _DATA_CONTEXT),
+        max_windows=_DATA_WINDOWS,
+        trust_remote_code=plan.trust_remote_code,
     )
     evaluation = evaluate(plan.source, [out], settings)
     (comparison,) = evaluation.converted

@@ -206,7 +206,6 @@ def convert_and_heal(
                 verify=verify,
                 work=folder / "layers",
                 flush=flush,
-                trust_remote_code=trust_remote_code,
                 on_bytes=on_bytes,
                 on_layer=on_layer,
             )

@@ -13,9 +13,9 @@ from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.anatomy.filling import check_loads
-from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.inspect import inspect, verify_pair
 from gqa_convert.errors import CheckpointError, VerificationError
+from gqa_convert.hf.loading import Source
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -31,7 +31,7 @@ def without(*keys: str) -> Callable[[factories.Tensors], None]:
 
 @pytest.mark.parametrize("family", sorted(factories.FAMILIES))
 def test_what_transformers_saves_fills_the_model(family: str, tmp_path: Path) -> None:
-    result = check_loads(Checkpoint.open(factories.make(tmp_path / "source", family)))
+    result = check_loads(Source.open(factories.make(tmp_path / "source", family)))
     assert (result.fault, result.unread) == ("", ())
 
 
@@ -81,7 +81,7 @@ def test_tied_weights_need_one_tensor(tmp_path: Path) -> None:
     factories.change_tensors(source, without("lm_head.weight"))
     convert(source, groups=2, verify="logits")
     factories.change_tensors(source, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
-    assert check_loads(Checkpoint.open(source)).missing == ()
+    assert check_loads(Source.open(source)).missing == ()
     factories.change_tensors(source, without("lm_head.weight"))
     with pytest.raises(CheckpointError, match="embed_tokens"):
         plan(source, groups=2)

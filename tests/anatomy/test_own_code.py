@@ -205,7 +205,8 @@ def test_code_of_a_tokenizer_or_of_another_head_is_no_modelling_code(tmp_path: P
     assert plan(source, groups=4, trust_remote_code=True).class_name == "LlamaForCausalLM"
     assert not any("own code" in note for note in plan(source, groups=4).notes)
     factories.change_config(source, auto_map="nonsense")
-    assert plan(source, groups=4).class_name == "LlamaForCausalLM"
+    with pytest.raises(CheckpointError, match="auto_map"):
+        plan(source, groups=4)
 
 
 @pytest.mark.parametrize("trust", [False, True])
@@ -254,3 +255,11 @@ def test_code_of_another_repository_needs_the_hub(tmp_path: Path, offline: None)
     assert plan(source, groups=4).groups == 4
     with pytest.raises((HubError, CheckpointError), match=r"some-lab/x|another repository"):
         plan(source, groups=4, trust_remote_code=True)
+
+
+def test_an_inspection_names_code_that_was_not_run(tmp_path: Path, command: Command) -> None:
+    source = name_code(factories.make(tmp_path / "m"), "modeling_x.XForCausalLM")
+    finished = command("gqa", "inspect", source)
+    assert finished.code == 0
+    assert "own code not run" in finished.out
+    assert "modeling_x.XForCausalLM" in finished.out

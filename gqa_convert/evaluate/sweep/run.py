@@ -218,7 +218,7 @@ def _measure(
         allow_slow=settings.allow_slow,
         trust_remote_code=trust,
     )
-    execute(conversion, force=True, trust_remote_code=trust)
+    execute(conversion, force=True)
     seconds = time.perf_counter() - started
     if settings.uptrain_tokens and settings.uptrain_config is not None:
         target = uptrain_point(
