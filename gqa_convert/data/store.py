@@ -251,14 +251,14 @@ def _description(folder: Path) -> dict[str, Any]:
 
 def _chunk_digests(file: Path, size: int) -> list[str]:
     def digest(start: int) -> str:
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         with open(file, "rb", buffering=0) as stream:
             stream.seek(start)
             left = min(_CHUNK, size - start)
             while left and (part := stream.read(min(left, 1 << 20))):
-                found.update(part)
+                sha256.update(part)
                 left -= len(part)
-        return found.hexdigest()
+        return sha256.hexdigest()
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="tokens") as pool:
         return list(pool.map(digest, range(0, size, _CHUNK)))
