@@ -119,13 +119,13 @@ class StepBatches:
     def step(self, number: int) -> list[MicroBatch]:
         """Return the micro-batches of step `number` (from 0), and start on the next step's."""
         if self._ahead is not None and self._ahead[0] == number:
-            found = self._ahead[1].result()
+            batches = self._ahead[1].result()
         else:
             if self._ahead is not None:
                 self._ahead[1].result()  # never two readers of one stream
-            found = self._make(number)
+            batches = self._make(number)
         self._ahead = (number + 1, self._pool.submit(self._make, number + 1))
-        return found
+        return batches
 
     def settle(self) -> None:
         """Wait until nothing is being prepared, so that the position of the blocks can be read."""
@@ -137,11 +137,11 @@ class StepBatches:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _make(self, number: int) -> list[MicroBatch]:
-        found = []
+        batches = []
         for part in range(self.accumulation):
             first = number * self._sequences + (part * self._processes + self._rank) * self._micro
-            found.append(self._collate([(i, self._blocks.get(i), _FULL) for i in range(first, first + self._micro)]))
-        return found
+            batches.append(self._collate([(i, self._blocks.get(i), _FULL) for i in range(first, first + self._micro)]))
+        return batches
 
 
 _FULL = 1 << 62

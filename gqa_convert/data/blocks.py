@@ -129,10 +129,10 @@ def held_out_blocks(store: TokenStore, length: int, limit: int | None) -> list[t
         raise UsageError("data.held_out: fewer than two tokens are held out. Raise its fraction, or give it paths.")
     blocks = StoredBlocks(store, length, seed=None)
     last = store.total - 1 if limit is None else min(store.total - 1, max(limit, 1))
-    found = []
+    padded = []
     for index in range(-(-last // length)):
         real = min(length + 1, store.total - index * length)
         block = blocks.get(index)
         ids = np.where(np.arange(length + 1) < real, block.ids, 0)
-        found.append((Block(ids, block.documents), real))
-    return found
+        padded.append((Block(ids, block.documents), real))
+    return padded

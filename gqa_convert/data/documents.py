@@ -242,20 +242,20 @@ def source_files(spec: SourceSpec) -> list[tuple[str, Path]]:
     Raises:
         UsageError: if a path matches nothing.
     """
-    found: list[tuple[str, Path]] = []
+    files: list[tuple[str, Path]] = []
     for path in spec.paths:
         if spec.kind == "folder":
             root = Path(path)
             matched = [file for file in sorted(root.glob(spec.pattern)) if file.is_file() and _shown(file, root)]
             if spec.pattern == _EVERY_FILE:
                 matched = [file for file in matched if kind_of(file)]
-            found += [(kind_of(file) or "text", file) for file in matched]
+            files += [(kind_of(file) or "text", file) for file in matched]
         else:
             matched = [Path(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file()]
-            found += [(spec.kind, file) for file in matched]
+            files += [(spec.kind, file) for file in matched]
         if not matched:
             raise UsageError(f"data: {path!r} matches no file (looked for kind {spec.kind} from {Path.cwd()}).")
-    return found
+    return files
 
 
 def _shown(file: Path, root: Path) -> bool:

@@ -81,17 +81,17 @@ def _corpus(data: str, field: str, separator: str) -> list[str]:
     try:
         spec = source_named(data, split=_HUB_SPLIT, text_field=field, documents=separator or "file")
         left = _HUB_CHARACTERS if spec.kind == "hub" else sys.maxsize
-        found = []
+        texts = []
         with reading(data):
             corpus = open_corpus(spec, waits=())
         for document in corpus.all_documents():
-            found.append(document)
+            texts.append(document)
             left -= len(document)
             if left <= 0:
                 break
     except UsageError as error:
         raise UsageError(f"--data {error}") from error
-    return found
+    return texts
 
 
 def _read(data: str) -> str:

@@ -136,12 +136,12 @@ def sentinel_ids(tokenizer: Any, limit: int = 100) -> tuple[int, ...]:
         UsageError: if it has none.
     """
     vocabulary = tokenizer.get_vocab()
-    found = []
+    ids = []
     for number in range(limit):
         token = vocabulary.get(f"<extra_id_{number}>")
         if token is None:
             break
-        found.append(int(token))
-    if not found:
+        ids.append(int(token))
+    if not ids:
         raise UsageError("objective.kind: span_corruption needs sentinel tokens (<extra_id_0>, ...) in the tokenizer.")
-    return tuple(found)
+    return tuple(ids)

@@ -67,8 +67,8 @@ def collect(root: Path | None = None) -> list[Module]:
 
 def split(modules: Iterable[Module]) -> tuple[list[Module], list[Module]]:
     """Part modules into (training, held out), keeping their order."""
-    found = list(modules)
-    return [m for m in found if not m.held_out], [m for m in found if m.held_out]
+    listed = list(modules)
+    return [m for m in listed if not m.held_out], [m for m in listed if m.held_out]
 
 
 def _dotted_name(path: Path) -> str:

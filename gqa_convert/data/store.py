@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -37,8 +36,7 @@ _DTYPES = ("uint16", "uint32")
 _LONGEST_META = 1 << 26
 _STAGE = re.compile(r"\.[0-9a-f]{16}-[a-z-]+\.tmp-\d+-[0-9a-f]{8}")
 """Stages of stores named `<16 hex digits>-<what>`, as the corpus names them; nothing else is ever removed."""
-_UNLOCKED_SECONDS = 600.0
-"""How old a stage without its locked file must be to count as left behind: its owner is about to make that file."""
+_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,7 @@ class StoreWriter:
         with _clear_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             remove_stale(folder.parent)
-            self._stage = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-            self._stage.mkdir()
-            self._file = open(self._stage / _TOKENS, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by commit
-        with suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._stage, self._file = _make_stage(folder)
         self._dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
         self._lengths: list[int] = []
         self._chunks: list[str] = []
@@ -211,6 +205,27 @@ class StoreWriter:
         shutil.rmtree(self._stage, ignore_errors=True)
 
 
+def _make_stage(folder: Path) -> tuple[Path, Any]:
+    """Make a folder to write in, with its locked file; made again if another run takes it for one left behind."""
+    for attempt in range(_TRIES):
+        stage = folder.with_name(f".{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        stage.mkdir()
+        file: Any = None
+        try:
+            file = open(stage / _TOKENS, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by commit
+            with suppress(OSError):  # some network file systems know no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (stage / _TOKENS).stat()
+        except FileNotFoundError:
+            if file is not None:
+                file.close()
+            if attempt + 1 == _TRIES:
+                raise
+        else:
+            return stage, file
+    raise AssertionError("the last try returns or raises")
+
+
 def remove_stale(folder: Path) -> None:
     """Remove the unfinished stores that killed writers left in a folder."""
     with suppress(OSError):
@@ -222,9 +237,9 @@ def remove_stale(folder: Path) -> None:
 def _is_stale(stage: Path) -> bool:
     try:
         handle = os.open(stage / _TOKENS, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True  # killed just before the file was made; one that is about to make it begins anew
     except OSError:
-        with suppress(OSError):
-            return time.time() - stage.stat().st_mtime > _UNLOCKED_SECONDS
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,14 +266,14 @@ def _description(folder: Path) -> dict[str, Any]:
 
 def _chunk_digests(file: Path, size: int) -> list[str]:
     def digest(start: int) -> str:
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         with open(file, "rb", buffering=0) as stream:
             stream.seek(start)
             left = min(_CHUNK, size - start)
             while left and (part := stream.read(min(left, 1 << 20))):
-                found.update(part)
+                sha256.update(part)
                 left -= len(part)
-        return found.hexdigest()
+        return sha256.hexdigest()
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="tokens") as pool:
         return list(pool.map(digest, range(0, size, _CHUNK)))

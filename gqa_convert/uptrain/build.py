@@ -61,7 +61,7 @@ class Parts:
 
 
 def build(
-    made: UptrainPlan,
+    plan: UptrainPlan,
     engine: Engine,
     *,
     tell: Callable[[str], None],
@@ -71,7 +71,7 @@ def build(
     """Load and prepare everything.
 
     Args:
-        made: the plan.
+        plan: what is to be done.
         engine: started.
         tell: told of long work.
         data_state: of the checkpoint to resume from.
@@ -81,11 +81,11 @@ def build(
         Preempted: if `stopped` says so.
         GQAConvertError: whatever is wrong with data, model, or their fit.
     """
-    config = made.config
+    config = plan.config
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.train.seed)
-    source = Source.open(made.source, trust_remote_code=config.trust_remote_code)
+    source = Source.open(plan.source, trust_remote_code=config.trust_remote_code)
     for note in source.notes:
         tell(note)
     tokenizer = source.tokenizer()
@@ -110,7 +110,7 @@ def build(
     flash = "flash" in config.train.attention
     if engine.name != "fsdp2" or flash:
         model.to(engine.device)
-    check_finite(model, str(made.source))
+    check_finite(model, str(plan.source))
     if config.separate_documents:
         share = check_isolation(model)
         tell(f"documents are kept apart: logits change by {share:.1e} of their size beside another document")
@@ -124,8 +124,8 @@ def build(
         enable({"use_reentrant": False})
         if config.train.parameters != "all":
             model.enable_input_require_grads()
-    spec = loss_spec(made)
-    teacher = _teacher(made, engine, model) if made.teacher else None
+    spec = loss_spec(plan)
+    teacher = _teacher(plan, engine, model) if plan.teacher else None
     scored = ScoredModel(model, spec).train()
     freeze_unreached(scored, tell)
     if config.train.compile:
@@ -133,7 +133,7 @@ def build(
     optimizer = optim.make_optimizer(scored, config.optimizer)
     prepared, prepared_optimizer = engine.prepare(scored, optimizer)
     return Parts(
-        plan=made,
+        plan=plan,
         engine=engine,
         data=data,
         batches=batches,
@@ -145,31 +145,31 @@ def build(
     )
 
 
-def loss_spec(made: UptrainPlan) -> LossSpec:
+def loss_spec(plan: UptrainPlan) -> LossSpec:
     """The loss that the configuration asks for."""
-    objective = made.config.objective
-    found = objective.distillation
-    if found is None:
+    objective = plan.config.objective
+    settings = objective.distillation
+    if settings is None:
         return LossSpec(chunk=objective.loss_chunk)
     return LossSpec(
-        ce_weight=found.cross_entropy_weight,
-        kl_weight=found.weight,
-        temperature=found.temperature,
-        top_k=found.top_k,
-        hidden_weight=found.hidden_weight,
+        ce_weight=settings.cross_entropy_weight,
+        kl_weight=settings.weight,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        hidden_weight=settings.hidden_weight,
         chunk=objective.loss_chunk,
     )
 
 
-def _teacher(made: UptrainPlan, engine: Engine, student: Any) -> Teacher:
-    settings = made.config.objective.distillation
+def _teacher(plan: UptrainPlan, engine: Engine, student: Any) -> Teacher:
+    settings = plan.config.objective.distillation
     assert settings is not None
-    assert made.teacher is not None
+    assert plan.teacher is not None
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    original = Source.open(made.teacher, trust_remote_code=made.config.trust_remote_code)
-    model = load_model(original, dtype=dtype, attention=made.config.train.attention, device=engine.device)
+    original = Source.open(plan.teacher, trust_remote_code=plan.config.trust_remote_code)
+    model = load_model(original, dtype=dtype, attention=plan.config.train.attention, device=engine.device)
     check_finite(model, f"objective.distillation.teacher={settings.teacher}")
-    if made.config.separate_documents:
+    if plan.config.separate_documents:
         check_isolation(model)
     teacher = Teacher(model, layers=settings.hidden_weight > 0)
     vocabulary = int(student.config.get_text_config(decoder=True).vocab_size)
@@ -181,12 +181,12 @@ def _teacher(made: UptrainPlan, engine: Engine, student: Any) -> Teacher:
     return teacher
 
 
-def load_reference(made: UptrainPlan, engine: Engine) -> Any | None:
+def load_reference(plan: UptrainPlan, engine: Engine) -> Any | None:
     """Load the original that the run is compared with, if one is named; the teacher is reused by the caller."""
-    name = made.config.evaluation.reference
+    name = plan.config.evaluation.reference
     if name is None:
         return None
-    original = Source.open(resolve_model(name), trust_remote_code=made.config.trust_remote_code)
-    model = load_model(original, dtype=torch.float32, attention=made.config.train.attention)
+    original = Source.open(resolve_model(name), trust_remote_code=plan.config.trust_remote_code)
+    model = load_model(original, dtype=torch.float32, attention=plan.config.train.attention)
     check_finite(model, f"evaluation.reference={name}")
     return model

@@ -236,25 +236,27 @@ class UptrainConfig(Section):
 
 
 def _conflicts(config: UptrainConfig) -> list[str]:
-    found = []
+    problems = []
     if config.objective.kind == "span_corruption" and config.data.separate_documents is True:
-        found.append(
+        problems.append(
             "data.separate_documents: span corruption packs documents together as T5 does (its relative positions "
             "cannot restart). Set it to false or auto."
         )
     if config.train.batch_sequences % config.train.micro_batch:
-        found.append(
+        problems.append(
             f"train.batch_sequences={config.train.batch_sequences} is no multiple of "
             f"train.micro_batch={config.train.micro_batch}."
         )
     if "flash" in config.train.attention and config.train.precision == "float32":
-        found.append(
+        problems.append(
             f"train.attention={config.train.attention} computes in 16 bits; use train.precision bf16, or sdpa."
         )
     if config.schedule.warmup_fraction + config.schedule.decay_fraction > 1 and config.schedule.kind == "wsd":
-        found.append("schedule: warmup_fraction and decay_fraction together exceed the run.")
+        problems.append("schedule: warmup_fraction and decay_fraction together exceed the run.")
     if config.evaluation.target is not None and not (config.evaluation.reference or config.objective.distillation):
-        found.append("evaluation.target: there is nothing to compare with. Give evaluation.reference, or distil.")
+        problems.append("evaluation.target: there is nothing to compare with. Give evaluation.reference, or distil.")
     if config.data.held_out_fraction == 0 and config.data.held_out_source is None:
-        found.append("data: nothing is held out. Give held_out_fraction or held_out_source; a run is always evaluated.")
-    return found
+        problems.append(
+            "data: nothing is held out. Give held_out_fraction or held_out_source: runs are always evaluated."
+        )
+    return problems

@@ -143,17 +143,17 @@ class Engine:
 
         Processes that each look for themselves may see different things, and would then go different ways.
         """
-        found: list[Any] = [None, None]
+        answer: list[Any] = [None, None]
         if self.is_main:
             try:
-                found[0] = find()
+                answer[0] = find()
             except GQAConvertError as error:
-                found[1] = error
+                answer[1] = error
         if self.processes > 1:
-            torch.distributed.broadcast_object_list(found, src=0)
-        if found[1] is not None:
-            raise found[1]
-        result: T = found[0]
+            torch.distributed.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        result: T = answer[0]
         return result
 
     def wait(self) -> None:
@@ -185,9 +185,9 @@ class Engine:
         if self.processes > 1:
             problems = [None] * self.processes
             torch.distributed.all_gather_object(problems, problem)
-        for found in problems:
-            if found is not None:
-                raise found
+        for failure in problems:
+            if failure is not None:
+                raise failure
 
 
 def load_whole_models_everywhere() -> None:
@@ -221,13 +221,13 @@ def check_expected(expect: ExpectSection, *, engine: str, processes: int) -> Non
     Raises:
         UsageError: naming both. accelerate falls back silently where a launcher, backend or plugin is missing.
     """
-    found = []
+    differences = []
     if expect.engine is not None and expect.engine != engine:
-        found.append(f"engine {expect.engine} was asked for, {engine} is running")
+        differences.append(f"engine {expect.engine} was asked for, {engine} is running")
     if expect.processes is not None and expect.processes != processes:
-        found.append(f"{expect.processes} processes were asked for, {processes} are running")
-    if found:
+        differences.append(f"{expect.processes} processes were asked for, {processes} are running")
+    if differences:
         raise UsageError(
-            f"expect: {'; '.join(found)}. accelerate falls back without a word where a backend is missing (on CPU, "
-            "start processes with torchrun and have no FSDP). Fix the launch command, or drop `expect`."
+            f"expect: {'; '.join(differences)}. accelerate falls back without a word where a backend is missing (on "
+            "CPU, start processes with torchrun and have no FSDP). Fix the launch command, or drop `expect`."
         )

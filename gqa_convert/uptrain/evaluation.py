@@ -32,8 +32,8 @@ def evaluate(
             moved = batch.to(engine.device)
             with engine.autocast():
                 taught = teacher(moved.inputs) if teacher is not None else None
-                _, found = model(moved.inputs, moved.labels, taught)
-            sums += torch.tensor([*found[:2].tolist(), float(batch.valid)], dtype=torch.float64)
+                _, terms = model(moved.inputs, moved.labels, taught)
+            sums += torch.tensor([*terms[:2].tolist(), float(batch.valid)], dtype=torch.float64)
     ce, kl, tokens = engine.sum(sums.to(engine.device)).tolist()
     result = {"loss": ce / tokens, "tokens": tokens}
     if teacher is not None:

@@ -107,8 +107,8 @@ def _tied(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 def _cast(weights: dict[str, Tensor], checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Give every tensor the dtype it has in the source; tensors without a namesake there get the commonest one."""
-    found = [info.dtype for info in checkpoint.tensors.values()]
-    common = _float_of(max(set(found), key=found.count))
+    dtypes = [info.dtype for info in checkpoint.tensors.values()]
+    common = _float_of(max(set(dtypes), key=dtypes.count))
     cast: dict[str, Tensor] = {}
     done: dict[tuple[int, Any], Tensor] = {}
     for name, value in weights.items():
@@ -145,11 +145,11 @@ def _is_table(key: str) -> bool:
 
 def both_spellings(folder: Path, text: str, *, trust_remote_code: bool = False) -> str:
     """Add to a config.json the spelling of rotary settings and dtype that it lacks; nothing else changes."""
-    found = json.loads(text.removeprefix("\ufeff"))
+    settings = json.loads(text.removeprefix("\ufeff"))
     edits: dict[tuple[str, ...], Any] = {}
     after: dict[tuple[str, ...], str] = {}
     known = api.load_config(folder, trust_remote_code=trust_remote_code)
-    for path, section, config in _sections(found, known):
+    for path, section, config in _sections(settings, known):
         for new, old in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
             if old in section and new not in section and isinstance(section[old], str):
                 edits[(*path, new)], after[(*path, new)] = section[old], old
@@ -173,11 +173,11 @@ def _old_rotary(rope: dict[str, Any]) -> dict[str, Any]:
     return old if own.get("rope_type", "default") == "default" else old | {"rope_scaling": own}
 
 
-def _sections(found: dict[str, Any], known: Any) -> list[tuple[tuple[str, ...], dict[str, Any], Any]]:
+def _sections(settings: dict[str, Any], known: Any) -> list[tuple[tuple[str, ...], dict[str, Any], Any]]:
     """The root and the nested text configuration."""
-    sections: list[tuple[tuple[str, ...], dict[str, Any], Any]] = [((), found, known)]
-    if isinstance(found.get("text_config"), dict):
-        sections.append((("text_config",), found["text_config"], getattr(known, "text_config", None)))
+    sections: list[tuple[tuple[str, ...], dict[str, Any], Any]] = [((), settings, known)]
+    if isinstance(settings.get("text_config"), dict):
+        sections.append((("text_config",), settings["text_config"], getattr(known, "text_config", None)))
     return sections
 
 

@@ -94,8 +94,8 @@ class _Run:
         )
         self.engine.from_main(lambda: check_final(self.plan, self.output))
         self.weights = self.engine.from_main(lambda: sampled_digest(Checkpoint.open(self.plan.source)))
-        found = self._checkpoint()
-        state = found.state() if found else None
+        saved = self._checkpoint()
+        state = saved.state() if saved else None
         if state:
             check_same_run(state, self.plan, self.weights)
         self.parts = build(
@@ -109,8 +109,8 @@ class _Run:
             self.recorder = Recorder(
                 self.parts, self.output, self.display, resumed=int(state["step"]) if state else None
             )
-            if found and state:
-                self._resume(found, state)
+            if saved and state:
+                self._resume(saved, state)
             else:
                 self._start()
             self._train()
@@ -122,13 +122,13 @@ class _Run:
 
     def _checkpoint(self) -> SavedCheckpoint | None:
         """The checkpoint to go on from, the same on every process: one reads and checks it for all."""
-        found = self.engine.from_main(self._find_checkpoint)
-        if found is not None and not found.folder.is_dir():
+        saved = self.engine.from_main(self._find_checkpoint)
+        if saved is not None and not saved.folder.is_dir():
             raise CheckpointError(
-                f"{found.folder}: process {self.engine.rank} does not see it. The output must be on storage that every "
+                f"{saved.folder}: process {self.engine.rank} does not see it. The output must be on storage that every "
                 "machine sees."
             )
-        return found
+        return saved
 
     def _find_checkpoint(self) -> SavedCheckpoint | None:
         self.store.clean()
@@ -144,14 +144,14 @@ class _Run:
             return open_checkpoint(Path(wanted), fault=unusable)
         return self.store.newest(self.display.tell, fault=unusable)
 
-    def _resume(self, found: SavedCheckpoint, state: dict[str, Any]) -> None:
-        load_training_state(found.folder, self.parts.model, self.parts.optimizer)
+    def _resume(self, saved: SavedCheckpoint, state: dict[str, Any]) -> None:
+        load_training_state(saved.folder, self.parts.model, self.parts.optimizer)
         self.guards.restore(state["guards"])
         self.step, self.seconds, self.losses = int(state["step"]), float(state["seconds"]), dict(state["losses"])
         self._saved_step = self.step
         self.recorder.rewind(self.step)
         self.recorder.event(self.step, "resumed", processes=self.engine.processes, engine=self.engine.name)
-        self.display.tell(f"going on after step {self.step:,} from {found.folder.name}")
+        self.display.tell(f"going on after step {self.step:,} from {saved.folder.name}")
 
     def _start(self) -> None:
         self.recorder.rewind(-1)
@@ -170,15 +170,15 @@ class _Run:
         self._save(required=True)
 
     def _evaluate(self) -> float:
-        found = evaluate(
+        losses = evaluate(
             self.parts.scoring_model(),
             self.parts.data,
             self.engine,
             micro=self.config.train.micro_batch,
             teacher=self.parts.teacher,
         )
-        self.recorder.evaluation(self.step, found, self.losses.get("reference"))
-        return found["loss"]
+        self.recorder.evaluation(self.step, losses, self.losses.get("reference"))
+        return losses["loss"]
 
     def _train(self) -> None:
         total = self.plan.horizon.steps

@@ -95,10 +95,10 @@ def chosen_trackers(settings: LogSection) -> list[str]:
 
 def flat_config(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
     """A nested configuration with dotted names and plain values, as trackers want hyperparameters."""
-    found: dict[str, str | int | float | bool] = {}
+    flat: dict[str, str | int | float | bool] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= flat_config(value, f"{prefix}{key}.")
+            flat |= flat_config(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value if isinstance(value, (str, int, float, bool)) else str(value)
-    return found
+            flat[prefix + key] = value if isinstance(value, (str, int, float, bool)) else str(value)
+    return flat

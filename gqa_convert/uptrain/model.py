@@ -122,13 +122,13 @@ def run_model(
     if skip_head:
         output = model.get_output_embeddings()
         with _skipped(output):
-            found = model(**inputs, use_cache=False, **extra)
+            outputs = model(**inputs, use_cache=False, **extra)
         head = Head(output.weight, getattr(output, "bias", None))
     else:
-        found = model(**inputs, use_cache=False, **extra)
+        outputs = model(**inputs, use_cache=False, **extra)
         head = Head(None)
-    states = (getattr(found, "hidden_states", None) or found.decoder_hidden_states) if layers else ()
-    out = found.logits
+    states = (getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states) if layers else ()
+    out = outputs.logits
     return out.reshape(rows, -1, out.shape[-1]), head, tuple(states)
 
 
@@ -285,14 +285,14 @@ def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     inside = tuple(f"{name}." for name, module in model.named_modules() if "attention" in type(module).__name__.lower())
-    found: dict[str, nn.Module] = {
+    projections: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and any(name.startswith(prefix) for prefix in inside)
     }
-    if not found:
+    if not projections:
         raise UsageError(f"train.parameters: {type(model).__name__} has no linear layers in attention modules.")
-    return found
+    return projections
 
 
 def attention_norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -122,14 +122,14 @@ def resolve_horizon(config: UptrainConfig) -> Horizon:
     )
 
 
-def plan_rows(made: UptrainPlan) -> list[tuple[str, str]]:
+def plan_rows(plan: UptrainPlan) -> list[tuple[str, str]]:
     """The plan as label and value, for a table."""
-    config = made.config
+    config = plan.config
     source = config.data.source
     rows = [
-        ("model", f"{config.model} ({made.shape.parameters:,} parameters)"),
+        ("model", f"{config.model} ({plan.shape.parameters:,} parameters)"),
         ("output", config.output),
-        *budget_rows(made.budget),
+        *budget_rows(plan.budget),
         (
             "batch",
             f"{config.train.batch_sequences:,} sequences of {config.data.context:,} tokens, any number of devices",
@@ -145,7 +145,7 @@ def plan_rows(made: UptrainPlan) -> list[tuple[str, str]]:
         (
             "learning rate",
             f"{config.schedule.kind}: "
-            + ", ".join(f"{rate:.3g} at {format_count(tokens)}" for tokens, rate in made.rates()),
+            + ", ".join(f"{rate:.3g} at {format_count(tokens)}" for tokens, rate in plan.rates()),
         ),
         ("trains", config.train.parameters),
         ("checkpoints", _checkpoints(config)),
@@ -171,11 +171,11 @@ def _held_out(config: UptrainConfig) -> str:
 
 def _objective(config: UptrainConfig) -> str:
     words: list[str] = [config.objective.kind]
-    found = config.objective.distillation
-    if found:
+    told = config.objective.distillation
+    if told:
         words.append(
-            f"distilled from {found.teacher} (KL x {found.weight:g} at temperature {found.temperature:g}, "
-            f"cross-entropy x {found.cross_entropy_weight:g})"
+            f"distilled from {told.teacher} (KL x {told.weight:g} at temperature {told.temperature:g}, "
+            f"cross-entropy x {told.cross_entropy_weight:g})"
         )
     return ", ".join(words)
 

@@ -171,4 +171,4 @@ def _keys(path: Sequence[str]) -> list[str]:
 def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for arg in get_args(annotation) if (found := _section(arg))), None)
+    return next((section for arg in get_args(annotation) if (section := _section(arg))), None)

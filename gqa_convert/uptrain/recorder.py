@@ -73,14 +73,14 @@ class Recorder:
         left = (plan.horizon.steps - step) * plan.horizon.batch_tokens
         self._display.step(step, {**values, "tokens_left": left})
 
-    def evaluation(self, step: int, found: dict[str, float], reference: float | None) -> None:
+    def evaluation(self, step: int, losses: dict[str, float], reference: float | None) -> None:
         """Record a held-out loss."""
-        values = {f"held_out_{name}": value for name, value in found.items()}
+        values = {f"held_out_{name}": value for name, value in losses.items()}
         if reference is not None:
             values["reference_loss"] = reference
         self._write("evaluation", step, values)
         beside = "" if reference is None else f" (the original's: {reference:.4f})"
-        self._display.tell(f"step {step:,}: held-out loss {found['loss']:.4f}{beside}")
+        self._display.tell(f"step {step:,}: held-out loss {losses['loss']:.4f}{beside}")
 
     def event(self, step: int, what: str, **values: Any) -> None:
         """Record that something happened."""

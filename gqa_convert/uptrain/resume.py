@@ -13,18 +13,18 @@ from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.state import training_state_problem
 
 
-def identity(made: UptrainPlan, weights: str) -> dict[str, Any]:
+def identity(plan: UptrainPlan, weights: str) -> dict[str, Any]:
     """What a run cannot change half way: it decides which tokens come next and what is trained.
 
     Args:
-        made: the run.
+        plan: the run.
         weights: sampled digest of the converted model. A model converted anew in the same folder starts a new run:
             resuming would drop it without a word, or mix it with the old one where some parameters are frozen.
     """
-    config = made.config
+    config = plan.config
     data = config.data.model_dump(mode="json", exclude={"cache", "held_out_source"})
     return {
-        "parameters": made.shape.parameters,
+        "parameters": plan.shape.parameters,
         "model_weights": weights,
         "data": data,
         "objective": config.objective.kind,
@@ -36,7 +36,7 @@ def identity(made: UptrainPlan, weights: str) -> dict[str, Any]:
 
 
 def checkpoint_state(
-    made: UptrainPlan,
+    plan: UptrainPlan,
     *,
     weights: str,
     step: int,
@@ -49,9 +49,9 @@ def checkpoint_state(
     """`state.json` of a checkpoint: where the run is, in numbers."""
     return {
         "step": step,
-        "tokens": step * made.horizon.batch_tokens,
-        "identity": identity(made, weights),
-        "config": made.config.model_dump(mode="json"),
+        "tokens": step * plan.horizon.batch_tokens,
+        "identity": identity(plan, weights),
+        "config": plan.config.model_dump(mode="json"),
         "data": data,
         "guards": guards,
         "losses": losses,
@@ -88,13 +88,13 @@ def _numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) in (int, float) for value in values)
 
 
-def check_same_run(state: dict[str, Any], made: UptrainPlan, weights: str) -> None:
+def check_same_run(state: dict[str, Any], plan: UptrainPlan, weights: str) -> None:
     """Make sure that a checkpoint belongs to this configuration.
 
     Raises:
         UsageError: naming every setting that differs.
     """
-    now = identity(made, weights)
+    now = identity(plan, weights)
     changed = [
         f"{key} was {state['identity'].get(key)!r} and is {value!r}"
         for key, value in now.items()

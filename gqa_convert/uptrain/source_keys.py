@@ -52,8 +52,8 @@ def restore_keys(stage: Path, source: Checkpoint, key_map: KeyMap) -> None:
 def _renamed(written: Checkpoint, source: Checkpoint, key_map: KeyMap) -> dict[str, str]:
     """Written key -> the key that the source has for the same parameter, where they differ."""
     waiting = {key_map.targets(key): key for key in source.tensors if key not in written.tensors}
-    found = {key: waiting.get(key_map.targets(key)) for key in written.tensors if key not in source.tensors}
-    return {key: own for key, own in found.items() if own is not None and len(key_map.targets(own)) == 1}
+    own_names = {key: waiting.get(key_map.targets(key)) for key in written.tensors if key not in source.tensors}
+    return {key: own for key, own in own_names.items() if own is not None and len(key_map.targets(own)) == 1}
 
 
 def _target(key: str, info: TensorInfo) -> TargetTensor:

@@ -64,9 +64,9 @@ def train_step(parts: Parts, guards: Guards, step: int, *, stop: bool, save: boo
         with engine.accumulating(parts.model, last=last):
             with engine.autocast():
                 taught = parts.teacher(moved.inputs) if parts.teacher is not None else None
-                loss, found = parts.model(moved.inputs, moved.labels, taught)
+                loss, statistics = parts.model(moved.inputs, moved.labels, taught)
             engine.backward(parts.model, loss * scale, last=last)
-        sums[: len(STATISTICS)] += found
+        sums[: len(STATISTICS)] += statistics
         sums[-3] += loss.detach()
     sums[-2], sums[-1] = float(stop), float(save)
     engine.sum(sums)

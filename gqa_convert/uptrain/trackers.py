@@ -53,10 +53,10 @@ class Trackers:
     def _start(self, name: str, arguments: dict[str, Any], settings: dict[str, Any]) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        made = LOGGER_TYPE_TO_CLASS[name](**arguments)
-        made.start()
-        self._working[name] = made
-        made.store_init_configuration(settings)
+        tracker = LOGGER_TYPE_TO_CLASS[name](**arguments)
+        tracker.start()
+        self._working[name] = tracker
+        tracker.store_init_configuration(settings)
 
     @property
     def working(self) -> list[str]:
@@ -85,7 +85,7 @@ class Trackers:
 
 
 def run_identity(folder: Path, *, new: bool) -> str:
-    """The identity of the run in this folder: eight hex digits, made when it starts, the same whenever it goes on."""
+    """The identity of the run in this folder: eight hex digits, drawn when it starts, the same whenever it goes on."""
     path = folder / _IDENTITY
     if not new and path.is_file():
         return path.read_text(encoding="utf-8").strip()

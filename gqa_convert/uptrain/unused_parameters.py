@@ -22,8 +22,8 @@ def freeze_unreached(scored: ScoredModel, tell: Callable[[str], None]) -> list[s
 
     An expert that no token of the probe went to stays: another batch will send it some.
     """
-    found = reached(scored)
-    frozen = [name for name in _dead_modules(scored, found) if not _is_choice(scored, name, found)]
+    live = reached(scored)
+    frozen = [name for name in _dead_modules(scored, live) if not _is_choice(scored, name, live)]
     for name in frozen:
         scored.get_submodule(name).requires_grad_(False)
     if frozen:
@@ -42,36 +42,36 @@ def reached(scored: ScoredModel) -> set[int]:
         loss, _ = scored(inputs, labels)
     nodes: list[Any] = [loss.grad_fn]
     seen: set[Any] = set()
-    found: set[int] = set()
+    live: set[int] = set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            live.add(id(node.variable))
         nodes.extend(following for following, _ in node.next_functions)
-    return found
+    return live
 
 
-def _dead_modules(scored: nn.Module, found: set[int]) -> list[str]:
+def _dead_modules(scored: nn.Module, live: set[int]) -> list[str]:
     """The outermost modules with parameters to train of which none is reached."""
     dead: list[str] = []
     for name, module in scored.named_modules():
-        if name and not any(name.startswith(f"{outer}.") for outer in dead) and _is_dead(module, found):
+        if name and not any(name.startswith(f"{outer}.") for outer in dead) and _is_dead(module, live):
             dead.append(name)
     return dead
 
 
-def _is_dead(module: nn.Module, found: set[int]) -> bool:
+def _is_dead(module: nn.Module, live: set[int]) -> bool:
     wanted = [id(parameter) for parameter in module.parameters() if parameter.requires_grad]
-    return bool(wanted) and found.isdisjoint(wanted)
+    return bool(wanted) and live.isdisjoint(wanted)
 
 
-def _is_choice(scored: nn.Module, name: str, found: set[int]) -> bool:
+def _is_choice(scored: nn.Module, name: str, live: set[int]) -> bool:
     """Whether a module is one of several in a list of which others are reached."""
     outer, _, last = name.rpartition(".")
     siblings = scored.get_submodule(outer)
     return isinstance(siblings, nn.ModuleList) and any(
-        type(other) is type(siblings[int(last)]) and not _is_dead(other, found) for other in siblings
+        type(other) is type(siblings[int(last)]) and not _is_dead(other, live) for other in siblings
     )

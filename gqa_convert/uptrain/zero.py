@@ -140,8 +140,8 @@ def load_zero(folder: Path, model: Any) -> None:
     if saved != processes:
         raise CheckpointError(f"{folder}: saved by {saved} DeepSpeed processes; resume with as many, not {processes}.")
     with _tensors_only():
-        found, _ = model.load_checkpoint(str(folder / FOLDER), tag=_TAG, load_module_strict=False)
-    if found is None:
+        loaded, _ = model.load_checkpoint(str(folder / FOLDER), tag=_TAG, load_module_strict=False)
+    if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed cannot read its files. Resume from another checkpoint.")
 
 
@@ -158,13 +158,13 @@ def saved_weights(folder: Path) -> dict[str, Tensor]:
         raise UsageError(f"{folder}: reading it needs DeepSpeed: pip install 'gqa-convert[deepspeed]'.") from error
     try:
         with _tensors_only(), redirect_stdout(sys.stderr):
-            found = get_fp32_state_dict_from_zero_checkpoint(
+            weights = get_fp32_state_dict_from_zero_checkpoint(
                 str(folder / FOLDER), tag=_TAG, exclude_frozen_parameters=True
             )
     except Exception as error:  # of a damaged file, whatever its parts come to
         words = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder}: DeepSpeed cannot read its files ({words}).") from error
-    return dict(found)
+    return dict(weights)
 
 
 @contextmanager

@@ -180,7 +180,8 @@ def summarise(results: list[dict[str, Any]], options: argparse.Namespace, second
     everywhere: collections.Counter[str] = sum(codes.values(), collections.Counter())
     return {
         "what": "damaged configurations, text, tokens, models and checkpoints of tiny runs, each in a fork",
-        "command": f"python scripts/bench/fuzz_training.py --cases {options.cases} --seed {options.seed}",
+        "command": "python scripts/bench/fuzz_training.py "
+        f"--first {options.first} --cases {len(results)} --seed {options.seed}",
         "cases": len(results),
         "seed": options.seed,
         "faults": {kind: sum(any(f.startswith(kind) for f in r["faults"]) for r in results) for kind in KINDS},
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", type=int, help="run this one alone and print everything")
+    parser.add_argument("--seconds", type=float, help="stop after about so long, whatever is left")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -220,6 +222,8 @@ def main() -> None:
             results.append(result)
             if result["faults"] or options.case is not None:
                 print(json.dumps(result), flush=True)
+            if options.seconds and time.monotonic() - started > options.seconds:
+                break
         summary = summarise(results, options, time.monotonic() - started)
     text = json.dumps(summary, indent=2)
     if options.out:

@@ -140,10 +140,13 @@ def test_what_a_killed_tokenisation_left_goes_and_what_is_being_written_stays(se
     left = root / f".{'b' * 16}-train.tmp-1-00000000"
     left.mkdir()
     (left / "tokens.bin").write_bytes(b"half")
+    empty = root / f".{'c' * 16}-held-out.tmp-1-00000000"
+    empty.mkdir()
     foreign = root / ".somebody.tmp-1-00000000"
     foreign.mkdir()
     run(settings, budget={"steps": 1})
     assert not left.exists()
+    assert not empty.exists()
     assert foreign.exists()
     assert at_work._stage.exists()
     at_work.discard()
