@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,9 +122,24 @@ def page_table(results: dict[str, Any]) -> str:
         control_type = next(iter(cells.values()))[2]["type"]
         label = model if written == control_type else f"{model} -> {written}"
         lines.append(f"| {label} | " + " | ".join(shown) + " |")
-    lines += ["", "What the refusals said:", ""]
+    lines += ["", *_quantised(results), "", "What the refusals said:", ""]
     lines += [f"- {engine}: `{error}` ({', '.join(models)})" for (engine, error), models in said.items()]
     return "\n".join(lines)
+
+
+def _quantised(results: dict[str, Any]) -> list[str]:
+    """How far llama.cpp's Q4_K_M is off, for sources and for conversions."""
+    off: dict[bool, list[float]] = {True: [], False: []}
+    for answer in results["engines"].get("llamacpp", {"answers": []})["answers"]:
+        answer = answer.get("mended", answer)
+        if "q4_k_m_difference" in answer:
+            off[str(answer.get("label", "")).startswith("MHA")].append(answer["q4_k_m_difference"])
+    if not all(off.values()):
+        return []
+    return [
+        f"llama.cpp's Q4_K_M, which rounds random weights hard: median {median(off[False]):.2f} nats over "
+        f"{len(off[False])} conversions, {median(off[True]):.2f} over {len(off[True])} sources."
+    ]
 
 
 def _cell(kind: str, answer: dict[str, Any], control: dict[str, Any]) -> str:
