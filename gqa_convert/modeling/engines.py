@@ -13,6 +13,11 @@ from typing import Any
 
 from gqa_convert.modeling.shipping import TYPE_PREFIX
 
+_AS_LISTED = {
+    "refused": "refused there, unlike the source",
+    "refused_source_too": "refused there, as the source is",
+    "unlike_source": "as wrong there as the source is",
+}
 FILE = Path(__file__).with_name("engines.json")
 
 
@@ -43,8 +48,7 @@ def where_it_runs(source_type: str, written_type: str) -> tuple[str, ...]:
         notes.append("checked, right: " + ", ".join(seen["right"]))
     if seen["mended"]:
         notes.append("right after one step: " + "; ".join(f"{name} ({how})" for name, how in seen["mended"].items()))
-    if seen["refused"]:
-        notes.append("refused: " + ", ".join(seen["refused"]))
-    if seen["unlike_source"]:
-        notes.append("as wrong there as the source is: " + ", ".join(seen["unlike_source"]))
+    for kind, words in _AS_LISTED.items():
+        if seen[kind]:
+            notes.append(f"{words}: {', '.join(seen[kind])}")
     return tuple(notes)

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -119,8 +120,7 @@ def plain(error: str, folder: Path, environments: Path) -> str:
     """An error without this machine's paths."""
     for path, name in ((str(folder), "FOLDER"), (str(environments.absolute()), "ENV"), (sys.prefix, "PYTHON")):
         error = error.replace(path, name)
-    words = ["TEMPORARY" if word.startswith(tempfile.gettempdir()) else word for word in error.split()]
-    return " ".join(words)
+    return re.sub(r"\S*\btmp\w{8}\b\S*", "TEMPORARY", " ".join(error.split()))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,8 +87,9 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         if model in VARIANTS:
             continue
         _, first, control = next(iter(cells.values()))
-        seen: dict[str, Any] = {"right": [], "mended": {}, "refused": [], "unlike_source": [], "wrong": {}}
-        for engine, (kind, answer, _) in cells.items():
+        seen: dict[str, Any] = {"right": [], "mended": {}, "unlike_source": [], "wrong": {}}
+        seen |= {"refused": [], "refused_source_too": []}
+        for engine, (kind, answer, source) in cells.items():
             name = name_of(engine, results)
             if kind == "wrong":
                 why = WHY.get((engine, answer["type"]), "nobody knows why")
@@ -95,7 +97,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
             elif kind == "mended":
                 seen["mended"][name] = answer["mended"]["by"]
             else:
-                seen[kind].append(name)
+                seen["refused_source_too" if kind == "refused" and "error" in source else kind].append(name)
         families[f"{control['type']}>{first['type']}"] = seen
     versions = {name_of(engine, results): seen["version"] for engine, seen in results["engines"].items()}
     return {"checked_with": results["reference"], "date": results["date"], "versions": versions, "families": families}
@@ -115,15 +117,30 @@ def page_table(results: dict[str, Any]) -> str:
         for engine in engines:
             kind, answer, control = cells.get(engine, ("", {}, {}))
             shown.append(_cell(kind, answer, control))
-            if kind in ("refused", "mended"):
+            if kind in ("refused", "mended") and "error" not in control:
                 said.setdefault((name_of(engine, results), _short(answer["error"])), []).append(model)
         written = next(iter(cells.values()))[1]["type"]
         control_type = next(iter(cells.values()))[2]["type"]
         label = model if written == control_type else f"{model} -> {written}"
         lines.append(f"| {label} | " + " | ".join(shown) + " |")
-    lines += ["", "What the refusals said:", ""]
+    lines += ["", *_quantised(results), "", "What was said where the source is not refused as well:", ""]
     lines += [f"- {engine}: `{error}` ({', '.join(models)})" for (engine, error), models in said.items()]
     return "\n".join(lines)
+
+
+def _quantised(results: dict[str, Any]) -> list[str]:
+    """How far llama.cpp's Q4_K_M is off, for sources and for conversions."""
+    off: dict[bool, list[float]] = {True: [], False: []}
+    for answer in results["engines"].get("llamacpp", {"answers": []})["answers"]:
+        answer = answer.get("mended", answer)
+        if "q4_k_m_difference" in answer:
+            off[str(answer.get("label", "")).startswith("MHA")].append(answer["q4_k_m_difference"])
+    if not all(off.values()):
+        return []
+    return [
+        f"llama.cpp's Q4_K_M, which rounds random weights hard: median {median(off[False]):.2f} nats over "
+        f"{len(off[False])} conversions, {median(off[True]):.2f} over {len(off[True])} sources."
+    ]
 
 
 def _cell(kind: str, answer: dict[str, Any], control: dict[str, Any]) -> str:
@@ -133,7 +150,8 @@ def _cell(kind: str, answer: dict[str, Any], control: dict[str, Any]) -> str:
         return f"{answer['mended']['difference']:.0e} &#8224;"
     if kind == "refused":
         return "-, source too" if "error" in control else "-"
-    figure = f"{answer['difference']:.0e}" if answer["difference"] < 0.01 else f"{answer['difference']:.1f}"
+    figure = f"{answer['difference']:.1f}" if answer["difference"] >= 0.05 else f"{answer['difference']:.0e}"
+    figure = "0" if answer["difference"] == 0 else figure
     if kind == "wrong":
         return f"**{figure} wrong**"
     return f"{figure}, source too" if kind == "unlike_source" else figure
