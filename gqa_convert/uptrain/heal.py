@@ -393,7 +393,7 @@ def heal_settings(
         "checkpoints": {"every_minutes": 10.0},
         "evaluation": {
             "every_tokens": max(batch_tokens, tokens // 10),
-            "tokens": 16_384,
+            "tokens": 8192,
             "target": options.until,
         },
         "trust_remote_code": trust_remote_code,
