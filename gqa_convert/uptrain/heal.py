@@ -438,6 +438,4 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{folder}: cannot be written to ({error.strerror or error}). Choose another --work."
-    )
+    return OutputError(f"{folder}: cannot be written to ({error.strerror or error}). Choose another --work.")
