@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.conversion.recipe import SELF
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from gqa_convert.conversion.plan import ConvertPlan
@@ -42,6 +42,7 @@ OWN_TOKENS = 131_072
 FULL_WIDTH = 1024
 """Above this hidden size the learning rate falls with the square root of the width, as that of the refit does."""
 _SETTINGS = "heal.json"
+_RUN = "uptrain.json"
 _OWN_TEXT = "original-wrote.jsonl"
 
 
@@ -267,7 +268,10 @@ def foreseen(
 def heal_folder(target: Path, work: str | Path | None) -> Iterator[Path]:
     """Yield the folder of the run: the user's, kept, or one beside the target that is removed when all went well."""
     folder = target.absolute().with_name(f".{target.name}.heal") if work is None else Path(work).expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     yield folder
     if work is None and is_main():
         shutil.rmtree(folder, ignore_errors=True)
@@ -313,7 +317,7 @@ def settled(
     Raises:
         UsageError: if `folder` holds a run with other options or models.
     """
-    from gqa_convert.uptrain.read_config import parse_config
+    from gqa_convert.uptrain.read_config import load_config, parse_config
 
     say = tell or (lambda _: None)
     wanted = {"options": asdict(options), "converted": str(source.resolve()), "original": str(teacher.resolve())}
@@ -328,13 +332,14 @@ def settled(
                 f"{folder}: holds an interrupted healing with other {' and '.join(changed)}. Give the same ones, "
                 "another --work, or remove the folder."
             )
-        return parse_config(before["config"], where=str(kept))
+        return load_config(folder / _RUN)
     if options.text == SELF and is_main():
         write_own_text(options, teacher, folder / _OWN_TEXT, trust_remote_code=trust_remote_code, tell=say)
     values = heal_settings(options, source, teacher, folder, trust_remote_code=trust_remote_code)
     config = parse_config(values, where="heal")
     if is_main():
-        write_text(kept, json.dumps({**wanted, "config": values}, indent=1) + "\n")
+        _write_whole(folder / _RUN, json.dumps(values, indent=1) + "\n")
+        _write_whole(kept, json.dumps(wanted, indent=1) + "\n")
     return config
 
 
@@ -387,7 +392,7 @@ def heal_settings(
         "checkpoints": {"every_minutes": 10.0},
         "evaluation": {
             "every_tokens": max(batch_tokens, tokens // 10),
-            "tokens": 16_384,
+            "tokens": 8192,
             "target": options.until,
         },
         "trust_remote_code": trust_remote_code,
@@ -418,4 +423,18 @@ def write_own_text(options: HealOptions, teacher: Path, path: Path, *, trust_rem
     ids_NT = self_tokens(source, sequences=count, length=length, seed=options.seed)
     tokenizer = source.tokenizer()
     texts = tokenizer.batch_decode(ids_NT[:, 1:])
-    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    _write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole under its name or not there."""
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        write_text(beside, text)
+        beside.replace(path)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"{folder}: cannot be written to ({error.strerror or error}). Choose another --work.")

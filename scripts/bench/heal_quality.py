@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens a window")
     parser.add_argument("--windows", type=int, default=8, help="windows of each text, the first ones")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float32, or as stored; alike for all models")
     parser.add_argument("--note", default="", help="kept in the JSON: how the models came about")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
@@ -55,7 +56,12 @@ def main() -> None:
             continue
         started = time.process_time()
         settings = EvalSettings(
-            data=path, context=args.context, stride=args.context, max_windows=args.windows, batch_size=args.batch
+            data=path,
+            context=args.context,
+            stride=args.context,
+            max_windows=args.windows,
+            batch_size=args.batch,
+            dtype=args.dtype,
         )
         found = evaluate(args.original, list(models.values()), settings)
         scores = {
@@ -85,6 +91,7 @@ def write(args: argparse.Namespace, rows: dict[str, Any]) -> None:
     described = {
         "original": Path(args.original).name,
         "context": args.context,
+        "dtype": args.dtype,
         "note": args.note,
         "texts": rows,
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from gqa_convert import convert
 from gqa_convert.cli.main import app
-from gqa_convert.errors import Preempted, UsageError
+from gqa_convert.errors import OutputError, Preempted, UsageError
 from gqa_convert.uptrain import heal as healing
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.heal import HealOptions, heal, heal_rate
@@ -105,6 +105,13 @@ def test_it_stops_when_the_target_is_met_and_a_second_run_does_not_go_on(origina
         converted, original, out=tmp_path / "out", options=options, work=tmp_path / "work", quiet=True, force=True
     )
     assert again.tokens == result.tokens
+
+
+def test_a_work_folder_that_cannot_be_made_is_one_line(original, converted, text_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written to"):
+        heal(converted, original, out=tmp_path / "o", options=HealOptions(text=str(text_file)),
+             work=tmp_path / "file" / "work", quiet=True)  # fmt: skip
 
 
 def test_a_target_needs_something_to_be_near_to(settings):
