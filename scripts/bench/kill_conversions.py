@@ -4,8 +4,9 @@
     python scripts/bench/kill_conversions.py --kills 1000 --out scripts/bench/results/kill_conversions.json
 
 Every conversion is a fork of one warm process. Checked after each kill: the output is absent, or the one of before, or
-the new one, byte for byte; the source is untouched; beside them lie only hidden leftovers of ours. A kill is followed
-by the same command run to its end, whose output must equal that of a run that was never disturbed, with nothing left.
+the new one, byte for byte; the source is untouched; beside them lie only hidden leftovers of ours. Each kill is
+followed by the same command run to its end, whose output must equal that of a run that was never disturbed, with
+nothing left behind.
 """
 
 from __future__ import annotations
