@@ -142,6 +142,7 @@ def summarise(results: list[dict[str, Any]], options: argparse.Namespace, second
         "what": "damaged tiny checkpoints through convert, inspect, verify and reload, each in a fork of one process",
         "command": f"python scripts/bench/fuzz.py --cases {options.cases} --seed {options.seed}",
         "cases": len(results),
+        "stopped_after_s": options.seconds,
         "seed": options.seed,
         "faults": kinds,
         "cases_with_a_fault": sum(bool(r["faults"]) for r in results),
