@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.checkpoint.dtypes import from_bytes, read_bytes
-from gqa_convert.checkpoint.files import MAX_CONFIG_BYTES, MAX_RECORD_BYTES, parse_object, read_regular
+from gqa_convert.checkpoint.files import MAX_CONFIG_BYTES, MAX_RECORD_BYTES, parse_object, read_object, read_regular
+from gqa_convert.checkpoint.links import stays_inside
 from gqa_convert.checkpoint.pickled import read_pickled
 from gqa_convert.checkpoint.resolve import SAFE_WEIGHTS, WeightSet, resolve_weights, whole_weights
 from gqa_convert.checkpoint.safetensors_file import TensorInfo, read_header
@@ -102,6 +103,7 @@ class Checkpoint:
         check_filled(folder, tensors)
         check_types(folder / CONFIG, config)
         check_counts(folder / CONFIG, config, len(tensors))
+        _check_generation(folder)
         side, left = split_side_files(folder, weights.files)
         return cls(
             folder=folder,
@@ -190,6 +192,13 @@ def _shards(weights: WeightSet) -> tuple[Shard, ...]:
             tensors, aliases = read_pickled(file)
             shards.append(Shard(name=name, file=file, tensors=tensors, metadata={}, aliases=aliases))
     return tuple(shards)
+
+
+def _check_generation(folder: Path) -> None:
+    """Refuse a generation_config.json that is no JSON object: a copy of the folder would not load for it."""
+    path = folder / "generation_config.json"
+    if path.is_file() and stays_inside(folder, path):
+        read_object(path, MAX_CONFIG_BYTES)
 
 
 def _without_stale(weights: WeightSet, shards: tuple[Shard, ...]) -> tuple[tuple[Shard, ...], tuple[str, ...]]:

@@ -4,8 +4,9 @@
     python scripts/bench/kill_conversions.py --kills 1000 --out scripts/bench/results/kill_conversions.json
 
 Every conversion is a fork of one warm process. Checked after each kill: the output is absent, or the one of before, or
-the new one, byte for byte; the source is untouched; beside them lie only hidden leftovers of ours. A kill is followed
-by the same command run to its end, whose output must equal that of a run that was never disturbed, with nothing left.
+the new one, byte for byte; the source is untouched; beside them lie only hidden leftovers of ours. Each kill is
+followed by the same command run to its end, whose output must equal that of a run that was never disturbed, with
+nothing left behind.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ def check(condition: bool, what: str) -> None:
         raise SystemExit(f"BAD: {what}")
 
 
-def kill_often(name: str, scenario: Scenario, root: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Run one scenario's kills; returns counts of what was found after them."""
+def kill_often(name: str, scenario: Scenario, root: Path, kills: int, rng: random.Random, end: float) -> dict[str, Any]:
+    """Run one scenario's kills, no more after the clock shows `end`; returns counts of what was found after them."""
     source, out, work = root / "source", root / "out", root / "work"
     models.make(source, scenario.base, **_WIDE)
     untouched = contents(source)
@@ -114,7 +115,7 @@ def kill_often(name: str, scenario: Scenario, root: Path, kills: int, rng: rando
         "new output": 0,
         "set aside": 0,
     }
-    while found["kills"] < kills:
+    while found["kills"] < kills and time.monotonic() < end:
         shutil.rmtree(out, ignore_errors=True)
         if scenario.replacing:
             shutil.copytree(root / "earlier", out)
@@ -146,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000, help="over all kinds of conversions")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so long, kinds alike")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -161,12 +163,14 @@ def main() -> None:
         for kind, scenario in SCENARIOS.items():
             root = Path(name) / f"kills-{len(counts)}"
             root.mkdir()
-            counts[kind] = kill_often(kind, scenario, root, options.kills // len(SCENARIOS), rng)
+            end = started + options.seconds * (len(counts) + 1) / len(SCENARIOS)
+            counts[kind] = kill_often(kind, scenario, root, options.kills // len(SCENARIOS), rng, end)
             print(kind, counts[kind], flush=True)
             shutil.rmtree(root)
     result = {
         "what": "SIGKILL at random moments of conversions, each followed by the same command run to its end",
         "command": f"python scripts/bench/kill_conversions.py --kills {options.kills} --seed {options.seed}",
+        "stopped_after_s": options.seconds if options.seconds < float("inf") else None,
         "kills": sum(found["kills"] for found in counts.values()),
         "half_outputs": 0,
         "reruns_of_other_bytes": 0,

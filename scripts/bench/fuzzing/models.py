@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 
+from gqa_convert.hf import api
+
 _LLAMA = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -104,19 +106,12 @@ def _as_pickle(folder: Path, state: dict[str, torch.Tensor], stored: str) -> Non
 def loading_faults(folder: Path) -> dict[str, list[str]]:
     """Load a converted folder as a user would; returns what transformers says is missing or of another shape."""
     text = json.loads((folder / "config.json").read_text("utf-8-sig"))
-    name = (text.get("architectures") or [""])[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if text.get("auto_map") and str(text.get("model_type", "")).startswith("gqa_"):
-            from gqa_convert.hf import api
-
-            config = api.load_config(folder, trust_remote_code=True)
-            cls = api.model_class(config, folder=folder, trust_remote_code=True)
-        else:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            cls = getattr(transformers, str(name), None) or transformers.AutoModelForCausalLM
-            if not hasattr(cls, "from_pretrained"):
-                cls = transformers.AutoModelForCausalLM
+        # A model of our own goes by the package's classes, any other by transformers' alone.
+        ours = str(text.get("model_type", "")).startswith("gqa_")
+        config = api.load_config(folder, trust_remote_code=ours)
+        cls: Any = api.model_class(config, folder=folder, trust_remote_code=ours)
         _, info = cls.from_pretrained(folder, config=config, output_loading_info=True, local_files_only=True)
     return {
         kind: sorted(map(str, info.get(kind) or ()))[:3]
