@@ -159,7 +159,7 @@ def test_records_without_hashes_are_checked_as_far_as_can_be(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"conversion": 3}, "'conversion' holds a int"),
+        ({"conversion": 3}, "'conversion' is a int"),
         ({"conversion": {"recipe": {"method": "mean", "colour": 1}}}, "colour: no such choice"),
         ({"conversion": {"recipe": {"method": "none"}}}, "no such merge method"),
         ({"conversion": {"recipe": [1]}}, "'recipe' holds a list"),

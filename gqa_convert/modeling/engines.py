@@ -1,6 +1,6 @@
 """Where a converted model runs: what the engine checks found, family by family, as plans, cards and docs say it.
 
-`engines.json` is written by `scripts/clients/tables.py` from the results of `scripts/clients/run.py`.
+`engines.json` is written by `scripts/clients/engine_tables.py` from the results of `scripts/clients/run.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     scripts/clients/setup.sh clients-env
     python scripts/clients/run.py --environments clients-env            # scripts/clients/results.json, anew
     python scripts/clients/run.py --environments clients-env --engine vllm --model Llama
-    python scripts/clients/tables.py                                    # the tables of docs, and what the plan says
+    python scripts/clients/engine_tables.py                              # the tables of docs, and what the plan says
 
 Every model is random and tiny: 2 layers, 8 heads of 32. What an engine gets wrong of the control too is its own.
 """

@@ -40,7 +40,7 @@ def test_an_engine_does_what_the_results_say(engine: str, model: str, tmp_path: 
     folders = load("models").write_models(tmp_path, model)
     answers = list(load("run").ask(engine, Path(os.environ["GQA_CLIENTS"]), [folder for _, folder in folders]))
     known = {r["label"]: r for r in RESULTS["engines"][engine]["answers"] if r["model"] == model}
-    verdict = load("tables").verdict
+    verdict = load("engine_tables").verdict
     control = folders[0][0]
     for (label, _), answer in list(zip(folders, answers, strict=True))[1:]:
         if label in known:
@@ -48,7 +48,7 @@ def test_an_engine_does_what_the_results_say(engine: str, model: str, tmp_path: 
 
 
 def test_docs_and_package_say_what_the_results_say() -> None:
-    tables = load("tables")
+    tables = load("engine_tables")
     assert f"{tables.BEGIN}\n\n{tables.page_table(RESULTS)}\n\n{tables.END}" in tables.PAGE.read_text()
     assert json.loads(tables.SUMMARY.read_text()) == tables.summary(RESULTS)
 
@@ -83,7 +83,7 @@ def test_a_silent_error_comes_first_and_is_named() -> None:
 
 
 def test_verdicts() -> None:
-    verdict = load("tables").verdict
+    verdict = load("engine_tables").verdict
     good, off, error = {"difference": 1e-6}, {"difference": 1.0}, {"error": "no"}
     assert verdict("vllm", good, good) == "right"
     assert verdict("vllm", off, good) == verdict("vllm", off, error) == "wrong"

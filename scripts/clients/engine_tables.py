@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Write what run.py found into docs/serving.md, and its summary into the package, where plans and cards read it.
 
-python scripts/clients/tables.py
-python scripts/clients/tables.py --check     # exit code 1 if either is not what the results say
+python scripts/clients/engine_tables.py
+python scripts/clients/engine_tables.py --check     # exit code 1 if either is not what the results say
 """
 
 from __future__ import annotations
