@@ -40,3 +40,16 @@ def test_the_new_method_converts(median: registry.MergeMethod, tmp_path: Path) -
 def test_paths_that_are_named_exist() -> None:
     for name in re.findall(r"`((?:scripts|tests|gqa_convert|docs|configs)/[\w./-]+)`", TEXT):
         assert (Path(__file__).parents[1] / name).exists(), name
+
+
+def test_the_map_names_what_is_there() -> None:
+    root = Path(__file__).parents[1]
+    package = root / "gqa_convert"
+    text = (root / "docs" / "architecture.md").read_text("utf-8")
+    named = {name for name in re.findall(r"`([\w/.]+)`", text) if "/" in name or name.endswith((".py", ".json"))}
+    rooms = {path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rooms == {name.rstrip("/") for line in lines for name in re.findall(r"`(\w+/)`", line.split("|")[1])}
+    inside = {name.rstrip("/") for name in named}
+    places = (root, package, *(package / room for room in rooms))
+    assert [name for name in sorted(inside) if not any((place / name).exists() for place in places)] == []
