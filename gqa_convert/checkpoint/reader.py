@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.checkpoint.dtypes import from_bytes, read_bytes
+from gqa_convert.checkpoint.dtypes import BITS, from_bytes, read_bytes
 from gqa_convert.checkpoint.files import MAX_CONFIG_BYTES, MAX_RECORD_BYTES, parse_object, read_object, read_regular
 from gqa_convert.checkpoint.links import stays_inside
 from gqa_convert.checkpoint.pickled import read_pickled
@@ -187,6 +187,7 @@ def _shards(weights: WeightSet) -> tuple[Shard, ...]:
             name = file.name if keep_names else f"model-{number:05d}-of-{count:05d}.safetensors"
         if weights.format == "safetensors":
             tensors, metadata = read_header(file)
+            _check_formats(file, tensors)
             shards.append(Shard(name=name, file=file, tensors=tensors, metadata=metadata))
         else:
             tensors, aliases = read_pickled(file)
@@ -240,6 +241,23 @@ def _without(shard: Shard, stale: set[str]) -> Shard:
             heirs[key] = heir
     aliases = {alias: heirs[kept] for alias, kept in aliases.items() if heirs[kept] != alias}
     return replace(shard, tensors=tensors, aliases=aliases)
+
+
+def _check_formats(file: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Let formats of numbers that are newer than ours be copied, if the installed safetensors can read the file."""
+    unknown = next((info for info in tensors.values() if info.dtype not in BITS), None)
+    if unknown is None:
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: {unknown.key!r} is of dtype {unknown.dtype!r}, which the installed safetensors does not know. "
+            "Download the file again, or install a release that does."
+        ) from error
 
 
 def _check_index(weights: WeightSet, shards: tuple[Shard, ...]) -> None:

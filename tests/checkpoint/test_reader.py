@@ -204,3 +204,17 @@ def test_reading_changes_nothing(tmp_path: Path):
         checkpoint.tensor(key)
     for file in (tmp_path / "b").iterdir():
         assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_format_that_the_installed_library_cannot_read(tmp_path: Path):
+    """A copy of it would not load."""
+    write_config(tmp_path)
+    header = {"a": {"dtype": "V32", "shape": [2], "data_offsets": [0, 8]}}
+    (tmp_path / "model.safetensors").write_bytes(raw_safetensors(header, bytes(8)))
+    refuse(tmp_path, "'V32'", "safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "true", "[]", "{"])
+def test_a_generation_config_that_is_none(tmp_path: Path, text: str):
+    (single(tmp_path) / "generation_config.json").write_text(text)
+    refuse(tmp_path, "generation_config.json")
