@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.conversion.recipe import SELF
+from gqa_convert.data.reading import DEMO
 from gqa_convert.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class HealOptions:
     """
 
     text: str = SELF
-    """A file, a folder, a hub dataset, or `self`: the original writes it."""
+    """A file, a folder, a hub dataset, `demo` (this Python's own modules), or `self`: the original writes it."""
     held_out: str | None = None
     """Text to measure on; by default a fiftieth of the documents of `text`, which is then not trained on."""
     tokens: int = 500_000
@@ -359,12 +360,11 @@ def heal_settings(
     sequences = max(1, BATCH_TOKENS // context)
     batch_tokens = sequences * context
     tokens = max(options.tokens, batch_tokens)
-    own = {"kind": "jsonl", "paths": [str(folder / _OWN_TEXT)]}
-    data: dict[str, Any] = {"source": own if options.text == SELF else options.text, "context": context}
+    data: dict[str, Any] = {"source": _source(options.text, folder), "context": context}
     if options.held_out is None:
         data["held_out_fraction"] = 0.02
     else:
-        data["held_out_source"] = options.held_out
+        data["held_out_source"] = _source(options.held_out, folder, held_out=True)
     return {
         "model": str(source),
         "output": str(folder / "run"),
@@ -397,6 +397,16 @@ def heal_settings(
         },
         "trust_remote_code": trust_remote_code,
     }
+
+
+def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[str, Any]:
+    """What the uptraining is told of a text: `self` and `demo` are read from where they are."""
+    if text == SELF:
+        return {"kind": "jsonl", "paths": [str(folder / _OWN_TEXT)]}
+    if text == DEMO and not Path(text).exists():
+        which = "held_out_texts" if held_out else "training_texts"
+        return {"kind": "python", "paths": [f"gqa_convert.data.stdlib:{which}"]}
+    return text
 
 
 def heal_rate(width: int) -> float:

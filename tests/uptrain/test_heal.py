@@ -221,3 +221,10 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(original, converte
     assert cost["hours"] > 0
     assert cost["memory_bytes"] > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_demo_is_this_pythons_modules_as_for_calibrate(original, converted, tmp_path):
+    values = healing.heal_settings(HealOptions(text="demo", held_out="demo"), converted, original, tmp_path)
+    config = parse_config(values)
+    assert config.data.source.paths == ("gqa_convert.data.stdlib:training_texts",)
+    assert config.data.held_out_source.paths == ("gqa_convert.data.stdlib:held_out_texts",)
