@@ -134,7 +134,7 @@ def budget(
     Args:
         shape: the model to be trained.
         length: how long.
-        context: tokens a sequence; the pretraining context by default.
+        context: tokens per sequence; the pretraining context by default.
         teacher: the distillation teacher; it runs forward once on every token (a third of a training pass).
         hardware: a name of `devices()`, or a number of TFLOP/s; None for no hours.
         device_count: how many of them.

@@ -61,7 +61,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """A published pretraining: its shape, tokens, tokens a step where stated, and where the figures stand."""
+    """A published pretraining: its shape, tokens, tokens per step where stated, and where the figures stand."""
 
     shape: ModelShape
     tokens: int

@@ -35,9 +35,9 @@ class RefitOptions:
     """
 
     steps: int = 300
-    """Optimiser steps a layer; 0 leaves the descent out."""
+    """Optimiser steps per layer; 0 leaves the descent out."""
     tokens: int = 2048
-    """Calibration tokens a step."""
+    """Calibration tokens per step."""
     lr: float | None = None
     """Peak learning rate; by default each tensor's own, from the size of its elements."""
     least_squares: bool = False

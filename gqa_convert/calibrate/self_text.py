@@ -1,6 +1,6 @@
 """Calibration text that the source model writes itself, so that nobody needs data to convert well.
 
-Shape suffixes: N windows, T tokens a window, S encoder positions.
+Shape suffixes: N windows, T tokens per window, S encoder positions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def self_tokens(
     Args:
         source: the checkpoint.
         sequences: windows to write.
-        length: tokens a window.
+        length: tokens per window.
         seed: for the sampling.
         temperature: of the sampling; nothing else bends the model's distribution.
         batch: windows written at a time.

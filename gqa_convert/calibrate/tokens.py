@@ -1,6 +1,6 @@
 """Calibration tokens: windows of text as the model would meet it.
 
-Shape suffixes: N windows, T tokens a window, S positions of an encoder.
+Shape suffixes: N windows, T tokens per window, S positions of an encoder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def calibration_tokens(
         data: a file, a folder or a hub dataset; see `gqa_convert.data.sampling.documents`.
         tokenizer: the model's (`gqa_convert.hf.loading.load_tokenizer`).
         sequences: windows wanted; a smaller source gives fewer.
-        length: tokens a window.
+        length: tokens per window.
         seed: for the choice of documents.
 
     Returns:

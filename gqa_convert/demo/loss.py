@@ -1,6 +1,6 @@
 """Held-out loss of a checkpoint folder on fixed windows of text.
 
-Shapes: B windows, T tokens a window.
+Shapes: B windows, T tokens per window.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class DataSection(Section):
     source: Source
     """The documents; or one word, as for --calibrate: a file, a folder, a hub id `id[:configuration[:split]]`."""
     context: Annotated[int, Field(ge=2, le=1 << 27)]
-    """Tokens a sequence (of the encoder, for span corruption)."""
+    """Tokens per sequence (of the encoder, for span corruption)."""
     streaming: bool = False
     """Tokenise while training (corpora too large to tokenise first); else once, into `<output>/tokens` or `cache`."""
     cache: Place | None = None

@@ -21,7 +21,7 @@ def evaluate(
     """Score the held-out blocks, shared out over the processes.
 
     Returns:
-        `loss` (cross-entropy), with a teacher `kl`: nats a token; `tokens` scored.
+        `loss` (cross-entropy), with a teacher `kl`: nats per token; `tokens` scored.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     batches = evaluation_batches(

@@ -39,7 +39,7 @@ class UptrainResult:
         folder: the result, a plain transformers folder.
         steps: taken or skipped, over all legs of the run.
         tokens: trained on.
-        loss_before: held-out cross-entropy of the converted model, nats a token.
+        loss_before: held-out cross-entropy of the converted model, nats per token.
         loss_after: of the result.
         reference_loss: of the original; None if none was given.
         seconds: spent in steps, over all legs.

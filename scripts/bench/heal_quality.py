@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("original")
     parser.add_argument("--models", type=named, nargs="+", required=True, help="name=folder of each conversion")
     parser.add_argument("--texts", type=named, nargs="+", required=True, help="name=text of each kind")
-    parser.add_argument("--context", type=int, default=512, help="tokens a window")
+    parser.add_argument("--context", type=int, default=512, help="tokens per window")
     parser.add_argument("--windows", type=int, default=8, help="windows of each text, the first ones")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="auto", help="bfloat16, float32, or as stored; alike for all models")

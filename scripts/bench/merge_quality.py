@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print what each merge costs a model on held-out text: the increase of the loss over the original, nats a token.
+"""Print what each merge costs a model on held-out text: the increase of the loss over the original, nats per token.
 
     python scripts/bench/merge_quality.py MODEL --data HELD_OUT --calibrate TEXT --groups 4,2,1
     python scripts/bench/merge_quality.py demo --data demo --calibrate demo --groups 4,2,1
@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="demo", help="held-out text to measure on")
     parser.add_argument("--calibrate", help="text for the calibrated rows, other than the held-out")
     parser.add_argument("--groups", type=lambda text: [int(part) for part in text.split(",")], required=True)
-    parser.add_argument("--context", type=int, help="tokens a window")
+    parser.add_argument("--context", type=int, help="tokens per window")
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
@@ -144,7 +144,7 @@ def convert_one(base: str, out: Path, name: str, groups: int, args: argparse.Nam
 
 def show(table: dict[str, dict[str, Any]], groups: list[int], base_loss: float) -> None:
     """Print the table."""
-    print(f"\nincrease over the original's {base_loss:.4f} nats a token")
+    print(f"\nincrease over the original's {base_loss:.4f} nats per token")
     print(f"{'':20s} " + " ".join(f"{g:>4d} groups" for g in groups))
     for name, row in table.items():
         cells = (f"{row[str(g)]['increase']:+11.4f}" if str(g) in row else " " * 11 for g in groups)

@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--data", default="demo", help="held-out text to measure on")
     parser.add_argument("--calibrate", required=True, help="text to calibrate on, other than the held-out")
     parser.add_argument("--groups", type=lambda text: [int(part) for part in text.split(",")], required=True)
-    parser.add_argument("--context", type=int, help="tokens a window")
+    parser.add_argument("--context", type=int, help="tokens per window")
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--variants", type=lambda text: text.split(","), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")

@@ -209,7 +209,7 @@ def convert_one(args: argparse.Namespace, name: str, groups: int, out: Path, wor
 
 
 def divergence(model: Any, answers: dict[str, Any]) -> dict[str, float]:
-    """KL(original || converted) in nats a token and the share of tokens on which both agree."""
+    """KL(original || converted) in nats per token and the share of tokens on which both agree."""
     seen, was, counted = logits(model, answers["inputs"]), answers["logits"], answers["counted"]
     p, q = was.log_softmax(-1), seen.log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)[counted].mean()
@@ -218,7 +218,7 @@ def divergence(model: Any, answers: dict[str, Any]) -> dict[str, float]:
 
 def show(table: dict[str, Any], groups: list[int]) -> None:
     """Print the table."""
-    print("\nKL from the original on its own answers, nats a token (share of tokens that agree)")
+    print("\nKL from the original on its own answers, nats per token (share of tokens that agree)")
     print(f"{'':14s} " + " ".join(f"{g:>9d} groups" for g in groups))
     for name, row in table.items():
         cells = (f"{row[str(g)]['kl']:8.3f} ({row[str(g)]['agreement']:5.1%})" for g in groups)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Tokens a second and peak memory of `gqa uptrain` and of transformers' Trainer: same model, tokens, precision, batch.
+"""Tokens per second and peak memory of `gqa uptrain` and of transformers' Trainer: same model, tokens, precision.
 
     python scripts/bench/train_throughput.py MODEL TRAIN.jsonl --out results.json
     python scripts/bench/train_throughput.py MODEL TRAIN.jsonl --device auto --precision bf16 --distil ORIGINAL
 
 Each side runs in a process of its own, in turn, several times over (what else the machine does hits both alike); the
-first steps are left out of the time. On a CPU that other programs use too, compare tokens a second of processor time
+first steps are left out of the time. On a CPU that other programs use too, compare tokens per second of processor time
 (`cpu_time_ratio`), which their load touches least. Both train on documents joined and cut every `context` tokens, with
 fused AdamW.
 With --distil, a run with distillation from that model is timed as well. MFU is given where the device's peak is known.

@@ -95,7 +95,7 @@ def main() -> None:
         "both": {**teacher, "cross_entropy_weight": 1.0},
     }
     found: dict[str, Any] = {
-        "what": "held-out cross-entropy, nats a token, by alpha",
+        "what": "held-out cross-entropy, nats per token, by alpha",
         "model": options.model.name,
         "groups": options.groups,
         "pretraining_tokens_assumed": total,

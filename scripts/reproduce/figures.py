@@ -58,14 +58,14 @@ def _figure_4(axes: Any, found: Findings) -> None:
     axes.text(control.mean, 2.45, " MHA", color="0.3")
     axes.set_yticks(range(3), [arm.split("-")[0] for arm in reversed(FIGURE_4)])
     axes.set_xlim(left=control.mean - 0.2)
-    axes.set_xlabel("held-out loss at alpha 0.05, nats a token (left is better)")
+    axes.set_xlabel("held-out loss at alpha 0.05, nats per token (left is better)")
 
 
 def _figure_5(axes: Any, found: Findings) -> None:
     for arm in FIGURE_5:
         _line(axes, found, arm, [alpha for alpha in found.alphas(arm) if alpha < 1e-9 or alpha > 0.008])
     axes.set_xlabel("alpha, share of the pretraining steps")
-    axes.set_ylabel("held-out loss, nats a token")
+    axes.set_ylabel("held-out loss, nats per token")
     axes.legend()
 
 
@@ -77,7 +77,7 @@ def _starts(axes: Any, found: Findings) -> None:
             _line(axes, found, arm, [a for a in found.alphas(arm) if a <= 0.05 + 1e-9], least)
     axes.set_xscale("log")
     axes.set_xlabel(f"alpha (the first point, drawn at {least:.4f}, is 0)")
-    axes.set_ylabel("held-out loss, nats a token")
+    axes.set_ylabel("held-out loss, nats per token")
     axes.legend(fontsize=8, ncol=2)
 
 

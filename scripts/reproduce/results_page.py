@@ -184,6 +184,6 @@ LIMITS = """## Limits
   lose a little in the first steps (its curve rises before it falls), probably by it; that was not tested.
 - Calibration tokens are no uptraining, but they are tokens: the conversion's fixed cost weighs more the shorter the
   pretraining is. At the paper's size 5 % are fifty billion tokens, and a calibration of a quarter million vanishes.
-- The refit of `best` reads its calibration tokens again and again (a step is 2,048 tokens a layer), so tokens are
+- The refit of `best` reads its calibration tokens again and again (a step is 2,048 tokens per layer), so tokens are
   not what it costs: the column in seconds is. On models this small it is about what uptraining by 5 % costs.
 - Between 0 tokens and the first evaluation a curve is taken to be a straight line."""

@@ -47,7 +47,7 @@ class Scale:
         name: on the command line.
         large: the model that is converted.
         small: the smaller one of Table 1.
-        context: tokens a sequence (of a T5, what its encoder reads).
+        context: tokens per sequence (of a T5, what its encoder reads).
         batch: sequences a step.
         steps: of pretraining; alpha is a share of them.
         seeds: each its own pretraining, data order and merge.
@@ -83,7 +83,7 @@ class Scale:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens a step."""
+        """Tokens per step."""
         return self.batch * self.context
 
     @property

@@ -59,7 +59,7 @@ def setup(name: str, found: Findings, scale: dict[str, Any]) -> str:
                 words.nats(found.pretrained(size)),
             ]
         )
-    shown = table(["model", "layers", "width", "heads", "parameters", "held-out loss, nats a token"], rows)
+    shown = table(["model", "layers", "width", "heads", "parameters", "held-out loss, nats per token"], rows)
     return (
         f"{shown}\n\nPretraining: {scale['steps']:,} steps of {scale['batch']} x {scale['context']} tokens = "
         f"{found.total:,} tokens; seeds {', '.join(map(str, found.found))}; alpha 0.05 is "

@@ -22,7 +22,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 @torch.inference_mode()
 def filled_cache(model: Any, *, kind: str, batch: int, context: int, room: int, source: int | None = None) -> Any:
-    """Return a transformers cache that holds `context` random tokens a sequence, and room for more if static.
+    """Return a transformers cache that holds `context` random tokens per sequence, and room for more if static.
 
     Args:
         model: to decode with it.
