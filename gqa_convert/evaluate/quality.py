@@ -1,6 +1,7 @@
 """What a conversion cost, measured right after it: a short held-out sample scored by the source and by the result.
 
-Done without being asked only where it is nearly free; elsewhere what it would take is said, and nothing is run.
+Done without being asked only where it is nearly free; elsewhere what it would take is said, and nothing is run. What runs
+models is imported when it is needed: most conversions end without.
 """
 
 from __future__ import annotations
@@ -12,12 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.budget.machine import free_memory, matmul_rate
-from gqa_convert.calibrate.self_text import self_tokens
-from gqa_convert.evaluate import examples as ex
-from gqa_convert.evaluate import models
-from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
-from gqa_convert.evaluate.scoring import score
-from gqa_convert.evaluate.text import TokenStream, windows
 from gqa_convert.hf.loading import pick_device
 
 if TYPE_CHECKING:
@@ -129,6 +124,12 @@ def measure_conversion(
 
 
 def _on_own_text(plan: ConvertPlan, out: Path, started: float) -> Quality:
+    from gqa_convert.calibrate.self_text import self_tokens
+    from gqa_convert.evaluate import examples as ex
+    from gqa_convert.evaluate import models
+    from gqa_convert.evaluate.scoring import score
+    from gqa_convert.evaluate.text import TokenStream, windows
+
     device = str(pick_device("auto"))
     ids = self_tokens(plan.anatomy.source.as_stored, sequences=_WINDOWS, length=_LENGTH, device=device, seed=1)
     subjects = [models.subject(str(folder), trust_remote_code=plan.trust_remote_code) for folder in (plan.source, out)]
@@ -149,6 +150,9 @@ def _on_own_text(plan: ConvertPlan, out: Path, started: float) -> Quality:
 
 
 def _on_data(plan: ConvertPlan, out: Path, data: str, started: float) -> Quality:
+    from gqa_convert.evaluate import models
+    from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
+
     longest = models.subject(str(plan.source), trust_remote_code=plan.trust_remote_code).max_context or _DATA_CONTEXT
     settings = EvalSettings(
         data=data,
