@@ -1,7 +1,7 @@
 """What a conversion cost, measured right after it: a short held-out sample scored by the source and by the result.
 
-Done without being asked only where it is nearly free; elsewhere what it would take is said, and nothing is run. What runs
-models is imported when it is needed: most conversions end without.
+Done without being asked only where it is nearly free; elsewhere what it would take is said, and nothing is run. What
+runs models is imported when it is needed: most conversions end without.
 """
 
 from __future__ import annotations

@@ -189,13 +189,21 @@ def test_computed_tensors_of_any_layout_and_dtype(tmp_path: Path):
 def test_formats_unknown_to_torch_are_copied(tmp_path: Path):
     entries = {
         "four": {"dtype": "F4", "shape": [3, 4], "data_offsets": [0, 6]},
-        "new": {"dtype": "X9", "shape": [5], "data_offsets": [6, 20]},
+        "six": {"dtype": "F6_E2M3", "shape": [2, 4], "data_offsets": [6, 12]},
     }
-    (tmp_path / "model.safetensors").write_bytes(raw_safetensors(entries, bytes(range(20))))
+    (tmp_path / "model.safetensors").write_bytes(raw_safetensors(entries, bytes(range(12))))
     (tmp_path / "config.json").write_text("{}")
     checkpoint = Checkpoint.open(tmp_path)
     write_shard(tmp_path / "out", [TargetTensor.copy_of(info) for info in checkpoint.tensors.values()], {})
-    assert (tmp_path / "out").read_bytes().endswith(bytes(range(20)))
+    assert (tmp_path / "out").read_bytes().endswith(bytes(range(12)))
+
+
+def test_formats_that_no_installed_library_reads_are_refused(tmp_path: Path):
+    entries = {"new": {"dtype": "X9", "shape": [5], "data_offsets": [0, 14]}}
+    (tmp_path / "model.safetensors").write_bytes(raw_safetensors(entries, bytes(range(14))))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="'new' is of dtype 'X9', which the installed safetensors does not know"):
+        Checkpoint.open(tmp_path)
 
 
 def test_a_target_has_exactly_one_origin_and_the_shape_of_its_source(tmp_path: Path):
