@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import factories
 import pytest
 import torch
-from support import Command, Finished, tree
 
 from gqa_convert import convert
+from tests import factories
+from tests.support import Command, Finished, tree
 
 USAGE, VERIFICATION, CHECKPOINT, UNSUPPORTED, OUTPUT, HUB = 2, 3, 4, 5, 6, 7
 K = "model.layers.0.self_attn.k_proj.weight"

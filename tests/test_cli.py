@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import factories
 import pytest
-from support import Command, tree
 
 import gqa_convert
 from gqa_convert import errors
+from tests import factories
+from tests.support import Command, tree
 
 
 def test_convert_for_people(tmp_path: Path, command: Command) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tree
 
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
 from gqa_convert.cli.signals import stopped_by_signals
 from gqa_convert.errors import Preempted
+from tests.support import tree
 
 HIDDEN, HEADS = 512, 8
 

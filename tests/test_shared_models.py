@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from factories import as_bytes, tensors_of
 
 from gqa_convert import convert
+from tests.factories import as_bytes, tensors_of
 
 POEMS, STORIES, DOUBLED = "zh-poem-llama-0.75M", "stories260K", "stories260K-mha8"
 WINDOW = 128

@@ -6,16 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import factories
 import pytest
 import torch
-from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.anatomy.filling import check_loads
 from gqa_convert.conversion.inspect import inspect, verify_pair
 from gqa_convert.errors import CheckpointError, VerificationError
 from gqa_convert.hf.loading import Source
+from tests import factories
+from tests.support import Command
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"

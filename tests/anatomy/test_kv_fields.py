@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import factories
 import pytest
 import transformers
-from factories import FAMILIES, HEADS, SIZES
 
 from gqa_convert.anatomy.kv_fields import KVField, apply_edits, check_groups, config_edits, find_kv_fields
 from gqa_convert.errors import UnsupportedModelError, UsageError
+from tests import factories
+from tests.factories import FAMILIES, HEADS, SIZES
 
 
 def fields_of(config: Any) -> tuple[KVField, ...]:

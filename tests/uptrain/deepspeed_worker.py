@@ -9,7 +9,7 @@ from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.read_config import load_config
 
 
-def skip_step(number):
+def skip_step(number) -> None:
     real = Guards.accepts
 
     def accepts(self, *, step, loss, norm):
@@ -18,7 +18,7 @@ def skip_step(number):
     Guards.accepts = accepts
 
 
-def stop_after(number):
+def stop_after(number) -> None:
     real = loop.train_step
 
     def train_step(parts, guards, at, *, stop, save):
@@ -27,7 +27,7 @@ def stop_after(number):
     loop.train_step = train_step
 
 
-def main(skip, stop, config):
+def main(skip, stop, config) -> None:
     skip_step(int(skip.removeprefix("skip=")))
     stop_after(int(stop.removeprefix("stop=")))
     try:

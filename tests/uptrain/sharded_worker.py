@@ -15,7 +15,7 @@ from gqa_convert.uptrain.read_config import load_config
 
 
 class ShardedEngine(Engine):
-    def __init__(self, config):
+    def __init__(self, config) -> None:
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils import DistributedType
 
@@ -29,7 +29,7 @@ class ShardedEngine(Engine):
         self.name = "fsdp2"
 
 
-def main(stop, config, *overrides):
+def main(stop, config, *overrides) -> None:
     number = int(stop.removeprefix("stop="))
     real = loop.train_step
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny, mark_again
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +17,7 @@ from gqa_convert.uptrain import loop, shards
 from gqa_convert.uptrain.checkpoints import MARKER, STATE
 from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 from gqa_convert.uptrain.read_config import parse_config
+from tests.uptrain.conftest import make_tiny, mark_again
 
 
 def run(settings, **train):
@@ -33,7 +33,7 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("parameters", ["all", "attention", "lora"])
-def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters):
+def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters) -> None:
     if parameters == "lora":
         pytest.importorskip("peft")
     final = run(settings, parameters=parameters)
@@ -51,7 +51,7 @@ def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters):
     assert str(tmp_path) not in json.dumps(story)
 
 
-def test_by_command_of_a_step_in_the_middle(settings, tmp_path):
+def test_by_command_of_a_step_in_the_middle(settings, tmp_path) -> None:
     final = run(settings)
     runner = CliRunner()
     arguments = ["uptrain", "export", settings["output"], "--step", "2", "--out", str(tmp_path / "plain")]
@@ -71,7 +71,7 @@ def test_by_command_of_a_step_in_the_middle(settings, tmp_path):
     assert same(final, again)
 
 
-def test_from_shards(settings, tmp_path):
+def test_from_shards(settings, tmp_path) -> None:
     final = run(settings)
     newest = Path(settings["output"]) / "checkpoints" / "step-00000004"
     whole = nn.Module()
@@ -88,7 +88,7 @@ def test_from_shards(settings, tmp_path):
     assert torch.equal(written["model.norm.weight"], before["model.norm.weight"] + 1)
 
 
-def test_what_cannot_be_exported_is_said(settings, tmp_path):
+def test_what_cannot_be_exported_is_said(settings, tmp_path) -> None:
     run(settings)
     output = Path(settings["output"])
     with pytest.raises(UsageError, match="holds no checkpoints"):

@@ -44,7 +44,7 @@ def losses(output):
     ],
     ids=["float32", "bf16", "pure-bf16", "compile", "checkpointing"],
 )
-def test_one_device_learns(on_gpu, teacher_folder, train):
+def test_one_device_learns(on_gpu, teacher_folder, train) -> None:
     on_gpu["train"] |= train
     on_gpu["objective"] = {"distillation": {"teacher": str(teacher_folder), "cross_entropy_weight": 1.0}}
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -55,7 +55,7 @@ def test_one_device_learns(on_gpu, teacher_folder, train):
     assert not any(info.values())
 
 
-def test_float32_losses_are_those_of_the_cpu(on_gpu, tmp_path):
+def test_float32_losses_are_those_of_the_cpu(on_gpu, tmp_path) -> None:
     loop.uptrain(parse_config(on_gpu), quiet=True)
     there = {**on_gpu, "output": str(tmp_path / "cpu"), "train": {**on_gpu["train"], "device": "cpu"}}
     loop.uptrain(parse_config(there), quiet=True)
@@ -63,7 +63,7 @@ def test_float32_losses_are_those_of_the_cpu(on_gpu, tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
-def test_documents_are_kept_apart_on_every_backend(attention):
+def test_documents_are_kept_apart_on_every_backend(attention) -> None:
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("flash-attn is not installed")
     # Flash and flex kernels want heads of 16 at least.
@@ -84,7 +84,7 @@ def launch(path, engine, *overrides):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed"])
 def test_every_engine_stops_resumes_and_matches_one_device(
     on_gpu, teacher_folder, write_config, tmp_path, engine, precision
-):
+) -> None:
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
     on_gpu["train"] |= {"precision": precision}

@@ -41,7 +41,7 @@ def launch(script, *arguments, **environment):
     )  # fmt: skip
 
 
-def test_two_processes_save_and_stop_with_75(settings, write_config):
+def test_two_processes_save_and_stop_with_75(settings, write_config) -> None:
     settings["train"]["micro_batch"] = 1
     path = write_config(settings)
     output = Path(settings["output"])
@@ -60,7 +60,7 @@ def test_two_processes_save_and_stop_with_75(settings, write_config):
 
 
 @pytest.mark.slow
-def test_one_process_chooses_the_checkpoint_for_all(settings, write_config, tmp_path):
+def test_one_process_chooses_the_checkpoint_for_all(settings, write_config, tmp_path) -> None:
     settings["train"]["micro_batch"] = 1
     settings["checkpoints"] = {"resume": str(tmp_path / "nothing")}
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
@@ -70,7 +70,7 @@ def test_one_process_chooses_the_checkpoint_for_all(settings, write_config, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_match_one_with_twice_the_accumulation(settings, single, write_config):
+def test_two_processes_match_one_with_twice_the_accumulation(settings, single, write_config) -> None:
     settings["train"]["micro_batch"] = 1
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
     said = done.communicate()[0]
@@ -78,7 +78,7 @@ def test_two_processes_match_one_with_twice_the_accumulation(settings, single, w
     assert close(read_metrics(Path(settings["output"]) / "metrics.jsonl"), single[1])
 
 
-def test_a_silent_downgrade_is_refused(settings, write_config):
+def test_a_silent_downgrade_is_refused(settings, write_config) -> None:
     # accelerate's launcher starts one process on a CPU without mpirun, and ignores FSDP there.
     done = launch("many_gpus.sh", write_config(settings), ENGINE="fsdp2", PROCESSES="1")
     said = done.communicate()[0]
@@ -86,7 +86,7 @@ def test_a_silent_downgrade_is_refused(settings, write_config):
     assert "engine fsdp2 was asked for" in said
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_read(settings, write_config):
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_read(settings, write_config) -> None:
     settings["train"]["batch_sequences"] = 2
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
     said = done.communicate()[0]
@@ -95,7 +95,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_r
     assert not (Path(settings["output"]) / "tokens").exists()
 
 
-def launch_sharded(path, stop, engine="fsdp2"):
+def launch_sharded(path, stop, engine="fsdp2") -> None:
     """Start the stand-in for accelerate's FSDP2 (or DDP) with the environment of accelerate's own launcher."""
     worker = Path(__file__).with_name("sharded_worker.py")
     script = '. "$1"; shift; export FSDP_CPU_RAM_EFFICIENT_LOADING=true; exec "$PYTHON" -m torch.distributed.run "$@"'
@@ -115,7 +115,7 @@ def final_weights(folder):
 
 
 @pytest.mark.slow
-def test_sharded_training_matches_and_resumes(settings, single, write_config):
+def test_sharded_training_matches_and_resumes(settings, single, write_config) -> None:
     settings["train"]["micro_batch"] = 1
     path = write_config(settings)
     launch_sharded(path, stop=10)
@@ -133,7 +133,7 @@ def test_sharded_training_matches_and_resumes(settings, single, write_config):
     assert not info["missing_keys"]
 
 
-def stop_here(monkeypatch, step):
+def stop_here(monkeypatch, step) -> None:
     """Stop a run of this process after `step`, as a signal would."""
     real = loop.train_step
     monkeypatch.setattr(
@@ -141,7 +141,7 @@ def stop_here(monkeypatch, step):
     )
 
 
-def alone(settings, monkeypatch, stop):
+def alone(settings, monkeypatch, stop) -> None:
     """Run with one process in place, to the end or until it stops."""
     stop_here(monkeypatch, stop)
     with pytest.raises(Preempted) if stop else nullcontext():
@@ -159,7 +159,9 @@ def alone(settings, monkeypatch, stop):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "streaming" if value else "stored",
 )
-def test_any_engine_goes_on_from_any_others_checkpoint(settings, write_config, tmp_path, monkeypatch, legs, streaming):
+def test_any_engine_goes_on_from_any_others_checkpoint(
+    settings, write_config, tmp_path, monkeypatch, legs, streaming
+) -> None:
     settings["train"]["micro_batch"] = 1
     settings["data"] |= {"streaming": streaming, "window": 4}
     undisturbed = loop.uptrain(parse_config({**settings, "output": str(tmp_path / "single")}), quiet=True)
@@ -191,7 +193,7 @@ def test_any_engine_goes_on_from_any_others_checkpoint(settings, write_config, t
 @pytest.mark.slow
 def test_sharded_bf16_attention_only_with_a_teacher_and_recomputed_activations(
     settings, teacher_folder, write_config, tmp_path
-):
+) -> None:
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder), "cross_entropy_weight": 0.5}}
     settings["train"] |= {"precision": "bf16", "parameters": "attention", "gradient_checkpointing": True}
     one = loop.uptrain(parse_config({**settings, "output": str(tmp_path / "single")}), quiet=True)
