@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def make_source(folder: Path, megabytes: int) -> Path:
         name = f"model-{number + 1:05d}-of-00004.safetensors"
         part = list(shapes.items())[number::4]
         tensors = [
-            TargetTensor(key=key, dtype="BF16", shape=shape, produce=lambda shape=shape: drawn[shape])
+            TargetTensor(key=key, dtype="BF16", shape=shape, produce=partial(drawn.__getitem__, shape))
             for key, shape in part
         ]
         write_shard(folder / name, tensors, {"format": "pt"}, sync=False)

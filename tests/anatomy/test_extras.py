@@ -66,7 +66,8 @@ def test_a_grouped_model_in_another_order_gives_the_same_logits(model_type: str)
     model = tiny_model(tiny_config(model_type, num_kv_heads=4))
     inputs, freedom, blocks = text_inputs(model), prove_freedom(model.config), _subject(model.config).blocks
     before, state = logits(model, inputs), dict(model.state_dict())
-    grouping, moved = Grouping(((2, 0), (3, 1))), {}
+    grouping = Grouping(((2, 0), (3, 1)))
+    moved: dict[str, torch.Tensor] = {}
     for names in blocks:
         block = read_block(state.get, names, freedom, layout_for(names, model, rotary_layouts(model, freedom)))
         moved |= block_state(names, block.permuted(grouping))

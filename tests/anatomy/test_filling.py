@@ -44,8 +44,8 @@ def test_missing_tensors_are_named_by_every_command(tmp_path: Path, command: Com
         assert (finished.code, len(finished.err.splitlines())) == (4, 1), arguments
         assert DOWN in finished.err
         assert QUERY in finished.err
-    for arguments in (("--dry-run",), ("--out", tmp_path / "other")):
-        assert command("gqa-convert", source, "--groups", 2, *arguments).code == 4
+    for again in (("--dry-run",), ("--out", tmp_path / "other")):
+        assert command("gqa-convert", source, "--groups", 2, *again).code == 4
     assert not (tmp_path / "other").exists()
 
 

@@ -105,7 +105,8 @@ def test_a_copy_of_the_field_is_edited_only_where_there_is_one(tmp_path: Path) -
 
 def test_attention_configs_that_are_plain_tables() -> None:
     """Remote code may keep its attention settings as a dict."""
-    config = transformers.PretrainedConfig(n_heads=8, attn_config={"kv_n_heads": 8, "clip_qkv": 8})
+    settings: dict[str, Any] = {"n_heads": 8, "attn_config": {"kv_n_heads": 8, "clip_qkv": 8}}
+    config = transformers.PretrainedConfig(**settings)
     assert [found.name for found in fields_of(config)] == ["attn_config.kv_n_heads"]
 
 

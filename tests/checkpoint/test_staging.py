@@ -9,12 +9,10 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
 
 import pytest
 import torch
 
-from gqa_convert.checkpoint import staging
 from gqa_convert.checkpoint.ownership import check_replaceable
 from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
@@ -180,7 +178,7 @@ def test_an_unwritable_parent(tmp_path: Path, source: Path, monkeypatch: pytest.
 def test_too_little_space_is_known_before_anything_is_written(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
     with pytest.raises(OutputError, match=r"1,000 bytes are needed, 999 are free"):
         check_output(tmp_path / "out", force=False, source=source, needed_bytes=1000)
     with stage(tmp_path / "out", source, needed_bytes=999):
@@ -214,12 +212,12 @@ def test_what_the_disk_refuses_is_said_plainly(
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_source_file_that_may_not_be_read_is_not_blamed_on_the_target(tmp_path: Path, source: Path) -> NoReturn:
+def test_a_source_file_that_may_not_be_read_is_not_blamed_on_the_target(tmp_path: Path, source: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"), stage(tmp_path / "out", source):
         raise PermissionError(errno.EACCES, "Permission denied", str(source / "tokenizer.json"))
 
 
-def test_other_faults_are_not_dressed_up(tmp_path: Path, source: Path) -> NoReturn:
+def test_other_faults_are_not_dressed_up(tmp_path: Path, source: Path) -> None:
     with pytest.raises(ConnectionResetError), stage(tmp_path / "out", source):
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gqa_convert.checkpoint import copying, writer
+from gqa_convert.checkpoint.copying import copy_span
 from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.safetensors_file import build_header
@@ -111,7 +113,7 @@ def test_an_untouched_shard_is_the_same_file(tmp_path: Path) -> None:
 
 def test_neighbours_are_copied_as_one_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spans: list[int] = []
-    real = writer.copy_span
+    real = copy_span
     monkeypatch.setattr(writer, "copy_span", lambda *args: (spans.append(args[3]), real(*args)))
     checkpoint = Checkpoint.open(single(tmp_path))
 
@@ -178,7 +180,9 @@ def test_computed_tensors_of_any_layout_and_dtype(tmp_path: Path) -> None:
     }
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64"}
     wanted = [
-        TargetTensor(key=key, dtype=names.get(t.dtype, "BOOL"), shape=tuple(t.shape), produce=lambda t=t: t)
+        TargetTensor(
+            key=key, dtype=names.get(t.dtype, "BOOL"), shape=tuple(t.shape), produce=partial(made.__getitem__, key)
+        )
         for key, t in made.items()
     ]
     write_shard(tmp_path / "out", wanted, {})

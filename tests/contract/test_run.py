@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from gqa_convert.contract import run
-from gqa_convert.contract.native import Record
+from gqa_convert.contract.records import Record
 from gqa_convert.hf import api
 
 

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,10 +172,10 @@ def test_a_stream_gives_every_token_of_an_epoch_once(corpus) -> None:
     blocks = StreamedBlocks(corpus, Numbers(), 6, seed=7, window=8)
     total = sum(int(t) % 9 + 1 for t in corpus.all_documents())
     plain = np.sort(np.concatenate([np.full(int(t) % 9 + 1, int(t)) for t in corpus.all_documents()]))
-    seen = [None] * (total // 6 // 8 * 8)
-    for i in range(len(seen)):
-        seen[shuffled_index(i, seed=7, window=8)] = blocks.get(i).ids[:-1]
-    seen = np.concatenate(seen)
+    rows: list[Any] = [None] * (total // 6 // 8 * 8)
+    for i in range(len(rows)):
+        rows[shuffled_index(i, seed=7, window=8)] = blocks.get(i).ids[:-1]
+    seen = np.concatenate(rows)
     missing = len(plain) - len(seen)
     counts = np.bincount(plain, minlength=400) - np.bincount(seen, minlength=400)
     assert counts.min() >= 0

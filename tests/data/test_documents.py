@@ -1,6 +1,5 @@
 import gzip
 import json
-from typing import NoReturn
 
 import pytest
 
@@ -120,7 +119,8 @@ def flaky_corpus(waits):
 
 
 def test_an_outage_is_waited_out_without_losing_or_repeating_a_document() -> None:
-    Flaky.drops, waits = 3, []
+    Flaky.drops = 3
+    waits: list[float] = []
     assert list(flaky_corpus(waits).all_documents()) == [f"row {i}" for i in range(5)]
     assert waits == list(module._RETRY_SECONDS[:3])
 
@@ -134,11 +134,11 @@ def test_a_lasting_outage_stops_clean() -> None:
 def test_a_hub_dataset_that_cannot_be_loaded_is_a_hub_error(monkeypatch) -> None:
     import datasets
 
-    def refuse(*args, **kwargs) -> NoReturn:
+    def refuse(*args, **kwargs) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    waits = []
+    waits: list[float] = []
     with pytest.raises(HubError, match="org/data"):
         open_corpus(SourceSpec(kind="hub", paths=("org/data",)), sleep=waits.append)
     assert len(waits) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,8 +23,14 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8)
 
 
+def pool_of(name: str) -> Callable[..., torch.Tensor]:
+    pool = get_method(name).pool
+    assert pool is not None
+    return pool
+
+
 def run(name: str, x: torch.Tensor, grouping: Grouping, dim: int = 0, key: str = "k") -> torch.Tensor:
-    return get_method(name).pool(x, grouping, dim, generator=generator_for(0, key))
+    return pool_of(name)(x, grouping, dim, generator=generator_for(0, key))
 
 
 @pytest.mark.parametrize("name", ["mean", "first"])
@@ -86,9 +93,9 @@ def test_random_has_the_tensors_spread_and_is_seeded_by_key() -> None:
     a, b = run("random", x, grouping, key="a"), run("random", x, grouping, key="b")
     assert a.std().item() == pytest.approx(0.03, rel=0.05)
     assert not torch.equal(a, b)
-    assert torch.equal(a, get_method("random").pool(x, grouping, 0, generator=generator_for(0, "a")))
-    assert not torch.equal(a, get_method("random").pool(x, grouping, 0, generator=generator_for(1, "a")))
-    fixed = get_method("random").pool(x, grouping, 0, generator=generator_for(0, "a"), std=1.0)
+    assert torch.equal(a, pool_of("random")(x, grouping, 0, generator=generator_for(0, "a")))
+    assert not torch.equal(a, pool_of("random")(x, grouping, 0, generator=generator_for(1, "a")))
+    fixed = pool_of("random")(x, grouping, 0, generator=generator_for(0, "a"), std=1.0)
     assert fixed.std().item() == pytest.approx(1.0, rel=0.05)
 
 

@@ -1,5 +1,3 @@
-from typing import NoReturn
-
 import pytest
 
 
@@ -12,7 +10,7 @@ def test_a_piece_is_made_once_and_found_again(tmp_path) -> None:
         made.append(folder)
         return {"n": len(made)}
 
-    told = []
+    told: list[str] = []
     pieces = Pieces(tmp_path, told.append)
     first = pieces.get("arm", {"a": 1}, make)
     assert Pieces(tmp_path).get("arm", {"a": 1}, make) == first
@@ -50,7 +48,7 @@ def test_the_processors_time_is_kept_and_summed_by_name(tmp_path) -> None:
 def test_an_interrupted_piece_gets_its_folder_again(tmp_path) -> None:
     from pieces import Pieces
 
-    def interrupted(folder) -> NoReturn:
+    def interrupted(folder) -> None:
         (folder / "half").write_text("done")
         raise KeyboardInterrupt
 

@@ -7,12 +7,12 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gqa_convert.data.encoding import Encoder
 from gqa_convert.data.store import StoreWriter
 from gqa_convert.errors import (
     CheckpointError,
@@ -22,7 +22,7 @@ from gqa_convert.errors import (
     TrainingAborted,
     UsageError,
 )
-from gqa_convert.uptrain import corpus, loop
+from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.checkpoints import MARKER, STATE, CheckpointStore
 from gqa_convert.uptrain.faults import clear_faults
 from gqa_convert.uptrain.metrics import read_metrics
@@ -57,7 +57,7 @@ def begun(settings):
 def test_whatever_a_marker_holds_an_older_checkpoint_is_gone_on_from(begun, marker) -> None:
     store = CheckpointStore(begun / "checkpoints", 2)
     (begun / "checkpoints" / "step-00000004" / MARKER).write_text(marker)
-    told = []
+    told: list[str] = []
     assert store.newest(told.append, fault=unusable).step == 2
     assert len(told) == 1
     assert "trying an older checkpoint" in told[0]
@@ -116,8 +116,8 @@ def test_a_stream_that_says_other_things_further_on_is_noticed(settings, tmp_pat
     data = {"streaming": True, "window": 64, "held_out_source": settings["data"]["source"], "held_out_fraction": 0.0}
     run(settings, data=data, budget={"steps": 17})
     monkeypatch.setattr("gqa_convert.data.documents.Corpus.contents", [])  # as of a hub dataset
-    real = corpus.Encoder.encode
-    monkeypatch.setattr(corpus.Encoder, "encode", lambda self, texts: [ids[::-1] for ids in real(self, texts)])
+    real = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, texts: [ids[::-1] for ids in real(self, texts)])
     with pytest.raises(UsageError, match="other tokens at the place"):
         run(settings, data=data, budget={"steps": 19})
 
@@ -173,7 +173,7 @@ def test_a_signal_while_text_is_read_takes_effect_at_once(settings, monkeypatch,
 
 
 def test_a_kill_before_the_result_is_written_doubles_no_line(settings, monkeypatch) -> None:
-    def killed(*_, **__) -> NoReturn:
+    def killed(*_, **__) -> None:
         raise KeyboardInterrupt
 
     settings["evaluation"] = {"every_tokens": 640}
@@ -189,8 +189,8 @@ def test_a_kill_before_the_result_is_written_doubles_no_line(settings, monkeypat
     assert found.count(("evaluation", 20)) == 1
     assert [step for kind, step in found if kind == "evaluation"] == [0, 5, 10, 15, 20]
     run(settings, budget={"steps": 25})  # what was the last evaluation is now one on the way
-    found = [r["step"] for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
-    assert found == [0, 5, 10, 15, 20, 25]
+    steps = [r["step"] for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
+    assert steps == [0, 5, 10, 15, 20, 25]
 
 
 @pytest.mark.parametrize("what", ["model", "teacher"])
@@ -246,7 +246,7 @@ def test_token_ids_that_the_model_does_not_know_are_refused(settings, tmp_path) 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_refuses_while_resuming_is_one_line(settings, begun, monkeypatch, number) -> None:
-    def refuse(*_, **__) -> NoReturn:
+    def refuse(*_, **__) -> None:
         raise OSError(number, os.strerror(number), str(begun / "metrics.tmp"))
 
     monkeypatch.setattr("gqa_convert.uptrain.metrics.os.replace", refuse)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.uptrain import loop, zero
@@ -18,6 +17,7 @@ from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
@@ -108,7 +108,7 @@ def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (output / "final", single.folder))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
-    _, info = AutoModelForCausalLM.from_pretrained(output / "final", output_loading_info=True)
+    _, info = load_with_info(output / "final")
     assert not info["missing_keys"]
     exported, step = export_checkpoint(output, tmp_path / "plain")
     assert step == 20

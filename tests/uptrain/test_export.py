@@ -17,6 +17,7 @@ from gqa_convert.uptrain import loop, shards
 from gqa_convert.uptrain.checkpoints import MARKER, STATE
 from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
 from tests.uptrain.conftest import make_tiny, mark_again
 
 
@@ -42,7 +43,7 @@ def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters) -> No
     assert same(final, folder)
     assert (folder / "config.json").read_bytes() == (final / "config.json").read_bytes()
     assert {p.name for p in folder.iterdir()} == {p.name for p in final.iterdir()}
-    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    _, info = load_with_info(folder)
     assert not any(info.values())
     assert AutoTokenizer.from_pretrained(folder)("cat")["input_ids"]
     story = json.loads((folder / "gqa_convert.json").read_text())["uptraining"]
@@ -101,7 +102,7 @@ def test_what_cannot_be_exported_is_said(settings, tmp_path) -> None:
     assert export_checkpoint(output, tmp_path / "plain", model=str(tmp_path / "moved"))[1] == 4
     newest = output / "checkpoints" / "step-00000004"
     (newest / MARKER).write_text("[]")
-    told = []
+    told: list[str] = []
     assert export_checkpoint(output, tmp_path / "older", tell=told.append)[1] == 2
     assert "step-00000004" in told[0]
     state = output / "checkpoints" / "step-00000002" / STATE

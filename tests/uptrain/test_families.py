@@ -17,6 +17,7 @@ from gqa_convert.tiny.shrink import tiny_config
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.model import can_skip_head
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_a_gpt2_keeps_its_code_and_the_keys_of_the_hub(settings, converted, tmp_
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_pythia_is_a_stock_model_to_the_end(settings, converted, parallel) -> None:
     _, folder = converted("gpt_neox", use_parallel_residual=parallel)
-    model, info = AutoModelForCausalLM.from_pretrained(trained(settings, folder), output_loading_info=True)
+    model, info = load_with_info(trained(settings, folder))
     assert type(model).__name__ == ("PhiForCausalLM" if parallel else "NemotronForCausalLM")
     assert type(model).__module__.startswith("transformers.")
     assert not any(info.values())

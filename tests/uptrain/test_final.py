@@ -10,6 +10,7 @@ from gqa_convert.errors import VerificationError
 from gqa_convert.hf.api import KeyMap
 from gqa_convert.uptrain.export import both_spellings, write_final
 from gqa_convert.uptrain.source_keys import restore_keys
+from tests.support import load_with_info
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 
@@ -52,7 +53,7 @@ def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path) -> None:
     assert written.is_sharded
     assert written.tensors.keys() == old.keys()
     assert all(torch.equal(written.tensor(key), old[key]) for key in old)
-    _, info = LlamaForCausalLM.from_pretrained(stage, output_loading_info=True)
+    _, info = load_with_info(stage, LlamaForCausalLM)
     assert not info["missing_keys"]
     files = {file: file.read_bytes() for file in stage.iterdir()}
     restore_keys(stage, Checkpoint.open(source), KeyMap(model))

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import MODELS, build
-from transformers import AutoModelForCausalLM
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.model import check_isolation
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
+from tests.uptrain.test_model import MODELS, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 MANY = Path(__file__).parents[2] / "scripts" / "launch" / "many_gpus.sh"
@@ -51,7 +51,7 @@ def test_one_device_learns(on_gpu, teacher_folder, train) -> None:
     result = loop.uptrain(parse_config(on_gpu), quiet=True)
     torch.use_deterministic_algorithms(False)
     assert result.loss_after < result.loss_before
-    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder)
     assert not any(info.values())
 
 
@@ -113,5 +113,5 @@ def test_every_engine_stops_resumes_and_matches_one_device(
     assert found == pytest.approx(expected, abs=tolerance)
     ours, theirs = (load_file(Path(f) / "model.safetensors") for f in (output / "final", one.folder))
     assert ours.keys() == theirs.keys()
-    _, info = AutoModelForCausalLM.from_pretrained(output / "final", output_loading_info=True)
+    _, info = load_with_info(output / "final")
     assert not any(info.values())

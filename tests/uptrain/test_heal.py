@@ -17,6 +17,7 @@ from gqa_convert.uptrain.heal import HealOptions, heal, heal_rate
 from gqa_convert.uptrain.model import attention_norms
 from gqa_convert.uptrain.parameters import choose_parameters
 from gqa_convert.uptrain.read_config import parse_config
+from gqa_convert.uptrain.step import train_step as real_step
 from tests.uptrain.conftest import make_tiny
 
 OPTIONS = {"context": 32, "tokens": 40_000, "rate": 0.01}
@@ -46,7 +47,7 @@ def same_bits(a, b):
 def test_a_healed_model_predicts_as_its_original_did_and_only_its_attention_has_changed(
     original, converted, text_file, tmp_path
 ) -> None:
-    told = []
+    told: list[str] = []
     result = heal(
         converted, original, out=tmp_path / "healed", options=HealOptions(text=str(text_file), **OPTIONS),
         quiet=True, tell=told.append,
@@ -78,7 +79,7 @@ def test_interrupted_and_started_again_it_gives_the_same_bits(
 ) -> None:
     options = HealOptions(text=str(text_file), **{**OPTIONS, "tokens": 20_000})
     straight = heal(converted, original, out=tmp_path / "straight", options=options, quiet=True)
-    real = loop.train_step
+    real = real_step
 
     def train_step(parts, guards, at, **rest):
         found = real(parts, guards, at, **rest)

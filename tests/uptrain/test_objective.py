@@ -21,7 +21,8 @@ def case():
     return hidden, weight, bias, labels, teacher
 
 
-def plain(hidden, weight, bias, labels, teacher, spec):
+def plain(leaves, labels, teacher, spec):
+    hidden, weight, bias = leaves
     logits = functional.linear(hidden, weight, bias)
     valid = labels != IGNORE
     ce = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -50,7 +51,7 @@ def plain(hidden, weight, bias, labels, teacher, spec):
 def test_chunks_give_the_loss_and_gradients_of_the_whole(case, weights, chunk) -> None:
     *leaves, labels, teacher = case
     spec = LossSpec(chunk=chunk, **weights)
-    expected, ce, kl = plain(*leaves, labels, teacher, spec)
+    expected, ce, kl = plain(leaves, labels, teacher, spec)
     wanted = torch.autograd.grad(expected * 1.7, leaves)
     hidden, weight, bias = leaves
     loss, sums = chunked_loss(hidden, Head(weight, bias), labels, teacher, spec)

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from gqa_convert.uptrain.step import train_step as real_step
+from tests.support import load_with_info
 
 LAUNCH = Path(__file__).parents[2] / "scripts" / "launch"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
@@ -129,13 +130,13 @@ def test_sharded_training_matches_and_resumes(settings, single, write_config) ->
     assert all(abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 for a, b in zip(trained, expected, strict=True))
     ours, theirs = final_weights(output), final_weights(single[0].folder.parent)
     assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
-    _, info = AutoModelForCausalLM.from_pretrained(output / "final", output_loading_info=True)
+    _, info = load_with_info(output / "final")
     assert not info["missing_keys"]
 
 
 def stop_here(monkeypatch, step) -> None:
     """Stop a run of this process after `step`, as a signal would."""
-    real = loop.train_step
+    real = real_step
     monkeypatch.setattr(
         loop, "train_step", lambda *args, stop, **rest: real(*args, stop=stop or args[2] + 1 == step, **rest)
     )

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import MODELS, build
 from torch import nn
 
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.model import ScoredModel
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.unused_parameters import freeze_unreached
+from tests.uptrain.test_model import MODELS, build
 
 MANY = Path(__file__).parents[2] / "scripts" / "launch" / "many_gpus.sh"
 
@@ -43,7 +43,7 @@ def test_recomputed_activations_hide_nothing() -> None:
 def test_a_tower_beside_the_text_is_frozen_once_and_told() -> None:
     model = build("Llama", **MODELS["Llama"])
     model.tower = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    told = []
+    told: list[str] = []
     assert frozen(model, told) == ["model.tower"]
     assert told == ["not trained, since text does not reach them: tower"]
     assert not model.tower[1].weight.requires_grad

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gqa_convert.errors import OutputError, Preempted, TrainingAborted, UsageError
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.checkpoints import CheckpointStore
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from gqa_convert.uptrain.state import save_training_state
+from gqa_convert.uptrain.step import train_step as real_step
+from tests.support import load_with_info
 from tests.uptrain.conftest import make_tiny
 
 
@@ -45,7 +48,7 @@ def straight(settings, tmp_path):
 
 
 def stop_after(monkeypatch, step, number=signal.SIGTERM) -> None:
-    real = loop.train_step
+    real = real_step
 
     def train_step(parts, guards, at, **rest):
         found = real(parts, guards, at, **rest)
@@ -108,7 +111,7 @@ def test_killed_and_resumed_from_the_last_checkpoint_is_bitwise_the_same(setting
 def test_the_result_is_a_plain_model_that_learnt_and_keeps_what_came_along(settings, tiny_folder) -> None:
     result = run(settings)
     assert result.loss_after < result.loss_before - 0.5
-    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not same_bits(load_file(tiny_folder / "model.safetensors"), trained(settings["output"]))
@@ -224,7 +227,7 @@ def test_lora_is_merged_into_a_plain_model(settings, tiny_folder, monkeypatch) -
     assert {key for key in before if not torch.equal(before[key], after[key])} == {
         k for k in before if "self_attn" in k
     }
-    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder)
     assert not info["unexpected_keys"]
     assert result.loss_after < result.loss_before
     again = run({**settings, "model": str(result.folder), "output": settings["output"] + "-again"}, budget={"steps": 1})
@@ -270,7 +273,7 @@ def test_a_compiled_model_trains_as_the_plain_one_does_and_resumes(settings, str
     found, expected = losses(settings["output"]), losses(straight[1])
     assert len(found) == 20
     assert all(abs(found[step][0] - expected[step][0]) < 1e-4 for step in expected)
-    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder)
     assert not any(info.values())
 
 
@@ -282,7 +285,7 @@ def test_evaluations_at_given_tokens_come_beside_the_regular_ones(settings) -> N
 
 
 def test_a_nan_stops_before_the_step_and_the_checkpoint_is_from_before(settings, monkeypatch) -> None:
-    real = loop.train_step
+    real = real_step
 
     def poison(parts, guards, at, **rest):
         if at == 7:
@@ -300,7 +303,7 @@ def test_a_nan_stops_before_the_step_and_the_checkpoint_is_from_before(settings,
 
 def test_a_full_disk_is_survived_and_then_stops_clean(settings, monkeypatch) -> None:
     calls = []
-    real = loop.save_training_state
+    real = save_training_state
 
     def full(*args, **kwargs):
         calls.append(1)

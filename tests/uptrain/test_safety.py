@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import signal
-from typing import NoReturn
 
 import pytest
 
@@ -54,7 +53,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, harm) -> None:
         "unmark": marker.unlink,
         "garble": lambda: marker.write_text("{"),
     }[harm]()
-    told = []
+    told: list[str] = []
     assert store.newest(told.append).step == 5
     assert "step-00000010" in told[0]
     assert damage(folder)
@@ -68,7 +67,7 @@ def test_a_failing_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch) -> N
     store = CheckpointStore(tmp_path, keep=2)
     save(store, 5)
 
-    def full(*_) -> NoReturn:
+    def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "rename", full)
@@ -131,7 +130,7 @@ class Elsewhere:
         pass
 
 
-def test_processes_that_do_not_share_the_output_stop_at_once(tmp_path, monkeypatch) -> NoReturn:
+def test_processes_that_do_not_share_the_output_stop_at_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("gqa_convert.uptrain.folder._PATIENCE", 0.0)
     with pytest.raises(OutputError, match="storage that every machine sees"), run_folder(tmp_path, Elsewhere()):
         raise AssertionError("must not get here")

@@ -10,6 +10,7 @@ from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def t5_settings(settings, t5_folder):
 def test_the_papers_recipe_runs_and_learns(t5_settings) -> None:
     result = loop.uptrain(parse_config({**t5_settings, "budget": {"steps": 40}}), quiet=True)
     assert result.loss_after < result.loss_before - 0.3
-    _, info = AutoModelForSeq2SeqLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder, AutoModelForSeq2SeqLM)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
 
@@ -64,7 +65,7 @@ def test_a_converted_t5_keeps_its_code(t5_settings, t5_folder, tmp_path) -> None
     result = loop.uptrain(parse_config(values), quiet=True)
     assert result.loss_after < result.loss_before
     assert (result.folder / "modeling_gqa.py").read_bytes() == (converted / "modeling_gqa.py").read_bytes()
-    model, info = AutoModelForSeq2SeqLM.from_pretrained(result.folder, output_loading_info=True)
+    model, info = load_with_info(result.folder, AutoModelForSeq2SeqLM)
     assert not any(info.values())
     assert model.decoder.block[1].layer[0].SelfAttention.k.weight.shape == (2 * 8, 32)
     assert model.decoder.block[1].layer[1].EncDecAttention.v.weight.shape == (8, 32)

@@ -15,6 +15,7 @@ from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.config import LogSection
 from gqa_convert.uptrain.metrics import chosen_trackers, read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from gqa_convert.uptrain.step import train_step as real_step
 from gqa_convert.uptrain.trackers import Trackers, run_identity, tracker_arguments
 
 
@@ -72,7 +73,7 @@ def test_a_tracker_that_fails_is_dropped_alone(tmp_path, monkeypatch, capsys) ->
             "works": lambda run_name, **_: Fake("works"),
         },
     )
-    told = []
+    told: list[str] = []
     trackers = Trackers(
         ["never", "soon", "works"], output=tmp_path, project="p", resumed=None, settings={}, tell=told.append
     )
@@ -95,7 +96,7 @@ def test_what_is_not_installed_is_refused_before_anything_runs(monkeypatch) -> N
 
 def interrupted(settings, monkeypatch):
     """A run that dies in its fourteenth step, with a checkpoint of the tenth, and is started again."""
-    real = loop.train_step
+    real = real_step
 
     def die(parts, guards, at, **rest):
         if at == 13:
