@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import Command, Finished
+
+from tests.support import Command, Finished
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and tests may run side by side
 

@@ -1,4 +1,4 @@
-"""What running a command gave, and what a folder held."""
+"""What running a command gave, what a folder held, and what a stock loader says of one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,11 @@ def tree(folder: Path) -> dict[str, tuple[str, int]]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def load_with_info(folder: Path, loader: Any = None, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """A model that stock transformers loads (as `AutoModelForCausalLM`, or by `loader`), and what it says it missed."""
+    import transformers
+
+    loader = loader or transformers.AutoModelForCausalLM
+    return loader.from_pretrained(folder, output_loading_info=True, **settings)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import factories
 import pytest
 import torch
-from support import Command, Finished, tree
 
 from gqa_convert import convert
+from tests import factories
+from tests.support import Command, Finished, tree
 
 USAGE, VERIFICATION, CHECKPOINT, UNSUPPORTED, OUTPUT, HUB = 2, 3, 4, 5, 6, 7
 K = "model.layers.0.self_attn.k_proj.weight"
@@ -37,7 +37,7 @@ def assert_refused(finished: Finished, code: int, *words: str) -> None:
 
 
 def config_of(**values: object) -> Callable[[Path], None]:
-    return lambda source: (source / "config.json").write_text(json.dumps(values)) and None
+    return write("config.json", json.dumps(values).encode())
 
 
 def write(name: str, data: bytes) -> Callable[[Path], None]:
@@ -82,7 +82,10 @@ def lie(source: Path, shape: list[int]) -> None:
 
 
 def change(edit: Callable[[factories.Tensors], object]) -> Callable[[Path], None]:
-    return lambda source: factories.change_tensors(source, lambda tensors: (edit(tensors), None)[1]) and None
+    def apply(source: Path) -> None:
+        factories.change_tensors(source, edit)
+
+    return apply
 
 
 def set_value(key: str, value: float) -> Callable[[Path], None]:

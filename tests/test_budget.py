@@ -25,23 +25,23 @@ from gqa_convert.errors import UsageError
         ("2_097_152", 2097152),
     ],
 )
-def test_counts_read_as_people_write_them(text, value):
+def test_counts_read_as_people_write_them(text, value) -> None:
     assert parse_count(text) == value
 
 
 @pytest.mark.parametrize(
     "text", ["two", "-3", "1.5", "", "3Q", True, "1e400", 1e400, float("nan"), "9" * 5000, 2**63, "1e30"]
 )
-def test_what_is_no_count_is_refused(text):
+def test_what_is_no_count_is_refused(text) -> None:
     with pytest.raises(UsageError):
         parse_count(text)
 
 
-def test_counts_are_spelt_for_people():
+def test_counts_are_spelt_for_people() -> None:
     assert [format_count(v) for v in (999, 65_536, 2_100_000, 52.4e9, 2e12)] == ["999", "65,536", "2.1M", "52.4B", "2T"]
 
 
-def test_one_spelling_means_one_number_everywhere():
+def test_one_spelling_means_one_number_everywhere() -> None:
     for text in ("8k", "512", "2M"):
         assert parse_counts(text, "--context") == (parse_count(text),)
     assert parse_count("8k") == parse_bytes("8k", "--memory") == 8192
@@ -49,7 +49,7 @@ def test_one_spelling_means_one_number_everywhere():
         assert parse_count(format_count(value)) == value
 
 
-def test_steps_win_over_tokens_and_tokens_over_alpha():
+def test_steps_win_over_tokens_and_tokens_over_alpha() -> None:
     given = {"batch_tokens": 100, "alpha": 0.05, "pretraining_tokens": 100_000}
     assert horizon(**given, steps=7, tokens=900).steps == 7
     assert horizon(**given, tokens=901).steps == 10
@@ -58,29 +58,29 @@ def test_steps_win_over_tokens_and_tokens_over_alpha():
     assert found.alpha == pytest.approx(0.05)
 
 
-def test_the_papers_recipe_is_fifty_thousand_steps():
+def test_the_papers_recipe_is_fifty_thousand_steps() -> None:
     model = known_model("t5-v1_1-xxl")
     found = horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens)
     assert found.steps == 50_000
 
 
-def test_alpha_of_pretraining_steps():
+def test_alpha_of_pretraining_steps() -> None:
     assert horizon(batch_tokens=10, alpha=0.1, pretraining_steps=100, pretraining_batch_tokens=50).steps == 50
 
 
 @pytest.mark.parametrize("given", [{}, {"alpha": 2.0, "pretraining_tokens": 10}])
-def test_a_share_needs_a_whole(given):
+def test_a_share_needs_a_whole(given) -> None:
     with pytest.raises(UsageError, match="alpha"):
         horizon(batch_tokens=10, **given)
 
 
-def test_llama_flops_agree_with_six_n_plus_attention():
+def test_llama_flops_agree_with_six_n_plus_attention() -> None:
     shape = known_model("llama-2-7b").shape
     assert shape.matmul_parameters == 6738415616 - 32000 * 4096
     assert shape.training_flops_per_token(4096) == 6 * shape.matmul_parameters + 12 * 32 * 4096 * 4096
 
 
-def test_the_papers_600_tpu_v3_chip_days_are_a_plausible_utilisation():
+def test_the_papers_600_tpu_v3_chip_days_are_a_plausible_utilisation() -> None:
     # Ainslie et al. 2023, section 2.1: alpha = 0.05 took about 600 TPUv3 chip-days.
     model = known_model("t5-v1_1-xxl")
     found = budget(
@@ -92,14 +92,14 @@ def test_the_papers_600_tpu_v3_chip_days_are_a_plausible_utilisation():
     assert 0.2 < found.device_hours / 24 / 600 < 0.6
 
 
-def test_distillation_from_a_model_as_large_costs_a_third_more():
+def test_distillation_from_a_model_as_large_costs_a_third_more() -> None:
     shape = known_model("pythia-1b").shape
     found = budget(shape, horizon(batch_tokens=2048, steps=10), teacher=shape)
     assert found.distillation_overhead == pytest.approx(1 / 3)
     assert found.flops == pytest.approx(found.student_flops * 4 / 3)
 
 
-def test_hours_and_bytes():
+def test_hours_and_bytes() -> None:
     shape = known_model("pythia-1b").shape
     found = budget(shape, horizon(batch_tokens=2_097_152, steps=100), hardware="100", device_count=4, mfu=0.5)
     assert found.hours == pytest.approx(found.flops / (100e12 * 4 * 0.5) / 3600)
@@ -108,12 +108,12 @@ def test_hours_and_bytes():
 
 
 @pytest.mark.parametrize("wrong", [{"hardware": "abacus"}, {"mfu": 0}, {"device_count": 0}])
-def test_impossible_hardware_is_refused(wrong):
+def test_impossible_hardware_is_refused(wrong) -> None:
     with pytest.raises(UsageError):
         budget(known_model("pythia-1b").shape, horizon(batch_tokens=1, steps=1), **wrong)
 
 
-def test_every_known_model_is_consistent_and_says_where_it_is_from():
+def test_every_known_model_is_consistent_and_says_where_it_is_from() -> None:
     for name, model in known_models().items():
         assert model.source, name
         assert 0 < model.shape.encoder_parameters < model.shape.matmul_parameters or not model.shape.encoder_parameters
@@ -123,19 +123,19 @@ def test_every_known_model_is_consistent_and_says_where_it_is_from():
             assert model.steps * model.batch_tokens == pytest.approx(model.tokens, rel=0.01), name
 
 
-def test_an_unknown_model_names_its_neighbours():
+def test_an_unknown_model_names_its_neighbours() -> None:
     with pytest.raises(UsageError, match="llama-2-7b"):
         known_model("llama2-7b")
 
 
-def test_peaks_are_found_by_the_drivers_name():
+def test_peaks_are_found_by_the_drivers_name() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("cpu") is None
     assert all(entry["source"] for entry in devices().values())
 
 
-def test_a_folders_shape_is_read_from_headers(tmp_path):
+def test_a_folders_shape_is_read_from_headers(tmp_path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -150,7 +150,7 @@ def test_a_folders_shape_is_read_from_headers(tmp_path):
     assert (shape.layers, shape.attention_width, shape.context, shape.weight_bytes) == (2, 32, 128, 4)
 
 
-def test_the_command_prints_json_without_torch():
+def test_the_command_prints_json_without_torch() -> None:
     code = (
         "import sys; from gqa_convert.cli.main import app\n"
         "app(['budget', 'llama-2-7b', '--alpha', '0.05', '--json', '--distill'], standalone_mode=False)\n"
@@ -162,7 +162,7 @@ def test_the_command_prints_json_without_torch():
     assert found["steps"] == 25_000
 
 
-def test_the_command_lists_and_shows():
+def test_the_command_lists_and_shows() -> None:
     from gqa_convert.cli.main import app
 
     runner = CliRunner()

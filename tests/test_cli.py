@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-import factories
 import pytest
-from support import Command, tree
 
 import gqa_convert
 from gqa_convert import errors
+from tests import factories
+from tests.support import Command, tree
 
 
 def test_convert_for_people(tmp_path: Path, command: Command) -> None:
@@ -146,7 +148,9 @@ def test_unknown_options_and_missing_ones_are_usage_errors(tmp_path: Path, comma
 
 
 def test_every_kind_of_error_has_an_exit_code_of_its_own() -> None:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__name__.endswith("Error")]
+    kinds: list[Any] = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__name__.endswith("Error")
+    ]
     codes = [kind.exit_code for kind in kinds]
     assert len(set(codes)) == len(codes)
     assert all(issubclass(kind, errors.GQAConvertError) for kind in kinds)
@@ -188,7 +192,7 @@ def test_progress_off_a_terminal_is_a_line_a_minute(
     from gqa_convert import progress
 
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with progress.conversion_progress(4096, quiet=False) as (on_bytes, _):
         for _ in range(4):
             on_bytes(1024)

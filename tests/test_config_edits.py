@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import factories
 import pytest
 import transformers
-from factories import HEADS
 
 from gqa_convert import convert
 from gqa_convert.checkpoint.reader import Checkpoint
+from tests import factories
+from tests.factories import HEADS
 
 LLAMA_OLD = {
     "architectures": ["LlamaForCausalLM"],

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import factories
 import pytest
 import torch
 
 from gqa_convert import convert
 from gqa_convert.heads import Grouping
 from gqa_convert.merge import registry
+from tests import factories
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text("utf-8")
 

@@ -7,12 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import factories
 import pytest
 import torch
-from factories import FAMILIES, HEADS
 
 from gqa_convert import convert
+from tests import factories
+from tests.factories import FAMILIES, HEADS
 
 CASES = [(family, groups) for family, kind in FAMILIES.items() for groups in kind.groups]
 

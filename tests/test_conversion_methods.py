@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import factories
 import pytest
 import torch
-from factories import FAMILIES, HEADS
 
 from gqa_convert import convert
+from tests import factories
+from tests.factories import FAMILIES, HEADS
 
 PROJECTION = re.compile(r"\.(k_proj|v_proj)\.weight$")
 

@@ -12,15 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from support import tree
 
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
 from gqa_convert.cli.signals import stopped_by_signals
 from gqa_convert.errors import Preempted
+from tests.support import tree
 
 HIDDEN, HEADS = 512, 8
 
@@ -57,7 +58,7 @@ def make_source(folder: Path, megabytes: int) -> Path:
         name = f"model-{number + 1:05d}-of-00004.safetensors"
         part = list(shapes.items())[number::4]
         tensors = [
-            TargetTensor(key=key, dtype="BF16", shape=shape, produce=lambda shape=shape: drawn[shape])
+            TargetTensor(key=key, dtype="BF16", shape=shape, produce=partial(drawn.__getitem__, shape))
             for key, shape in part
         ]
         write_shard(folder / name, tensors, {"format": "pt"}, sync=False)

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import factories
 import pytest
 import torch
-from support import tree
 
 from gqa_convert import convert
+from tests import factories
+from tests.support import tree
 
 INDEX = "model.safetensors.index.json"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import factories
 import pytest
 import torch
-from factories import FAMILIES
-from support import tree
 
 from gqa_convert import convert, plan
 from gqa_convert.errors import UsageError
+from tests import factories
+from tests.factories import FAMILIES
+from tests.support import tree
 
 CASES = [(family, kind.groups[0]) for family, kind in FAMILIES.items()]
 

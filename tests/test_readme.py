@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import factories
 import pytest
-from support import Command
+
+from tests import factories
+from tests.support import Command
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

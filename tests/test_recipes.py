@@ -93,7 +93,7 @@ def test_choices_that_cannot_be_honoured(chosen: dict[str, object], message: str
     chosen = dict(chosen)
     preset = chosen.pop("preset", None)
     with pytest.raises(UsageError, match=message):
-        make_recipe(preset, **chosen)  # type: ignore[arg-type]
+        make_recipe(preset, **chosen)
 
 
 def test_an_override_keeps_the_rest_of_a_preset() -> None:

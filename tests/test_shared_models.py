@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from factories import as_bytes, tensors_of
 
 from gqa_convert import convert
+from tests.factories import as_bytes, tensors_of
+from tests.support import load_with_info
 
 POEMS, STORIES, DOUBLED = "zh-poem-llama-0.75M", "stories260K", "stories260K-mha8"
 WINDOW = 128
@@ -18,9 +19,7 @@ WINDOW = 128
 
 def load(folder: Path) -> transformers.PreTrainedModel:
     """Load with the class a user would take; nothing may be missing, unexpected or of another shape."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    model, info = load_with_info(folder, dtype=torch.float32)
     faults = {kind: found for kind, found in info.items() if found}
     assert not faults, faults
     return model.eval()

@@ -7,11 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import factories
 import pytest
 import torch
-from factories import FAMILIES
-from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.conversion.inspect import verify_pair
@@ -19,6 +16,9 @@ from gqa_convert.conversion.verify import verify_output
 from gqa_convert.errors import VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_heads
 from gqa_convert.merge import registry
+from tests import factories
+from tests.factories import FAMILIES
+from tests.support import Command
 
 K = "model.layers.1.self_attn.k_proj.weight"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Command
 
 from gqa_convert import convert
 from gqa_convert.checkpoint.reader import Checkpoint
@@ -21,6 +20,7 @@ from gqa_convert.conversion.recorded import read_record, recorded_plan
 from gqa_convert.errors import VerificationError
 from gqa_convert.tiny.model import tiny_model
 from gqa_convert.tiny.shrink import tiny_config
+from tests.support import Command
 from tests.uptrain.conftest import WORDS, make_tiny
 
 Pair = tuple[Path, Path]

@@ -111,7 +111,7 @@ def _row(file: Path, offset: int, line: str) -> str:
 
 
 def _parquet(file: Path) -> Any:
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     try:
         return pyarrow.parquet.ParquetFile(file)

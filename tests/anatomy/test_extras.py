@@ -34,7 +34,9 @@ NORMS = {"q_norm.weight", "k_norm.weight"}
     ],
 )
 @pytest.mark.parametrize("kv_heads", [8, 4])
-def test_heads_move_with_all_that_is_theirs(model_type: str, switch: str | None, found: set[str], kv_heads: int):
+def test_heads_move_with_all_that_is_theirs(
+    model_type: str, switch: str | None, found: set[str], kv_heads: int
+) -> None:
     config = tiny_config(model_type, num_kv_heads=kv_heads)
     if switch:
         setattr(config, switch, True)
@@ -46,7 +48,7 @@ def test_heads_move_with_all_that_is_theirs(model_type: str, switch: str | None,
     }
 
 
-def test_the_logits_stay_only_if_the_extras_move_too():
+def test_the_logits_stay_only_if_the_extras_move_too() -> None:
     config = tiny_config("olmo2", num_kv_heads=4)
     subject, freedom = _subject(config), prove_freedom(config)
     assert subject.permutes(freedom, freedom.extras)
@@ -54,17 +56,18 @@ def test_the_logits_stay_only_if_the_extras_move_too():
     assert not subject.permutes(freedom, freedom.extras[:1])
 
 
-def test_a_table_that_all_layers_share_ties_heads_to_their_places():
+def test_a_table_that_all_layers_share_ties_heads_to_their_places() -> None:
     """Layers move their heads in different orders; T5's position bias has one order for all of them."""
     assert not prove_freedom(tiny_config("t5")).permutable
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "olmo2"])
-def test_a_grouped_model_in_another_order_gives_the_same_logits(model_type: str):
+def test_a_grouped_model_in_another_order_gives_the_same_logits(model_type: str) -> None:
     model = tiny_model(tiny_config(model_type, num_kv_heads=4))
     inputs, freedom, blocks = text_inputs(model), prove_freedom(model.config), _subject(model.config).blocks
     before, state = logits(model, inputs), dict(model.state_dict())
-    grouping, moved = Grouping(((2, 0), (3, 1))), {}
+    grouping = Grouping(((2, 0), (3, 1)))
+    moved: dict[str, torch.Tensor] = {}
     for names in blocks:
         block = read_block(state.get, names, freedom, layout_for(names, model, rotary_layouts(model, freedom)))
         moved |= block_state(names, block.permuted(grouping))
@@ -79,7 +82,7 @@ def test_a_grouped_model_in_another_order_gives_the_same_logits(model_type: str)
 )
 def test_tied_heads_that_lie_apart_are_found_and_merged_without_a_change(
     model_type: str, changes: dict[str, bool], tmp_path: Path
-):
+) -> None:
     """Heads 0 and 4, 1 and 5 ... are the same; a search brings them together, and all their parameters with them."""
     model = tiny_model(tiny_config(model_type, changes=changes))
     state = model.state_dict()
@@ -103,5 +106,7 @@ def test_tied_heads_that_lie_apart_are_found_and_merged_without_a_change(
     [("llama", True), ("t5", True), ("bloom", True), ("gpt_oss", False), ("gemma2", False)],
     ids=["", "own code", "fused", "sinks", "soft cap"],
 )
-def test_a_vector_on_all_keys_is_lost_unless_something_stands_beside_the_scores(model_type: str, invariant: bool):
+def test_a_vector_on_all_keys_is_lost_unless_something_stands_beside_the_scores(
+    model_type: str, invariant: bool
+) -> None:
     assert prove_freedom(tiny_config(model_type)).shift_invariant == invariant

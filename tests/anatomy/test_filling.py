@@ -6,16 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import factories
 import pytest
 import torch
-from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.anatomy.filling import check_loads
 from gqa_convert.conversion.inspect import inspect, verify_pair
 from gqa_convert.errors import CheckpointError, VerificationError
 from gqa_convert.hf.loading import Source
+from tests import factories
+from tests.support import Command
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -44,8 +44,8 @@ def test_missing_tensors_are_named_by_every_command(tmp_path: Path, command: Com
         assert (finished.code, len(finished.err.splitlines())) == (4, 1), arguments
         assert DOWN in finished.err
         assert QUERY in finished.err
-    for arguments in (("--dry-run",), ("--out", tmp_path / "other")):
-        assert command("gqa-convert", source, "--groups", 2, *arguments).code == 4
+    for again in (("--dry-run",), ("--out", tmp_path / "other")):
+        assert command("gqa-convert", source, "--groups", 2, *again).code == 4
     assert not (tmp_path / "other").exists()
 
 

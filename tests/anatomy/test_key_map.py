@@ -6,14 +6,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import factories
 import pytest
 import transformers
-from factories import FAMILIES
 
 from gqa_convert import convert
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.hf.api import KeyMap, build_on_meta, survey
+from tests import factories
+from tests.factories import FAMILIES
 
 
 def key_map(family: str) -> KeyMap:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import factories
 import pytest
 import transformers
-from factories import FAMILIES, HEADS, SIZES
 
 from gqa_convert.anatomy.kv_fields import KVField, apply_edits, check_groups, config_edits, find_kv_fields
 from gqa_convert.errors import UnsupportedModelError, UsageError
+from tests import factories
+from tests.factories import FAMILIES, HEADS, SIZES
 
 
 def fields_of(config: Any) -> tuple[KVField, ...]:
@@ -105,7 +105,8 @@ def test_a_copy_of_the_field_is_edited_only_where_there_is_one(tmp_path: Path) -
 
 def test_attention_configs_that_are_plain_tables() -> None:
     """Remote code may keep its attention settings as a dict."""
-    config = transformers.PretrainedConfig(n_heads=8, attn_config={"kv_n_heads": 8, "clip_qkv": 8})
+    settings: dict[str, Any] = {"n_heads": 8, "attn_config": {"kv_n_heads": 8, "clip_qkv": 8}}
+    config = transformers.PretrainedConfig(**settings)
     assert [found.name for found in fields_of(config)] == ["attn_config.kv_n_heads"]
 
 

@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import factories
 import pytest
 import torch
 import transformers
-from factories import SIZES
-from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.conversion.inspect import verify_pair
 from gqa_convert.errors import CheckpointError, HubError, UnsupportedModelError
 from gqa_convert.hf.loading import Source
+from tests import factories
+from tests.factories import SIZES
+from tests.support import Command
 
 GROUPS = 2
 IDS = torch.arange(3, 27)[None]

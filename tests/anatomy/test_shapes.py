@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import factories
 import pytest
 import transformers
-from factories import FAMILIES, HEADS
 
 from gqa_convert.anatomy.anatomy import dissect
 from gqa_convert.anatomy.shapes import index_of, index_split
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.hf.loading import Source
+from tests import factories
+from tests.factories import FAMILIES, HEADS
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def eager_columns(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     ("model_type", "sizes"),
     [("llama", {}), ("llama", {"num_heads": 4, "num_kv_heads": 2}), ("mistral", {}), ("t5", {}), ("gpt_neox", {})],
 )
-def test_what_is_received_is_the_column_sum_of_the_weights(model_type, sizes, saved, tokens):
+def test_what_is_received_is_the_column_sum_of_the_weights(model_type, sizes, saved, tokens) -> None:
     model = saved(model_type, **sizes).model
     expected = eager_columns(model, tokens)
     modules = attention_modules(model)
@@ -74,7 +74,7 @@ def test_what_is_received_is_the_column_sum_of_the_weights(model_type, sizes, sa
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_that_a_module_returns_do_as_well(saved, tokens):
+def test_weights_that_a_module_returns_do_as_well(saved, tokens) -> None:
     model = saved("llama").model
     expected = eager_columns(model, tokens)
     modules = attention_modules(model)
@@ -87,7 +87,7 @@ def test_weights_that_a_module_returns_do_as_well(saved, tokens):
         torch.testing.assert_close(one, other)
 
 
-def test_the_outputs_stay_and_nothing_is_left_behind(saved, tokens):
+def test_the_outputs_stay_and_nothing_is_left_behind(saved, tokens) -> None:
     model = saved("llama").model
     hooks = [len(module._forward_hooks) for module in model.modules()]
     before = run(model, tokens).logits
@@ -107,7 +107,7 @@ def test_the_outputs_stay_and_nothing_is_left_behind(saved, tokens):
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
-def test_a_token_counts_by_what_it_receives():
+def test_a_token_counts_by_what_it_receives() -> None:
     x, received = torch.randn(2, 5, 3), torch.rand(2, 5)
     moments = InputMoments()
     moments.add(x, x, received)
@@ -120,7 +120,7 @@ def test_a_token_counts_by_what_it_receives():
     torch.testing.assert_close(seen.moment, flat.T @ flat / 10)  # queries count alike
 
 
-def test_received_alike_changes_nothing():
+def test_received_alike_changes_nothing() -> None:
     x = torch.randn(2, 5, 3)
     plain, alike = InputMoments(), InputMoments()
     plain.add(x, x)
@@ -131,7 +131,7 @@ def test_received_alike_changes_nothing():
 
 
 @pytest.mark.parametrize("received", [torch.ones(2, 4), torch.zeros(2, 5)])
-def test_another_number_of_tokens_or_no_attention_at_all_counts_alike(received):
+def test_another_number_of_tokens_or_no_attention_at_all_counts_alike(received) -> None:
     x = torch.randn(2, 5, 3)
     moments = InputMoments()
     moments.add(x, x, received)
@@ -151,7 +151,7 @@ def solved(found: Any, work: Any, inputs: Any) -> Any:
     )
 
 
-def test_solving_counts_tokens_by_attention(case, tokens, work):
+def test_solving_counts_tokens_by_attention(case, tokens, work) -> None:
     found = case("llama")
     model, names = found.saved.model, found.blocks[0]
     read: list[torch.Tensor] = []
@@ -168,7 +168,7 @@ def test_solving_counts_tokens_by_attention(case, tokens, work):
     assert not [note for note in done.notes if "alike" in note]
 
 
-def test_blocks_whose_attention_is_not_seen_are_named(case, tokens, work, monkeypatch):
+def test_blocks_whose_attention_is_not_seen_are_named(case, tokens, work, monkeypatch) -> None:
     found = case("llama")
     monkeypatch.setattr(session, "attention_received", lambda modules: attention_received(()))
     (note,) = solved(found, work, tokens).notes
@@ -177,7 +177,7 @@ def test_blocks_whose_attention_is_not_seen_are_named(case, tokens, work, monkey
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gpt2", "opt", "t5", "bart", "gemma2"])
-def test_attention_is_seen_in(model_type, case, tokens, work):
+def test_attention_is_seen_in(model_type, case, tokens, work) -> None:
     found = case(model_type)
     inputs = {"input_ids": tokens}
     if found.saved.config.is_encoder_decoder:

@@ -11,7 +11,7 @@ from gqa_convert.hf.partial import PartialModel
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text"])
-def test_moments_are_those_of_the_inputs(model_type, case, tokens):
+def test_moments_are_those_of_the_inputs(model_type, case, tokens) -> None:
     found = case(model_type)
     inputs: dict[str, list[torch.Tensor]] = {names.module: [] for names in found.blocks}
     handles = [
@@ -38,7 +38,7 @@ def test_moments_are_those_of_the_inputs(model_type, case, tokens):
         torch.testing.assert_close(seen.mean, x.mean(0), rtol=1e-5, atol=1e-6)
 
 
-def test_cross_attention_has_moments_of_both_inputs():
+def test_cross_attention_has_moments_of_both_inputs() -> None:
     moments = InputMoments()
     x, y = torch.randn(3, 5, 8), torch.randn(3, 7, 6)
     moments.add(x, y)
@@ -48,12 +48,12 @@ def test_cross_attention_has_moments_of_both_inputs():
     torch.testing.assert_close(seen.kv.moment, y.flatten(0, 1).double().T @ y.flatten(0, 1).double() / 21)
 
 
-def test_nothing_added_is_an_error():
+def test_nothing_added_is_an_error() -> None:
     with pytest.raises(ValueError, match="no inputs"):
         InputMoments().statistics()
 
 
-def test_a_long_sum_does_not_drift():
+def test_a_long_sum_does_not_drift() -> None:
     moments = InputMoments()
     x = torch.full((1000, 2), 1 / 3)
     for _ in range(200):
@@ -61,7 +61,7 @@ def test_a_long_sum_does_not_drift():
     assert abs(float(moments.statistics().moment[0, 0]) - float(x[0, 0].double()) ** 2) < 1e-14
 
 
-def test_statistics_come_back_from_their_file(work):
+def test_statistics_come_back_from_their_file(work) -> None:
     store = statistics_store(work, {"source": "a"})
     moments = InputMoments()
     moments.add(torch.randn(3, 5, 8), torch.randn(3, 7, 6))

@@ -20,7 +20,7 @@ from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.errors import UsageError
 
 
-def test_least_squares_finds_the_truth():
+def test_least_squares_finds_the_truth() -> None:
     generator = torch.Generator().manual_seed(0)
     truth, shift = torch.randn(3, 8, generator=generator), torch.randn(3, generator=generator)
     equations = NormalEquations()
@@ -39,7 +39,7 @@ def test_least_squares_finds_the_truth():
     assert 1e-3 < equations.error(without) < 1
 
 
-def test_least_squares_error_is_the_brute_force_one():
+def test_least_squares_error_is_the_brute_force_one() -> None:
     z, y, w, b = torch.randn(50, 8), torch.randn(50, 3), torch.randn(3, 8), torch.randn(3)
     equations = NormalEquations()
     equations.add(z, y)
@@ -47,7 +47,7 @@ def test_least_squares_error_is_the_brute_force_one():
     assert equations.error(w, b) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_step_takes_small_calls_together():
+def test_a_step_takes_small_calls_together() -> None:
     targets = [torch.zeros(size, 4, 2) for size in (1, 2, 3, 8)]
     order = [3, 2, 1, 0]
     assert list(_step_calls(order, targets, 16)) == [0, 1, 2]  # 4 + 8 + 12 tokens
@@ -57,7 +57,7 @@ def test_a_step_takes_small_calls_together():
     assert list(_step_calls(order, targets, 0.5)) == [3]
 
 
-def test_inputs_of_several_shapes_are_refitted(case, work):
+def test_inputs_of_several_shapes_are_refitted(case, work) -> None:
     found = case("t5")
     generator = torch.Generator().manual_seed(0)
     inputs = [
@@ -75,7 +75,7 @@ def test_inputs_of_several_shapes_are_refitted(case, work):
     assert sum(afters) < 0.9 * sum(befores)
 
 
-def test_a_heavy_damping_keeps_what_is_there():
+def test_a_heavy_damping_keeps_what_is_there() -> None:
     z, y, w = torch.randn(50, 8), torch.randn(50, 3), torch.randn(3, 8)
     equations = NormalEquations()
     equations.add(z, y)
@@ -84,7 +84,7 @@ def test_a_heavy_damping_keeps_what_is_there():
         NormalEquations().error(w)
 
 
-def test_directions_without_data_keep_the_old_weights():
+def test_directions_without_data_keep_the_old_weights() -> None:
     z = torch.zeros(50, 4)
     z[:, :2] = torch.randn(50, 2)
     equations = NormalEquations()
@@ -93,7 +93,7 @@ def test_directions_without_data_keep_the_old_weights():
     torch.testing.assert_close(equations.solve(w, None, damping=1e-3)[0][:, 2:], w[:, 2:])
 
 
-def test_the_schedule_rises_then_falls():
+def test_the_schedule_rises_then_falls() -> None:
     options = DescentOptions(steps=100)
     rates = [schedule(step, options) for step in range(100)]
     assert rates.index(max(rates)) == 4
@@ -102,7 +102,7 @@ def test_the_schedule_rises_then_falls():
     assert all(a >= b for a, b in itertools.pairwise(rates[4:]))
 
 
-def test_held_out_calls_are_not_trained_on():
+def test_held_out_calls_are_not_trained_on() -> None:
     assert held_out(1) == ([0], [0])
     assert held_out(2) == ([0], [1])
     train, check = held_out(64)
@@ -110,7 +110,7 @@ def test_held_out_calls_are_not_trained_on():
     assert train == list(range(60))
 
 
-def test_the_learning_rate_follows_the_size_of_the_tensor():
+def test_the_learning_rate_follows_the_size_of_the_tensor() -> None:
     options = DescentOptions()
     weight = torch.full((4, 4), 0.1)
     assert tensor_lr(weight, weight, options) == pytest.approx(0.002)
@@ -121,7 +121,7 @@ def test_the_learning_rate_follows_the_size_of_the_tensor():
 
 
 @pytest.mark.parametrize("values", [{"steps": -1}, {"tokens": 0}, {"lr": 2.0}, {"damping": 0.0}])
-def test_options_that_mean_nothing(values):
+def test_options_that_mean_nothing(values) -> None:
     with pytest.raises(UsageError, match=next(iter(values))):
         RefitOptions(**values)
 
@@ -145,7 +145,7 @@ def observed(found, tokens, size=4):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "gemma3_text", "gpt2"])
-def test_both_steps_improve_a_spoilt_block_of_any_family(model_type, case, tokens):
+def test_both_steps_improve_a_spoilt_block_of_any_family(model_type, case, tokens) -> None:
     names, spoilt, record, _ = observed(case(model_type), tokens)
     untouched = {name: p.clone() for name, p in spoilt.named_parameters()}
     options = RefitOptions(steps=40, least_squares=True)
@@ -159,7 +159,7 @@ def test_both_steps_improve_a_spoilt_block_of_any_family(model_type, case, token
         assert torch.equal(parameter, untouched[name])
 
 
-def test_least_squares_alone(case, tokens):
+def test_least_squares_alone(case, tokens) -> None:
     names, spoilt, record, _ = observed(case("llama"), tokens)
     options = RefitOptions(steps=0, least_squares=True)
     state, report = refit_block(spoilt, names.module, names, record.calls, record.outputs, options)
@@ -170,7 +170,7 @@ def test_least_squares_alone(case, tokens):
 
 
 @pytest.mark.parametrize("options", [RefitOptions(steps=10, lr=0.5), RefitOptions(steps=0, least_squares=True)])
-def test_what_cannot_be_bettered_is_kept(options, case, tokens):
+def test_what_cannot_be_bettered_is_kept(options, case, tokens) -> None:
     """The right block has no error, and a ruinous learning rate finds nothing better."""
     found = case("llama")
     names, _, record, window = observed(found, tokens)
@@ -181,7 +181,7 @@ def test_what_cannot_be_bettered_is_kept(options, case, tokens):
         torch.testing.assert_close(tensor, found.saved.model.get_parameter(name), rtol=0, atol=1e-6)
 
 
-def test_only_q_k_v_o_are_trained(case, tokens):
+def test_only_q_k_v_o_are_trained(case, tokens) -> None:
     names, spoilt, record, _ = observed(case("gemma3_text"), tokens)
     norm = spoilt.q_norm.weight.clone()
     result = descend(spoilt, names.module, names, record.calls, record.outputs, DescentOptions(steps=5))
@@ -190,7 +190,7 @@ def test_only_q_k_v_o_are_trained(case, tokens):
     assert not any(p.requires_grad for p in spoilt.parameters())
 
 
-def test_a_descent_is_the_same_every_time(case, tokens):
+def test_a_descent_is_the_same_every_time(case, tokens) -> None:
     names, spoilt, record, _ = observed(case("llama"), tokens)
     options = RefitOptions(steps=7)
     first, _ = refit_block(spoilt, names.module, names, record.calls, record.outputs, options)
@@ -201,7 +201,7 @@ def test_a_descent_is_the_same_every_time(case, tokens):
 @pytest.mark.parametrize(
     ("model_type", "expected"), [("llama", 1.0), ("phi3", 1.0), ("mixtral", 1.0), ("gemma3_text", None), ("phi", None)]
 )
-def test_how_attention_enters_the_stream_is_found(model_type, expected, case, tokens):
+def test_how_attention_enters_the_stream_is_found(model_type, expected, case, tokens) -> None:
     found = case(model_type)
     names, _, _, window = observed(found, tokens)
     assert residual_scale(window.module, window.path, names, window.calls[0]) == (
@@ -209,7 +209,7 @@ def test_how_attention_enters_the_stream_is_found(model_type, expected, case, to
     )
 
 
-def test_hidden_states_are_found_by_place_or_name():
+def test_hidden_states_are_found_by_place_or_name() -> None:
     x = torch.randn(1, 2)
     assert hidden_of(LayerCall("", (torch.ones(1, dtype=torch.long), x), {})) is x
     assert hidden_of(LayerCall("", (), {"hidden_states": x})) is x

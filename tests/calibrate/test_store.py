@@ -11,7 +11,7 @@ from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import OutputError
 
 
-def test_a_result_comes_back_whole(work):
+def test_a_result_comes_back_whole(work) -> None:
     store = LayerStore(work, "layers", {"groups": 2})
     store.write(3, {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}, {"error": 0.5})
     tensors, report = store.read(3) or ({}, {})
@@ -24,7 +24,7 @@ def test_a_result_comes_back_whole(work):
     assert [p.name for p in store.folder.iterdir()] == ["layer-00003.safetensors"]
 
 
-def test_other_inputs_do_not_find_it(work):
+def test_other_inputs_do_not_find_it(work) -> None:
     LayerStore(work, "layers", {"groups": 2}).write(0, {"a": torch.ones(1)}, {})
     other = LayerStore(work, "layers", {"groups": 4})
     assert not other.has(0)
@@ -32,7 +32,7 @@ def test_other_inputs_do_not_find_it(work):
     assert other.read(0) is None
 
 
-def test_a_damaged_file_counts_as_absent(work):
+def test_a_damaged_file_counts_as_absent(work) -> None:
     store = LayerStore(work, "layers", {})
     store.write(0, {"a": torch.ones(100)}, {})
     store.path(0).write_bytes(store.path(0).read_bytes()[:-5])
@@ -41,13 +41,13 @@ def test_a_damaged_file_counts_as_absent(work):
         store.tensor(0, "a")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be made"):
         LayerStore(tmp_path / "file", "layers", {})
 
 
-def test_identity_is_of_the_contents(saved, tmp_path):
+def test_identity_is_of_the_contents(saved, tmp_path) -> None:
     source = saved("llama").checkpoint
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(source.folder, first)
@@ -59,7 +59,7 @@ def test_identity_is_of_the_contents(saved, tmp_path):
     assert identity(Checkpoint.open(second)) != identity(source)
 
 
-def test_any_flipped_bit_makes_a_file_absent(work):
+def test_any_flipped_bit_makes_a_file_absent(work) -> None:
     store = LayerStore(work, "layers", {"groups": 2})
     store.write(0, {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(3, dtype=torch.int32)}, {"error": 0.25})
     path = store.path(0)
@@ -86,7 +86,7 @@ def test_any_flipped_bit_makes_a_file_absent(work):
     assert store.has(0)
 
 
-def test_damage_after_the_first_look_is_seen_when_a_tensor_is_read(work):
+def test_damage_after_the_first_look_is_seen_when_a_tensor_is_read(work) -> None:
     store = LayerStore(work, "layers", {})
     store.write(0, {"a": torch.ones(64)}, {})
     assert store.has(0)

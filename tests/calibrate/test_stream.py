@@ -31,7 +31,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_streamed_is_plain(model_type, saved):
+def test_streamed_is_plain(model_type, saved) -> None:
     source = saved(model_type, **FAMILIES[model_type])
     parts, notes = open_parts(source.source, dtype=torch.float32)
     assert isinstance(parts, PartialModel) == (not notes)
@@ -43,7 +43,7 @@ def test_streamed_is_plain(model_type, saved):
         assert difference(seen.logits, logits(source.model, each)) < 1e-6
 
 
-def test_every_window_has_the_true_hidden_states(saved):
+def test_every_window_has_the_true_hidden_states(saved) -> None:
     source = saved("llama", num_layers=3)
     inputs = [text_inputs(source.model, seed=seed) for seed in (0, 1)]
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_every_window_has_the_true_hidden_states(saved):
             torch.testing.assert_close(call.args[0], states[window.index], rtol=0, atol=1e-6)
 
 
-def test_only_one_layer_is_in_memory(saved):
+def test_only_one_layer_is_in_memory(saved) -> None:
     source = saved("llama", num_layers=3)
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
     for window in LayerStream(parts, [text_inputs(source.model)]):
@@ -64,7 +64,7 @@ def test_only_one_layer_is_in_memory(saved):
     assert all(p.device.type == "meta" for name, p in parts.model.named_parameters() if "layers." in name)
 
 
-def test_a_stand_in_does_not_change_the_course(saved):
+def test_a_stand_in_does_not_change_the_course(saved) -> None:
     source = saved("llama")
     inputs = [text_inputs(source.model)]
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
@@ -76,7 +76,7 @@ def test_a_stand_in_does_not_change_the_course(saved):
     assert difference(stream.results[0].logits, logits(source.model, inputs[0])) < 1e-6
 
 
-def test_spilled_activations_are_the_same(saved, tmp_path):
+def test_spilled_activations_are_the_same(saved, tmp_path) -> None:
     source = saved("llama")
     inputs = [text_inputs(source.model, batch=16, length=24, seed=seed) for seed in (0, 1, 2)]
 
@@ -91,7 +91,7 @@ def test_spilled_activations_are_the_same(saved, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_free_memory_is_told():
+def test_free_memory_is_told() -> None:
     assert 1 << 20 < (free_memory() or 0) < 1 << 50
 
 
@@ -99,7 +99,7 @@ def lanes():
     return sum(thread.name == "forward pass" for thread in threading.enumerate())
 
 
-def test_leaving_early_ends_every_thread(saved):
+def test_leaving_early_ends_every_thread(saved) -> None:
     source = saved("llama")
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
     stream = iter(LayerStream(parts, [text_inputs(source.model)] * 5))
@@ -111,7 +111,7 @@ def test_leaving_early_ends_every_thread(saved):
     assert "forward" not in vars(parts.model.model.layers[0])
 
 
-def test_bfloat16(saved):
+def test_bfloat16(saved) -> None:
     source = saved("llama")
     inputs = text_inputs(source.model)
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.bfloat16)
@@ -122,7 +122,7 @@ def test_bfloat16(saved):
     assert 0 < difference(stream.results[0].logits.float(), logits(source.model, inputs)) < 0.1
 
 
-def test_a_missing_weight_is_named(saved, tmp_path):
+def test_a_missing_weight_is_named(saved, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
     from gqa_convert.checkpoint.reader import Checkpoint
@@ -137,14 +137,14 @@ def test_a_missing_weight_is_named(saved, tmp_path):
         list(LayerStream(parts, [text_inputs(source.model)]))
 
 
-def test_a_model_that_does_not_read_text_is_refused(saved):
+def test_a_model_that_does_not_read_text_is_refused(saved) -> None:
     source = saved("llama")
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
     with pytest.raises(UnsupportedModelError, match="cannot be run on text alone"):
         list(LayerStream(parts, [{"pixel_values": torch.zeros(1)}]))
 
 
-def test_a_family_that_cannot_be_streamed_is_held_whole(saved, monkeypatch):
+def test_a_family_that_cannot_be_streamed_is_held_whole(saved, monkeypatch) -> None:
     source = saved("llama")
     monkeypatch.setattr("gqa_convert.calibrate.parts.streaming_fault", lambda cls, config: "it would not do")
     parts, notes = open_parts(source.source, dtype=torch.float32)
@@ -155,7 +155,7 @@ def test_a_family_that_cannot_be_streamed_is_held_whole(saved, monkeypatch):
     assert difference(stream.results[0].logits, logits(source.model, text_inputs(source.model))) < 1e-6
 
 
-def test_the_fault_of_a_stream_is_found(monkeypatch):
+def test_the_fault_of_a_stream_is_found(monkeypatch) -> None:
     from transformers import LlamaForCausalLM
 
     from gqa_convert.calibrate import layer_stream

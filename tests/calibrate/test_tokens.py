@@ -42,7 +42,7 @@ def write_jsonl(path, rows):
     return path
 
 
-def test_documents_are_framed_joined_and_cut(tokenizer, tmp_path):
+def test_documents_are_framed_joined_and_cut(tokenizer, tmp_path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1", "w0 w1", "w0 w1", "w0 w1"])
     ids = calibration_tokens(str(path), tokenizer, sequences=9, length=5)
     assert ids.tolist() == [[1, 4, 5, 2, 1], [4, 5, 2, 1, 4], [5, 2, 1, 4, 5]]
@@ -50,13 +50,13 @@ def test_documents_are_framed_joined_and_cut(tokenizer, tmp_path):
     assert calibration_tokens(str(path), tokenizer, sequences=2, length=5).shape == (2, 5)
 
 
-def test_too_little_text_is_refused(tokenizer, tmp_path):
+def test_too_little_text_is_refused(tokenizer, tmp_path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["w0 w1"])
     with pytest.raises(UsageError, match=r"gives 4 tokens, less than one window of 5"):
         calibration_tokens(str(path), tokenizer, sequences=1, length=5)
 
 
-def test_the_seed_decides_and_the_whole_file_is_drawn_from(tokenizer, tmp_path):
+def test_the_seed_decides_and_the_whole_file_is_drawn_from(tokenizer, tmp_path) -> None:
     path = str(write_jsonl(tmp_path / "a.jsonl", [f"w{i // 20}" for i in range(1000)]))
     one, same, other = (calibration_tokens(path, tokenizer, sequences=10, length=12, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one, same)
@@ -75,14 +75,14 @@ def every_form(folder):
     return rows
 
 
-def test_every_form_gives_every_document_once(tmp_path):
+def test_every_form_gives_every_document_once(tmp_path) -> None:
     rows = every_form(tmp_path)
     for name in ("a.jsonl", "b.txt", "c.parquet"):
         assert sorted(documents(str(tmp_path / name))) == sorted(rows)
     assert sorted(documents(str(tmp_path))) == sorted(rows * 3)
 
 
-def test_a_text_without_marks_is_cut_at_line_ends(tmp_path):
+def test_a_text_without_marks_is_cut_at_line_ends(tmp_path) -> None:
     lines = [f"line {i} " + "x" * 100 + "\n" for i in range(1000)]
     (tmp_path / "a.txt").write_text("".join(lines))
     pieces = list(documents(str(tmp_path / "a.txt")))
@@ -95,13 +95,13 @@ def test_a_text_without_marks_is_cut_at_line_ends(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"), [("{bad\n", "not JSON"), ('{"body": 1}\n', 'has no "text" .it has body'), ("[1]\n", "list")]
 )
-def test_bad_rows_are_named(content, message, tmp_path):
+def test_bad_rows_are_named(content, message, tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(UsageError, match=message):
         list(documents(str(tmp_path / "a.jsonl")))
 
 
-def test_nothing_to_read(tmp_path):
+def test_nothing_to_read(tmp_path) -> None:
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "folder").mkdir()
     for data, message in (("a.csv", "cannot be read"), ("folder", "holds no"), ("b.jsonl", "no such file")):
@@ -109,7 +109,7 @@ def test_nothing_to_read(tmp_path):
             documents(str(tmp_path / data))
 
 
-def test_compressed_files_are_read_too(tmp_path):
+def test_compressed_files_are_read_too(tmp_path) -> None:
     rows = texts(30)
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
@@ -119,7 +119,7 @@ def test_compressed_files_are_read_too(tmp_path):
     assert sorted(documents(str(tmp_path))) == sorted(rows)
 
 
-def test_a_hub_dataset(monkeypatch):
+def test_a_hub_dataset(monkeypatch) -> None:
     import datasets
 
     rows = datasets.Dataset.from_dict({"text": texts(30)}).to_iterable_dataset()
@@ -138,10 +138,10 @@ def test_a_hub_dataset(monkeypatch):
     ]
 
 
-def test_hub_errors_have_their_kind(monkeypatch):
+def test_hub_errors_have_their_kind(monkeypatch) -> None:
     import datasets
 
-    def load(*_, **__):
+    def load(*_, **__) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -153,14 +153,14 @@ def test_hub_errors_have_their_kind(monkeypatch):
         next(documents("owner/name"))
 
 
-def test_windows_fit_the_context():
+def test_windows_fit_the_context() -> None:
     assert window_plan(4096) == (128, 2048)
     assert window_plan(None) == (128, 2048)
     assert window_plan(512) == (512, 512)
     assert window_plan(100, sequences=1, length=250) == (3, 100)
 
 
-def test_batches_cut_all_inputs_alike():
+def test_batches_cut_all_inputs_alike() -> None:
     inputs = {"input_ids": torch.arange(10).view(5, 2), "decoder_input_ids": torch.arange(15).view(5, 3)}
     cut = batches(inputs, 2)
     assert [len(each["input_ids"]) for each in cut] == [2, 2, 1]
@@ -169,7 +169,7 @@ def test_batches_cut_all_inputs_alike():
     assert token_hash(inputs["input_ids"]) == token_hash({"input_ids": inputs["input_ids"].clone()})
 
 
-def test_a_model_writes_its_own_text(saved):
+def test_a_model_writes_its_own_text(saved) -> None:
     source = saved("llama").source
     one, same, other = (self_text.self_tokens(source, sequences=5, length=12, seed=s, batch=3) for s in (0, 0, 1))
     assert one.shape == (5, 12)
@@ -178,7 +178,7 @@ def test_a_model_writes_its_own_text(saved):
     assert (one[:, 0] == 1).all()
 
 
-def test_the_text_follows_the_model(saved):
+def test_the_text_follows_the_model(saved) -> None:
     """At a low temperature it is what greedy decoding gives."""
     source = saved("llama")
     ids = self_text.self_tokens(source.source, sequences=1, length=10, temperature=1e-4)
@@ -188,7 +188,7 @@ def test_the_text_follows_the_model(saved):
     assert torch.equal(ids[0, 1:][~ends], best[0, :-1][~ends])
 
 
-def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch):
+def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch) -> None:
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, list(range(20, 128))))
     ids = self_text.self_tokens(saved("llama").source, sequences=4, length=20)
     after = ids[:, 1:][ids[:, :-1] >= 20]
@@ -196,7 +196,7 @@ def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch):
     assert (after == 7).all()
 
 
-def test_one_token_may_end_a_document_and_begin_the_next(saved, monkeypatch):
+def test_one_token_may_end_a_document_and_begin_the_next(saved, monkeypatch) -> None:
     """As `<|endoftext|>` does for GPT-2: it must not call for itself for ever."""
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, [7]))
     ids = self_text.self_tokens(saved("llama").source, sequences=4, length=20)
@@ -204,13 +204,13 @@ def test_one_token_may_end_a_document_and_begin_the_next(saved, monkeypatch):
     assert len(set(ids[:, 1:].flatten().tolist())) > 20
 
 
-def test_without_a_beginning_the_first_tokens_are_drawn(saved, monkeypatch):
+def test_without_a_beginning_the_first_tokens_are_drawn(saved, monkeypatch) -> None:
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (None, [2]))
     ids = self_text.self_tokens(saved("llama").source, sequences=8, length=3)
     assert len(set(ids[:, 0].tolist())) > 3
 
 
-def test_an_encoder_decoder_answers_but_does_not_begin(saved, tokens):
+def test_an_encoder_decoder_answers_but_does_not_begin(saved, tokens) -> None:
     source = saved("t5").source
     with pytest.raises(UnsupportedModelError, match="cannot write text from nothing"):
         self_text.self_tokens(source, sequences=2, length=8)
@@ -223,7 +223,7 @@ def test_an_encoder_decoder_answers_but_does_not_begin(saved, tokens):
         assert (parts["decoder_input_ids"][:, 0] == 0).all()  # T5 starts with its padding
 
 
-def test_an_answer_ends_where_the_model_ends_it(saved, tokens, monkeypatch):
+def test_an_answer_ends_where_the_model_ends_it(saved, tokens, monkeypatch) -> None:
     source = saved("t5").source
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (0, list(range(1, 60))))
     found = self_text.own_answers(source, [tokens])
@@ -232,7 +232,7 @@ def test_an_answer_ends_where_the_model_ends_it(saved, tokens, monkeypatch):
     assert sum(parts["decoder_input_ids"].numel() for parts in found) < 3 * len(tokens)
 
 
-def test_lengths_are_few():
+def test_lengths_are_few() -> None:
     assert [shorter(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 100, 512)] == [1, 2, 3, 4, 4, 6, 6, 8, 8, 12, 96, 512]
 
 
@@ -244,7 +244,7 @@ class Words:
         return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
 
-def test_rows_are_single_documents_between_their_marks(tmp_path, monkeypatch):
+def test_rows_are_single_documents_between_their_marks(tmp_path, monkeypatch) -> None:
     lines = ["a bb ccc dddd eeeee", "a", "bb " * 20]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     found = document_rows(str(tmp_path / "a.jsonl"), Words(), tokens=1000, length=12)
@@ -258,7 +258,7 @@ def test_rows_are_single_documents_between_their_marks(tmp_path, monkeypatch):
         document_rows(str(tmp_path / "b.txt"), Words(), tokens=10, length=8)
 
 
-def test_batches_of_several_shapes_are_mixed():
+def test_batches_of_several_shapes_are_mixed() -> None:
     inputs = [{"input_ids": torch.full((6, n), n)} for n in (2, 3, 4)]
     cut = batches(inputs, lambda parts: 12 // parts["input_ids"].shape[1])
     shapes = sorted(tuple(part["input_ids"].shape) for part in cut)
@@ -268,7 +268,7 @@ def test_batches_of_several_shapes_are_mixed():
     assert token_hash(inputs) != token_hash(inputs[:2])
 
 
-def test_inputs_of_a_recipe(saved, work, monkeypatch):
+def test_inputs_of_a_recipe(saved, work, monkeypatch) -> None:
     source = saved("llama")
     assert calibration_inputs(Recipe(), source.source, work=work) is None
     recipe = Recipe(calibrate="self", sequences=4, length=8)
@@ -281,7 +281,7 @@ def test_inputs_of_a_recipe(saved, work, monkeypatch):
     assert torch.equal(first[0]["input_ids"], again[0]["input_ids"])
 
 
-def test_answers_are_written_once(saved, work, tmp_path, monkeypatch):
+def test_answers_are_written_once(saved, work, tmp_path, monkeypatch) -> None:
     source = saved("t5")
     monkeypatch.setattr(Source, "tokenizer", lambda self: Words())
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "a bb ccc " * n}) + "\n" for n in (2, 3, 4)))
@@ -296,13 +296,13 @@ def test_answers_are_written_once(saved, work, tmp_path, monkeypatch):
         assert torch.equal(one["decoder_input_ids"], other["decoder_input_ids"])
 
 
-def test_an_encoder_decoder_needs_a_text(saved, work):
+def test_an_encoder_decoder_needs_a_text(saved, work) -> None:
     source = saved("t5")
     with pytest.raises(UsageError, match="Name a file"):
         calibration_inputs(Recipe(calibrate="self"), source.source, work=work)
 
 
-def test_long_windows_are_written_few_at_a_time(saved):
+def test_long_windows_are_written_few_at_a_time(saved) -> None:
     config = saved("llama").config
     assert written_at_once(config, 64, 1000) == 256
     assert written_at_once(config, 64, 10) == 10

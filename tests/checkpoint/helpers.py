@@ -35,7 +35,7 @@ def sharded(folder: Path, count: int = 2) -> Path:
     """A checkpoint of `count` safetensors shards and their index."""
     write_config(folder)
     table = tensors()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(count):
         name = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         part = {key: value for n, (key, value) in enumerate(table.items()) if n % count == i}

@@ -55,7 +55,7 @@ def set_in(found: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str
 
 @settings(max_examples=120, deadline=None)
 @given(data=st.data(), before=OBJECTS, layout=LAYOUTS, crlf=st.booleans(), bom=st.booleans(), end=st.booleans())
-def test_editing_the_text_is_editing_the_value(data, before, layout, crlf, bom, end):
+def test_editing_the_text_is_editing_the_value(data, before, layout, crlf, bom, end) -> None:
     text = json.dumps(before, **layout) + ("\n" if end else "")
     text = ("\ufeff" if bom else "") + (text.replace("\n", "\r\n") if crlf else text)
     parent = data.draw(st.sampled_from(paths(before)))
@@ -81,7 +81,7 @@ def test_editing_the_text_is_editing_the_value(data, before, layout, crlf, bom, 
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), before=OBJECTS, layout=LAYOUTS)
-def test_removing_from_the_text_is_removing_from_the_value(data, before, layout):
+def test_removing_from_the_text_is_removing_from_the_value(data, before, layout) -> None:
     candidates = [(*parent, key) for parent in paths(before) for key in _at(before, parent)]
     path = data.draw(st.sampled_from(candidates)) if candidates else ("missing",)
 
@@ -112,13 +112,13 @@ CONFIG = """{
 """
 
 
-def test_only_the_edited_value_changes():
+def test_only_the_edited_value_changes() -> None:
     edited = edit_json(CONFIG, {("num_key_value_heads",): 4, ("text_config", "heads"): 2})
 
     assert edited == CONFIG.replace('heads" : 32', 'heads" : 4').replace('"heads": 8', '"heads": 2')
 
 
-def test_new_keys_follow_the_style_of_their_siblings():
+def test_new_keys_follow_the_style_of_their_siblings() -> None:
     edited = edit_json(
         CONFIG,
         {("head_dim",): 64, ("text_config", "kv"): 2, ("empty", "a"): True, ("list",): [1, 2]},
@@ -131,23 +131,23 @@ def test_new_keys_follow_the_style_of_their_siblings():
     assert edited.endswith('  "none": null,\n  "list": [\n    1,\n    2\n  ]\n}\n')
 
 
-def test_a_sibling_that_is_not_there_means_the_end():
+def test_a_sibling_that_is_not_there_means_the_end() -> None:
     assert edit_json('{"a": 1}', {("b",): 2}, after={("b",): "gone"}) == '{"a": 1, "b": 2}'
 
 
-def test_of_a_key_given_twice_the_last_counts_and_removal_takes_both():
+def test_of_a_key_given_twice_the_last_counts_and_removal_takes_both() -> None:
     text = '{"a": 1, "b": 0, "a": 2}'
     assert json.loads(edit_json(text, {("a",): 3})) == {"a": 3, "b": 0}
     assert edit_json(text, {}, [("a",)]) == '{"b": 0}'
 
 
-def test_equal_numbers_in_another_spelling_are_other_values():
+def test_equal_numbers_in_another_spelling_are_other_values() -> None:
     assert edit_json('{"a": 1.0}', {("a",): 1}) == '{"a": 1}'
     assert edit_json('{"a": 1e-05}', {("a",): 0.00001}) == '{"a": 1e-05}'
     assert edit_json('{"a": true}', {("a",): 1}) == '{"a": 1}'
 
 
-def test_numbers_that_python_writes_are_read():
+def test_numbers_that_python_writes_are_read() -> None:
     assert edit_json('{"a": NaN, "b": -Infinity, "c": 1}', {("c",): 2}) == '{"a": NaN, "b": -Infinity, "c": 2}'
 
 
@@ -164,10 +164,10 @@ def test_numbers_that_python_writes_are_read():
         ('{"a":' * 3000 + "1" + "}" * 3000, ("b",), "not valid JSON"),
     ],
 )
-def test_what_cannot_be_edited_is_refused(text: str, path: tuple[str, ...], says: str):
+def test_what_cannot_be_edited_is_refused(text: str, path: tuple[str, ...], says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
         edit_json(text, {path: 1})
 
 
-def test_removing_what_is_missing_does_nothing():
+def test_removing_what_is_missing_does_nothing() -> None:
     assert edit_json('{"a": 1}', {}, [("x",), ("a", "b"), ("y", "z")]) == '{"a": 1}'

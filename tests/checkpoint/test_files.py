@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.mark.parametrize("name", ["config.json", "gqa_convert.json", INDEX, "model.safetensors"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder"])
-def test_what_is_no_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str):
+def test_what_is_no_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
     folder = sharded(tmp_path / "m") if name == INDEX else single(tmp_path / "m")
     file = folder / name
     file.unlink(missing_ok=True)
@@ -40,7 +40,7 @@ def test_what_is_no_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Checkpoint.open(folder)
 
 
-def test_a_weight_file_that_becomes_a_pipe_after_opening(tmp_path: Path):
+def test_a_weight_file_that_becomes_a_pipe_after_opening(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(single(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     os.mkfifo(tmp_path / "model.safetensors")
@@ -49,14 +49,14 @@ def test_a_weight_file_that_becomes_a_pipe_after_opening(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "gqa_convert.json"])
-def test_text_of_any_length_is_not_read(tmp_path: Path, name: str):
+def test_text_of_any_length_is_not_read(tmp_path: Path, name: str) -> None:
     with open(single(tmp_path) / name, "wb") as file:
         file.truncate(1 << 40)  # a hole, no terabyte of disk
     with pytest.raises(CheckpointError, match="too many"):
         Checkpoint.open(tmp_path)
 
 
-def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(bytes(100))
     stat = os.fstat
 
@@ -81,14 +81,14 @@ def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
         ("null", "NoneType"),
     ],
 )
-def test_what_is_no_object(tmp_path: Path, text: str, says: str):
+def test_what_is_no_object(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(CheckpointError, match=says) as caught:
         parse_object(tmp_path / "x.json", text)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
-def test_a_link_made_at_the_last_moment_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_link_made_at_the_last_moment_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is looked at, then swapped for a link to a secret, then opened, then swapped back."""
     folder = single(tmp_path / "m")
     (tmp_path / "secret").write_text("key")
@@ -116,7 +116,7 @@ def test_a_link_made_at_the_last_moment_leads_nowhere(tmp_path: Path, monkeypatc
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_a_side_file_is_copied_whole(tmp_path: Path):
+def test_a_side_file_is_copied_whole(tmp_path: Path) -> None:
     folder = single(tmp_path / "m")
     (folder / "sub").mkdir()
     (folder / "sub" / "a.txt").write_bytes(bytes(range(256)) * 5000)

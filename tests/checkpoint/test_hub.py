@@ -112,14 +112,14 @@ def folder(hub: dict[str, Any], model: str, when: str = "online") -> Path:
     return Path(path)
 
 
-def test_a_model_comes_down_whole_and_opens(hub: dict[str, Any]):
+def test_a_model_comes_down_whole_and_opens(hub: dict[str, Any]) -> None:
     checkpoint = Checkpoint.open(folder(hub, "org/plain"))
     assert {str(path) for path in checkpoint.side_files} == {"README.md", "tokenizer.json"}
     assert checkpoint.tensor("embed.weight").shape == (11, 8)
     assert fetched(hub, "org/plain") == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
 
 
-def test_only_the_weights_transformers_would_load_are_fetched(hub: dict[str, Any]):
+def test_only_the_weights_transformers_would_load_are_fetched(hub: dict[str, Any]) -> None:
     assert len(Checkpoint.open(folder(hub, "org/many")).shards) == 2
     assert fetched(hub, "org/many") == [
         "chat_templates/tool_use.jinja",
@@ -132,17 +132,17 @@ def test_only_the_weights_transformers_would_load_are_fetched(hub: dict[str, Any
     assert fetched(hub, "org/explicit") == ["chat_templates/tool_use.jinja", "config.json", "mine.safetensors"]
 
 
-def test_pickled_weights_are_fetched_where_there_is_nothing_better(hub: dict[str, Any]):
+def test_pickled_weights_are_fetched_where_there_is_nothing_better(hub: dict[str, Any]) -> None:
     assert fetched(hub, "org/pickled") == ["config.json", "p-1.bin", "p-2.bin", "pytorch_model.bin.index.json"]
     with pytest.raises(CheckpointError, match=r"\.\./p-3\.bin"):
         Checkpoint.open(folder(hub, "org/pickled"))
 
 
-def test_a_commit_names_the_same_snapshot(hub: dict[str, Any]):
+def test_a_commit_names_the_same_snapshot(hub: dict[str, Any]) -> None:
     assert folder(hub, f"org/plain@{COMMIT}") == folder(hub, "org/plain")
 
 
-def test_of_an_adapter_only_the_description_is_fetched(hub: dict[str, Any]):
+def test_of_an_adapter_only_the_description_is_fetched(hub: dict[str, Any]) -> None:
     assert folder(hub, "org/adapter").name == COMMIT
     assert fetched(hub, "org/adapter") == ["adapter_config.json"]
 
@@ -159,21 +159,21 @@ def test_of_an_adapter_only_the_description_is_fetched(hub: dict[str, Any]):
         ("org/noconfig", "CheckpointError", "no config.json"),
     ],
 )
-def test_every_refusal_is_one_clear_line(hub: dict[str, Any], asked: str, kind: str, says: str):
+def test_every_refusal_is_one_clear_line(hub: dict[str, Any], asked: str, kind: str, says: str) -> None:
     assert hub["online"][asked][0] == kind
     assert says in hub["online"][asked][1]
     assert asked.partition("@")[0] in hub["online"][asked][1]
 
 
 @pytest.mark.parametrize(("when", "says"), [("refused", "cannot be reached"), ("offline", "HF_HUB_OFFLINE is set")])
-def test_without_the_hub_a_warm_cache_serves_and_a_cold_one_says_why(hub: dict[str, Any], when: str, says: str):
+def test_without_the_hub_a_warm_cache_serves_and_a_cold_one_says_why(hub: dict[str, Any], when: str, says: str) -> None:
     assert folder(hub, "org/plain", when) == folder(hub, "org/plain")
     for asked in ("org/none", "org/plain@v9"):
         assert hub[when][asked][0] == "HubError"
         assert says in hub[when][asked][1]
 
 
-def test_a_hub_that_never_answers_times_out(tmp_path: Path):
+def test_a_hub_that_never_answers_times_out(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         answer = resolve(tmp_path, "org/plain", HF_ENDPOINT=url, HF_HUB_ETAG_TIMEOUT="1")["org/plain"]
@@ -181,7 +181,7 @@ def test_a_hub_that_never_answers_times_out(tmp_path: Path):
     assert "cannot be reached" in answer[1]
 
 
-def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -190,7 +190,7 @@ def test_a_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert resolve_model("~/org/name") == tmp_path / "org" / "name"
 
 
-def test_a_folder_has_no_revisions(tmp_path: Path):
+def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--revision v1"):
         resolve_model(str(tmp_path), revision="v1")
 
@@ -201,14 +201,14 @@ def test_a_folder_has_no_revisions(tmp_path: Path):
 )
 def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
-):
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve_model(model)
 
 
-def test_a_file_is_no_model(tmp_path: Path):
+def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(CheckpointError, match="is a file"):
         resolve_model(str(tmp_path / "model.gguf"))

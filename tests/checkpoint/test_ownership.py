@@ -26,18 +26,18 @@ def ours(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_we_wrote_may_be_replaced(ours: Path):
+def test_what_we_wrote_may_be_replaced(ours: Path) -> None:
     check_replaceable(ours)
     (ours / ".lock").touch()  # left by a killed run
     check_replaceable(ours)
 
 
-def test_an_empty_folder_may_be_replaced(tmp_path: Path):
+def test_an_empty_folder_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     check_replaceable(tmp_path / "new")
 
 
-def test_the_card_of_a_report_is_ours_too(ours: Path):
+def test_the_card_of_a_report_is_ours_too(ours: Path) -> None:
     (ours / "README.md").write_text(f"---\n---\n\n{CARD_MARK}\n\n# A model\n")
     check_replaceable(ours)
     (ours / "README.md").write_text("my own words")
@@ -78,14 +78,14 @@ STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", STRANGERS)
-def test_what_is_not_provably_ours_is_kept(ours: Path, name: str):
+def test_what_is_not_provably_ours_is_kept(ours: Path, name: str) -> None:
     spoil, says = STRANGERS[name]
     spoil(ours)
     with pytest.raises(OutputError, match=says):
         check_replaceable(ours)
 
 
-def test_records_of_before_the_list_allow_what_conversions_write(ours: Path):
+def test_records_of_before_the_list_allow_what_conversions_write(ours: Path) -> None:
     (ours / "sub" / "notes.txt").unlink()
     (ours / "sub").rmdir()
     (ours / "tokenizer.json").write_text("{}")
@@ -97,7 +97,7 @@ def test_records_of_before_the_list_allow_what_conversions_write(ours: Path):
 
 
 @pytest.mark.parametrize("below", [".", "sub"])
-def test_neither_home_nor_working_directory(ours: Path, below: str, monkeypatch: pytest.MonkeyPatch):
+def test_neither_home_nor_working_directory(ours: Path, below: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setenv("HOME", str(ours / below))
         with pytest.raises(OutputError, match="home directory"):
@@ -110,7 +110,7 @@ def test_neither_home_nor_working_directory(ours: Path, below: str, monkeypatch:
         check_replaceable(ours.parent / "link")
 
 
-def test_the_root_and_mount_points(tmp_path: Path):
+def test_the_root_and_mount_points(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         check_replaceable(Path("/"))
     disk = tmp_path / "disk"

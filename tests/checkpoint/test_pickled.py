@@ -27,7 +27,7 @@ def pickled(folder: Path, table: Any, *, zipped: bool = True, name: str = "pytor
 
 
 @FORMATS
-def test_all_kinds_of_tensors_are_read_and_copied(tmp_path: Path, zipped: bool):
+def test_all_kinds_of_tensors_are_read_and_copied(tmp_path: Path, zipped: bool) -> None:
     base = torch.randn(6, 8)
     table = OrderedDict(
         plain=base,
@@ -54,7 +54,7 @@ def test_all_kinds_of_tensors_are_read_and_copied(tmp_path: Path, zipped: bool):
 
 
 @FORMATS
-def test_of_tied_weights_the_first_name_is_kept(tmp_path: Path, zipped: bool):
+def test_of_tied_weights_the_first_name_is_kept(tmp_path: Path, zipped: bool) -> None:
     embedding = torch.randn(4, 4)
     table = {"embed.weight": embedding, "head.bias": torch.zeros(4), "lm_head.weight": embedding, "t": embedding.t()}
     checkpoint = Checkpoint.open(pickled(tmp_path, table, zipped=zipped))
@@ -62,13 +62,13 @@ def test_of_tied_weights_the_first_name_is_kept(tmp_path: Path, zipped: bool):
     assert checkpoint.shards[0].aliases == {"lm_head.weight": "embed.weight"}
 
 
-def test_two_halves_of_one_storage_are_two_tensors(tmp_path: Path):
+def test_two_halves_of_one_storage_are_two_tensors(tmp_path: Path) -> None:
     both = torch.arange(8.0)
     checkpoint = Checkpoint.open(pickled(tmp_path, {"a": both[:4], "b": both[4:]}))
     assert checkpoint.tensor("b").tolist() == [4, 5, 6, 7]
 
 
-def test_sharded_pickles_become_safetensors_shards(tmp_path: Path):
+def test_sharded_pickles_become_safetensors_shards(tmp_path: Path) -> None:
     table = tensors()
     halves = {f"pytorch_model-0000{i + 1}-of-00002.bin": dict(list(table.items())[i::2]) for i in (0, 1)}
     for name, half in halves.items():
@@ -92,7 +92,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "plain pickle"])
-def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path, how: str):
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path, how: str) -> None:
     trap = tmp_path / "executed"
     table = {"a": torch.ones(2), "b": Evil(trap)}
     folder = pickled(tmp_path / "m", table, zipped=how == "zip")
@@ -118,14 +118,14 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path, how
     ],
 )
 @FORMATS
-def test_what_is_no_table_of_tensors(tmp_path: Path, table: Any, says: str, zipped: bool):
+def test_what_is_no_table_of_tensors(tmp_path: Path, table: Any, says: str, zipped: bool) -> None:
     with pytest.raises(CheckpointError, match=says):
         Checkpoint.open(pickled(tmp_path, table, zipped=zipped))
 
 
 @FORMATS
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
-def test_a_truncated_pickle(tmp_path: Path, zipped: bool, keep: float):
+def test_a_truncated_pickle(tmp_path: Path, zipped: bool, keep: float) -> None:
     folder = pickled(tmp_path, {"a": torch.ones(1000)}, zipped=zipped)
     raw = (folder / "pytorch_model.bin").read_bytes()
     (folder / "pytorch_model.bin").write_bytes(raw[: int(keep * len(raw)) if keep < 1 else int(keep)])
@@ -143,14 +143,14 @@ def test_a_truncated_pickle(tmp_path: Path, zipped: bool, keep: float):
     ],
     ids=["one value", "rows", "many views"],
 )
-def test_views_that_repeat_their_bytes_without_bound(tmp_path: Path, table: Any, zipped: bool):
+def test_views_that_repeat_their_bytes_without_bound(tmp_path: Path, table: Any, zipped: bool) -> None:
     """A few kilobytes would become gigabytes of output."""
     with pytest.raises(CheckpointError, match="repeat their bytes"):
         Checkpoint.open(pickled(tmp_path, table, zipped=zipped))
 
 
 @FORMATS
-def test_the_empty_state_of_a_layer_is_passed_over(tmp_path: Path, zipped: bool):
+def test_the_empty_state_of_a_layer_is_passed_over(tmp_path: Path, zipped: bool) -> None:
     """TransformerEngine leaves None under that name; transformers loads such files."""
     table = {"a": torch.ones(2), "layers.0.attention._extra_state": None}
     assert list(Checkpoint.open(pickled(tmp_path / "m", table, zipped=zipped)).tensors) == ["a"]
@@ -159,7 +159,7 @@ def test_the_empty_state_of_a_layer_is_passed_over(tmp_path: Path, zipped: bool)
 
 
 @FORMATS
-def test_a_key_that_is_no_text(tmp_path: Path, zipped: bool):
+def test_a_key_that_is_no_text(tmp_path: Path, zipped: bool) -> None:
     try:
         folder = pickled(tmp_path, {"\ud800": torch.ones(2)}, zipped=zipped)
     except UnicodeEncodeError:
@@ -168,7 +168,7 @@ def test_a_key_that_is_no_text(tmp_path: Path, zipped: bool):
         Checkpoint.open(folder)
 
 
-def test_compressed_archives_are_refused(tmp_path: Path):
+def test_compressed_archives_are_refused(tmp_path: Path) -> None:
     folder = pickled(tmp_path, {"a": torch.ones(1000)})
     file = folder / "pytorch_model.bin"
     with zipfile.ZipFile(file) as archive:
@@ -180,7 +180,7 @@ def test_compressed_archives_are_refused(tmp_path: Path):
         Checkpoint.open(folder)
 
 
-def test_big_endian_archives_are_refused(tmp_path: Path):
+def test_big_endian_archives_are_refused(tmp_path: Path) -> None:
     folder = pickled(tmp_path, {"a": torch.ones(4)})
     file = folder / "pytorch_model.bin"
     with zipfile.ZipFile(file) as archive:
@@ -200,7 +200,7 @@ def test_big_endian_archives_are_refused(tmp_path: Path):
         (b"K\x01\x85q\x09", b"K\x09\x85q\x09"),  # a stride of 9
     ],
 )
-def test_a_pickle_that_lies_about_its_storage_is_refused(tmp_path: Path, before: bytes, after: bytes):
+def test_a_pickle_that_lies_about_its_storage_is_refused(tmp_path: Path, before: bytes, after: bytes) -> None:
     """Bytes that belong to something else must not be read in a tensor's name."""
     folder = pickled(tmp_path, {"a": torch.arange(4.0)[2:4]})
     file = folder / "pytorch_model.bin"
@@ -211,7 +211,7 @@ def test_a_pickle_that_lies_about_its_storage_is_refused(tmp_path: Path, before:
         Checkpoint.open(folder)
 
 
-def test_the_names_kept_of_tied_weights_are_those_transformers_keeps(tmp_path: Path):
+def test_the_names_kept_of_tied_weights_are_those_transformers_keeps(tmp_path: Path) -> None:
     from transformers import (
         BartConfig,
         BartForConditionalGeneration,

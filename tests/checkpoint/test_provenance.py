@@ -19,7 +19,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def test_a_folder_is_recognised_by_its_headers_and_on_request_by_every_byte(tmp_path: Path):
+def test_a_folder_is_recognised_by_its_headers_and_on_request_by_every_byte(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model")
     checkpoint = Checkpoint.open(folder)
 
@@ -37,7 +37,7 @@ def test_a_folder_is_recognised_by_its_headers_and_on_request_by_every_byte(tmp_
     assert str(tmp_path) not in json.dumps(full)
 
 
-def test_a_hub_snapshot_is_named_by_repository_revision_and_blobs(tmp_path: Path):
+def test_a_hub_snapshot_is_named_by_repository_revision_and_blobs(tmp_path: Path) -> None:
     repo = tmp_path / "models--org--name"
     snapshot = single(repo / "snapshots" / "abc")
     (repo / "blobs").mkdir()
@@ -52,7 +52,7 @@ def test_a_hub_snapshot_is_named_by_repository_revision_and_blobs(tmp_path: Path
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickled_weights_have_an_identity_too(tmp_path: Path, zipped: bool):
+def test_pickled_weights_have_an_identity_too(tmp_path: Path, zipped: bool) -> None:
     found = []
     for folder, value in ((tmp_path / "a", 1.0), (tmp_path / "b", 1.0), (tmp_path / "c", 2.0)):
         write_config(folder)
@@ -64,7 +64,7 @@ def test_pickled_weights_have_an_identity_too(tmp_path: Path, zipped: bool):
         assert found[0] == found[1]
 
 
-def test_what_is_written_is_read_back(tmp_path: Path):
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     folder = single(tmp_path)
     data = {"method": "mean", "name": "Ångström", "groups": 4}
     write_provenance(folder / PROVENANCE, data)
@@ -77,14 +77,14 @@ def test_what_is_written_is_read_back(tmp_path: Path):
     assert (folder / PROVENANCE).read_text("utf-8").endswith("}\n")
 
 
-def test_a_source_that_is_gone(tmp_path: Path):
+def test_a_source_that_is_gone(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(single(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="can no longer be read"):
         source_identity(checkpoint)
 
 
-def test_a_record_that_is_a_link_to_something_else_is_not_read(tmp_path: Path):
+def test_a_record_that_is_a_link_to_something_else_is_not_read(tmp_path: Path) -> None:
     """Its contents would be copied into the output of uptraining."""
     folder = single(tmp_path / "m")
     (tmp_path / "credentials.json").write_text('{"token": "secret"}')
@@ -94,7 +94,7 @@ def test_a_record_that_is_a_link_to_something_else_is_not_read(tmp_path: Path):
     assert "secret" not in str(caught.value)
 
 
-def test_names_that_are_no_text_survive_in_the_record(tmp_path: Path):
+def test_names_that_are_no_text_survive_in_the_record(tmp_path: Path) -> None:
     folder = single(tmp_path / os.fsdecode(b"m\xff"))
     (folder / os.fsdecode(b"caf\xe9.txt")).write_text("x")
     write_provenance(folder / PROVENANCE, {"source": source_identity(Checkpoint.open(folder))})

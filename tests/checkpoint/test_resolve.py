@@ -15,7 +15,7 @@ from gqa_convert.errors import CheckpointError
 from .helpers import sharded, single, tensors, write_config, write_index
 
 
-def test_a_whole_file_beside_an_index_wins(tmp_path: Path):
+def test_a_whole_file_beside_an_index_wins(tmp_path: Path) -> None:
     sharded(tmp_path)
     single(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
@@ -23,7 +23,7 @@ def test_a_whole_file_beside_an_index_wins(tmp_path: Path):
     assert Path("model-00001-of-00002.safetensors") in checkpoint.left_files
 
 
-def test_the_config_may_name_the_file(tmp_path: Path):
+def test_the_config_may_name_the_file(tmp_path: Path) -> None:
     single(tmp_path)
     single(tmp_path, {"other.weight": tensors()["embed.weight"]}, name="other.safetensors")
     write_config(tmp_path, transformers_weights="other.safetensors")
@@ -32,7 +32,7 @@ def test_the_config_may_name_the_file(tmp_path: Path):
     assert checkpoint.shards[0].name == "model.safetensors"  # the copy needs no transformers_weights
 
 
-def test_the_config_may_name_the_index(tmp_path: Path):
+def test_the_config_may_name_the_index(tmp_path: Path) -> None:
     sharded(tmp_path)
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "mine.safetensors.index.json")
     write_config(tmp_path, transformers_weights="mine.safetensors.index.json")
@@ -50,7 +50,7 @@ def test_the_config_may_name_the_index(tmp_path: Path):
         (7, "must name"),
     ],
 )
-def test_the_config_may_not_name_just_anything(tmp_path: Path, name: object, says: str):
+def test_the_config_may_not_name_just_anything(tmp_path: Path, name: object, says: str) -> None:
     folder = single(tmp_path / "m")
     single(tmp_path, name="x.safetensors")
     write_config(folder, transformers_weights=name)
@@ -62,7 +62,7 @@ def test_the_config_may_not_name_just_anything(tmp_path: Path, name: object, say
 @pytest.mark.parametrize(
     "name", ["../out.safetensors", "{abs}", "sub/in.safetensors", "..", "", ".", "a\\b.safetensors", "a\0.safetensors"]
 )
-def test_an_index_entry_must_be_a_plain_name(tmp_path: Path, name: str):
+def test_an_index_entry_must_be_a_plain_name(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "m"
     write_config(folder)
     single(tmp_path, name="out.safetensors")
@@ -77,21 +77,21 @@ def test_an_index_entry_must_be_a_plain_name(tmp_path: Path, name: str):
     "content",
     ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"a": "\\ud8'],
 )
-def test_a_broken_index(tmp_path: Path, content: str):
+def test_a_broken_index(tmp_path: Path, content: str) -> None:
     write_config(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
         Checkpoint.open(tmp_path)
 
 
-def test_an_index_entry_of_another_kind(tmp_path: Path):
+def test_an_index_entry_of_another_kind(tmp_path: Path) -> None:
     single(tmp_path, name="weights.dat")
     write_index(tmp_path, {"embed.weight": "weights.dat"})
     with pytest.raises(CheckpointError, match=r"not a \.safetensors file"):
         Checkpoint.open(tmp_path)
 
 
-def test_an_index_entry_may_not_be_a_link_out_of_the_folder(tmp_path: Path):
+def test_an_index_entry_may_not_be_a_link_out_of_the_folder(tmp_path: Path) -> None:
     single(tmp_path / "elsewhere", name="x.safetensors")
     folder = tmp_path / "m"
     write_config(folder)
@@ -102,7 +102,7 @@ def test_an_index_entry_may_not_be_a_link_out_of_the_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "loop.safetensors", "half\ud800.safetensors"])
-def test_an_index_entry_that_can_be_no_file(tmp_path: Path, name: str):
+def test_an_index_entry_that_can_be_no_file(tmp_path: Path, name: str) -> None:
     write_config(tmp_path)
     (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
     write_index(tmp_path, {"embed.weight": name})
@@ -110,14 +110,14 @@ def test_an_index_entry_that_can_be_no_file(tmp_path: Path, name: str):
         Checkpoint.open(tmp_path)
 
 
-def test_an_index_entry_may_be_a_link_within_the_folder(tmp_path: Path):
+def test_an_index_entry_may_be_a_link_within_the_folder(tmp_path: Path) -> None:
     single(tmp_path, name="real.safetensors")
     (tmp_path / "x.safetensors").symlink_to("real.safetensors")
     write_index(tmp_path, dict.fromkeys(tensors(), "x.safetensors"))
     assert Checkpoint.open(tmp_path).tensors.keys() == tensors().keys()
 
 
-def test_the_folders_own_weight_file_may_be_a_link(tmp_path: Path):
+def test_the_folders_own_weight_file_may_be_a_link(tmp_path: Path) -> None:
     """The name is fixed and the folder is the user's choice: a link farm to a big disk is common."""
     single(tmp_path / "disk")
     folder = tmp_path / "m"
@@ -140,7 +140,7 @@ def hub_cache(root: Path) -> Path:
     return snapshot
 
 
-def test_a_hub_cache_works_through_its_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_cache_works_through_its_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = hub_cache(tmp_path / "cache")
     (tmp_path / "short").symlink_to(snapshot)
     monkeypatch.chdir(tmp_path)
@@ -152,7 +152,7 @@ def test_a_hub_cache_works_through_its_links(tmp_path: Path, monkeypatch: pytest
         assert source_identity(checkpoint)["hub"] == {"repo_id": "org/name", "revision": "abc123"}
 
 
-def test_a_hub_cache_may_not_reach_into_another_model(tmp_path: Path):
+def test_a_hub_cache_may_not_reach_into_another_model(tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path)
     secret = single(tmp_path / "models--other--secret" / "blobs", name="x")
     shard = snapshot / "model-00001-of-00002.safetensors"
@@ -162,7 +162,7 @@ def test_a_hub_cache_may_not_reach_into_another_model(tmp_path: Path):
         Checkpoint.open(snapshot)
 
 
-def test_a_subfolder_of_a_hub_snapshot_is_still_in_the_cache(tmp_path: Path):
+def test_a_subfolder_of_a_hub_snapshot_is_still_in_the_cache(tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path)
     blob = os.readlink(snapshot / "tokenizer.json")
     inner = snapshot / "text_encoder"
@@ -171,7 +171,7 @@ def test_a_subfolder_of_a_hub_snapshot_is_still_in_the_cache(tmp_path: Path):
     assert Checkpoint.open(inner).side_files == (Path("vocab.json"),)
 
 
-def test_the_order_is_that_of_transformers(tmp_path: Path):
+def test_the_order_is_that_of_transformers(tmp_path: Path) -> None:
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -32,7 +32,7 @@ ENTRIES = st.dictionaries(
     metadata=st.dictionaries(KEYS, st.text(max_size=5).filter(str.isprintable), max_size=2),
     padding=st.integers(0, 3).map(lambda n: 8 * n),
 )
-def test_what_is_built_is_what_is_read_by_us_and_by_safetensors(tmp_path: Path, entries, metadata, padding):
+def test_what_is_built_is_what_is_read_by_us_and_by_safetensors(tmp_path: Path, entries, metadata, padding) -> None:
     table = [
         (key, dtype, shape, torch.Size(shape).numel() * BITS[dtype] // 8) for key, (dtype, shape) in entries.items()
     ]
@@ -52,7 +52,7 @@ def test_what_is_built_is_what_is_read_by_us_and_by_safetensors(tmp_path: Path, 
             assert list(file.get_slice(key).get_shape()) == shape
 
 
-def test_offsets_are_absolute_and_in_file_order(tmp_path: Path):
+def test_offsets_are_absolute_and_in_file_order(tmp_path: Path) -> None:
     table = tensors() | {"count": torch.arange(3), "empty": torch.empty(0, 4), "scalar": torch.tensor(2.5)}
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(table, path, metadata={"format": "pt"})
@@ -68,7 +68,7 @@ def test_offsets_are_absolute_and_in_file_order(tmp_path: Path):
         assert torch.equal(from_bytes(read_bytes(path, info.offset, info.nbytes), info.dtype, info.shape), table[key])
 
 
-def test_a_header_rebuilt_from_a_safetensors_file_is_the_same_bytes(tmp_path: Path):
+def test_a_header_rebuilt_from_a_safetensors_file_is_the_same_bytes(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(tensors(), path, metadata={"format": "pt"})
     found, metadata = read_header(path)
@@ -129,7 +129,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_every_lie_of_a_header_is_named(tmp_path: Path, lie: str):
+def test_every_lie_of_a_header_is_named(tmp_path: Path, lie: str) -> None:
     content, says = LIES[lie]
     path = tmp_path / "model-00001-of-00002.safetensors"
     path.write_bytes(content)
@@ -141,7 +141,7 @@ def test_every_lie_of_a_header_is_named(tmp_path: Path, lie: str):
     assert path.name in str(caught.value)
 
 
-def test_formats_without_a_torch_dtype_can_be_described_but_not_computed_with(tmp_path: Path):
+def test_formats_without_a_torch_dtype_can_be_described_but_not_computed_with(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     entries = {
         "four": {"dtype": "F4", "shape": [3, 4], "data_offsets": [0, 6]},
@@ -156,7 +156,7 @@ def test_formats_without_a_torch_dtype_can_be_described_but_not_computed_with(tm
         torch_dtype("F4")
 
 
-def test_dtype_names_are_those_of_safetensors():
+def test_dtype_names_are_those_of_safetensors() -> None:
     from safetensors.torch import _TYPES
 
     for name, dtype in _TYPES.items():
@@ -166,12 +166,12 @@ def test_dtype_names_are_those_of_safetensors():
         dtype_name(torch.complex128)
 
 
-def test_a_key_cannot_be_written_twice():
+def test_a_key_cannot_be_written_twice() -> None:
     with pytest.raises(CheckpointError, match="twice"):
         build_header([("a", "U8", (1,), 1), ("a", "U8", (1,), 1)], {})
 
 
-def test_one_of_very_many_names_doubled_is_found_at_once(tmp_path: Path):
+def test_one_of_very_many_names_doubled_is_found_at_once(tmp_path: Path) -> None:
     """Comparing each with each would take hours."""
     names = [f"layers.{number}.weight" for number in range(200_000)]
     entry = json.dumps({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]})

@@ -38,13 +38,13 @@ def with_lora() -> dict[str, torch.Tensor]:
         ({**tensors(), "embed.weight": torch.empty(0)}, ["'embed.weight'", "empty", "ZeRO-3"]),
     ],
 )
-def test_what_a_wrapper_or_trainer_left(tmp_path: Path, table: dict[str, torch.Tensor], says: list[str]):
+def test_what_a_wrapper_or_trainer_left(tmp_path: Path, table: dict[str, torch.Tensor], says: list[str]) -> None:
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(single(tmp_path, table))
     assert all(word in str(caught.value) for word in says), str(caught.value)
 
 
-def test_code_of_its_own_may_name_its_modules_as_it_likes(tmp_path: Path):
+def test_code_of_its_own_may_name_its_modules_as_it_likes(tmp_path: Path) -> None:
     single(tmp_path, renamed("module."))
     write_config(tmp_path, auto_map={"AutoModelForCausalLM": "own.Own"})
     assert all(key.startswith("module.") for key in Checkpoint.open(tmp_path).tensors)
@@ -78,14 +78,14 @@ def leave(*names: str) -> Callable[[Path], None]:
         (leave(), ["Download the model's weights"]),
     ],
 )
-def test_what_lies_there_in_place_of_weights(tmp_path: Path, make: Callable[[Path], object], says: list[str]):
+def test_what_lies_there_in_place_of_weights(tmp_path: Path, make: Callable[[Path], object], says: list[str]) -> None:
     make(single(tmp_path))
     with pytest.raises(CheckpointError, match="no weights") as caught:
         Checkpoint.open(tmp_path)
     assert all(word in str(caught.value) for word in says), str(caught.value)
 
 
-def test_an_adapter_file_left_beside_merged_weights(tmp_path: Path):
+def test_an_adapter_file_left_beside_merged_weights(tmp_path: Path) -> None:
     (single(tmp_path) / "adapter_config.json").write_text("{}")
     with pytest.raises(UnsupportedModelError, match=r"model\.safetensors holds a whole model.*remove adapter_config"):
         Checkpoint.open(tmp_path)
@@ -93,7 +93,7 @@ def test_an_adapter_file_left_beside_merged_weights(tmp_path: Path):
 
 @pytest.mark.parametrize("value", [2**63, 10**30, 1e30, 10**4000, 5000, [2, 2**63]])
 @pytest.mark.parametrize("path", ["num_hidden_layers", "n_layer", "encoder_layers", "text_config.num_hidden_layers"])
-def test_layers_without_end(tmp_path: Path, path: str, value: object):
+def test_layers_without_end(tmp_path: Path, path: str, value: object) -> None:
     single(tmp_path)
     *parents, leaf = path.split(".")
     found: object = {leaf: value}
@@ -108,13 +108,13 @@ def test_layers_without_end(tmp_path: Path, path: str, value: object):
 
 
 @pytest.mark.parametrize("name", ["num_attention_heads", "num_key_value_heads", "n_head", "num_local_experts"])
-def test_heads_without_end(tmp_path: Path, name: str):
+def test_heads_without_end(tmp_path: Path, name: str) -> None:
     write_config(single(tmp_path), **{name: 2**40})
     with pytest.raises(CheckpointError, match=f"{name}.*more than any model has"):
         Checkpoint.open(tmp_path)
 
 
-def test_ordinary_large_numbers_are_let_through(tmp_path: Path):
+def test_ordinary_large_numbers_are_let_through(tmp_path: Path) -> None:
     write_config(
         single(tmp_path),
         rope_theta=1e9,
@@ -144,7 +144,7 @@ INDEXES = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.
 
 
 @pytest.mark.parametrize("kind", INDEXES)
-def test_an_index_that_leads_past_a_stale_copy_is_followed(tmp_path: Path, kind: str):
+def test_an_index_that_leads_past_a_stale_copy_is_followed(tmp_path: Path, kind: str) -> None:
     table = overlay(tmp_path, f"model-overlay.{kind}", kind)
     checkpoint = Checkpoint.open(tmp_path)
     assert checkpoint.tensors.keys() == table.keys()
@@ -153,13 +153,13 @@ def test_an_index_that_leads_past_a_stale_copy_is_followed(tmp_path: Path, kind:
     assert "1 stale cop" in checkpoint.notes[0]
 
 
-def test_where_transformers_would_take_the_stale_copy_it_is_refused(tmp_path: Path):
+def test_where_transformers_would_take_the_stale_copy_it_is_refused(tmp_path: Path) -> None:
     overlay(tmp_path, "abliterated.safetensors")
     with pytest.raises(CheckpointError, match=r"both hold 'layers\.1\.v\.weight'.*remove the other copy"):
         Checkpoint.open(tmp_path)
 
 
-def test_a_name_tied_to_a_stale_copy_keeps_its_tensor(tmp_path: Path):
+def test_a_name_tied_to_a_stale_copy_keeps_its_tensor(tmp_path: Path) -> None:
     """lm_head shares the embedding of the base file; the overlay replaces the embedding alone."""
     write_config(tmp_path)
     old, new = torch.randn(4, 4), torch.randn(4, 4)
@@ -173,7 +173,7 @@ def test_a_name_tied_to_a_stale_copy_keeps_its_tensor(tmp_path: Path):
     assert checkpoint.tensors.keys() == where.keys()
 
 
-def test_shards_that_no_index_can_tell_apart(tmp_path: Path):
+def test_shards_that_no_index_can_tell_apart(tmp_path: Path) -> None:
     folder = sharded(tmp_path)
     second = folder / "model-00002-of-00002.safetensors"
     save_file({**load_file(second), "extra": torch.ones(1)}, second)

@@ -66,7 +66,7 @@ def fill(folder: Path, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("make", [single, sharded])
-def test_what_goes_along_and_what_stays(tmp_path: Path, make):
+def test_what_goes_along_and_what_stays(tmp_path: Path, make) -> None:
     make(tmp_path)
     fill(tmp_path, CARRIED + LEFT)
 
@@ -78,7 +78,7 @@ def test_what_goes_along_and_what_stays(tmp_path: Path, make):
         assert any(name == path or name.startswith(path + "/") for path in left), name
 
 
-def test_a_link_out_of_the_folder_is_not_carried(tmp_path: Path):
+def test_a_link_out_of_the_folder_is_not_carried(tmp_path: Path) -> None:
     folder = single(tmp_path / "m")
     (tmp_path / "secret").write_text("key")
     (folder / "tokenizer.json").symlink_to("../secret")
@@ -86,7 +86,7 @@ def test_a_link_out_of_the_folder_is_not_carried(tmp_path: Path):
         Checkpoint.open(folder)
 
 
-def test_a_linked_folder_is_left(tmp_path: Path):
+def test_a_linked_folder_is_left(tmp_path: Path) -> None:
     folder = single(tmp_path / "m")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "private.txt").touch()
@@ -97,7 +97,7 @@ def test_a_linked_folder_is_left(tmp_path: Path):
 
 
 @pytest.mark.parametrize("target", ["gone", "merges.txt"])
-def test_a_link_to_nothing_is_not_lost_in_silence(tmp_path: Path, target: str):
+def test_a_link_to_nothing_is_not_lost_in_silence(tmp_path: Path, target: str) -> None:
     """A damaged cache: without a word the copy would lack its tokenizer."""
     single(tmp_path)
     (tmp_path / "merges.txt").symlink_to(target)
@@ -105,7 +105,7 @@ def test_a_link_to_nothing_is_not_lost_in_silence(tmp_path: Path, target: str):
         Checkpoint.open(tmp_path)
 
 
-def test_what_is_no_file_is_passed_over(tmp_path: Path):
+def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
     single(tmp_path)
     os.mkfifo(tmp_path / "pipe.json")
     assert Checkpoint.open(tmp_path).side_files == ()

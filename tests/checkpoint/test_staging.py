@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gqa_convert.checkpoint import staging
 from gqa_convert.checkpoint.ownership import check_replaceable
 from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
@@ -51,7 +50,7 @@ def old_model(folder: Path, text: str = "old") -> Path:
     return folder
 
 
-def test_the_folder_appears_only_when_it_is_whole(tmp_path: Path, source: Path):
+def test_the_folder_appears_only_when_it_is_whole(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "out"
     with stage(target, source) as folder:
         (folder / "sub").mkdir()
@@ -65,13 +64,15 @@ def test_the_folder_appears_only_when_it_is_whole(tmp_path: Path, source: Path):
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt, SystemExit, OutputError, MemoryError])
-def test_any_exception_leaves_nothing(tmp_path: Path, source: Path, kind: type[BaseException]):
+def test_any_exception_leaves_nothing(tmp_path: Path, source: Path, kind: type[BaseException]) -> None:
     with pytest.raises(kind):
         fill_and_raise(kind, tmp_path / "out", source)
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_relative_target_lands_where_the_run_began(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_relative_target_lands_where_the_run_began(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with stage(Path("out"), source) as folder:
         (folder / "a").touch()
@@ -79,7 +80,7 @@ def test_a_relative_target_lands_where_the_run_began(tmp_path: Path, source: Pat
     assert (tmp_path / "out" / "a").exists()
 
 
-def test_an_existing_model_needs_force(tmp_path: Path, source: Path):
+def test_an_existing_model_needs_force(tmp_path: Path, source: Path) -> None:
     target = old_model(tmp_path / "out")
     with pytest.raises(OutputError, match="--force"), stage(target, source):
         pytest.fail("entered")
@@ -92,7 +93,7 @@ def test_an_existing_model_needs_force(tmp_path: Path, source: Path):
     assert hidden(tmp_path) == []
 
 
-def test_a_failed_replacement_leaves_the_old_model(tmp_path: Path, source: Path):
+def test_a_failed_replacement_leaves_the_old_model(tmp_path: Path, source: Path) -> None:
     target = old_model(tmp_path / "out")
     with pytest.raises(ZeroDivisionError):
         fill_and_raise(ZeroDivisionError, target, source, force=True)
@@ -101,7 +102,7 @@ def test_a_failed_replacement_leaves_the_old_model(tmp_path: Path, source: Path)
 
 def test_if_the_new_folder_cannot_be_renamed_in_the_old_one_comes_back(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     target = old_model(tmp_path / "out")
     rename = os.rename
 
@@ -118,7 +119,7 @@ def test_if_the_new_folder_cannot_be_renamed_in_the_old_one_comes_back(
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_is_no_model_folder_is_never_replaced(tmp_path: Path, source: Path, force: bool):
+def test_what_is_no_model_folder_is_never_replaced(tmp_path: Path, source: Path, force: bool) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
     (tmp_path / "file").write_text("x")
@@ -131,7 +132,7 @@ def test_what_is_no_model_folder_is_never_replaced(tmp_path: Path, source: Path,
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 
-def test_an_empty_folder_may_be_replaced_with_force(tmp_path: Path, source: Path):
+def test_an_empty_folder_may_be_replaced_with_force(tmp_path: Path, source: Path) -> None:
     (tmp_path / "out").mkdir()
     with stage(tmp_path / "out", source, force=True) as folder:
         (folder / "a").touch()
@@ -152,7 +153,7 @@ def test_an_empty_folder_may_be_replaced_with_force(tmp_path: Path, source: Path
         ("..", "holds the source"),
     ],
 )
-def test_the_source_is_never_touched(tmp_path: Path, source: Path, target: str, says: str, force: bool):
+def test_the_source_is_never_touched(tmp_path: Path, source: Path, target: str, says: str, force: bool) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "link").symlink_to("source")
     before = sorted(source.iterdir())
@@ -161,14 +162,14 @@ def test_the_source_is_never_touched(tmp_path: Path, source: Path, target: str, 
     assert sorted(source.iterdir()) == before
 
 
-def test_a_missing_parent(tmp_path: Path, source: Path):
+def test_a_missing_parent(tmp_path: Path, source: Path) -> None:
     with pytest.raises(OutputError, match="no such folder"), stage(tmp_path / "a" / "b", source):
         pytest.fail("entered")
     with pytest.raises(OutputError, match="no such folder"):
         check_output(source / "config.json" / "x", force=False, source=tmp_path / "elsewhere", needed_bytes=0)
 
 
-def test_an_unwritable_parent(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unwritable_parent(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, whom no permission stops
     with pytest.raises(OutputError, match="no permission"), stage(tmp_path / "out", source):
         pytest.fail("entered")
@@ -176,8 +177,8 @@ def test_an_unwritable_parent(tmp_path: Path, source: Path, monkeypatch: pytest.
 
 def test_too_little_space_is_known_before_anything_is_written(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
     with pytest.raises(OutputError, match=r"1,000 bytes are needed, 999 are free"):
         check_output(tmp_path / "out", force=False, source=source, needed_bytes=1000)
     with stage(tmp_path / "out", source, needed_bytes=999):
@@ -196,7 +197,7 @@ def test_too_little_space_is_known_before_anything_is_written(
 )
 def test_what_the_disk_refuses_is_said_plainly(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, code: int, says: str
-):
+) -> None:
     checkpoint = Checkpoint.open(source)
 
     def full(*_: object) -> int:
@@ -211,17 +212,17 @@ def test_what_the_disk_refuses_is_said_plainly(
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_source_file_that_may_not_be_read_is_not_blamed_on_the_target(tmp_path: Path, source: Path):
+def test_a_source_file_that_may_not_be_read_is_not_blamed_on_the_target(tmp_path: Path, source: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"), stage(tmp_path / "out", source):
         raise PermissionError(errno.EACCES, "Permission denied", str(source / "tokenizer.json"))
 
 
-def test_other_faults_are_not_dressed_up(tmp_path: Path, source: Path):
+def test_other_faults_are_not_dressed_up(tmp_path: Path, source: Path) -> None:
     with pytest.raises(ConnectionResetError), stage(tmp_path / "out", source):
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 
-def test_a_really_full_disk(tmp_path: Path, source: Path):
+def test_a_really_full_disk(tmp_path: Path, source: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -262,7 +263,7 @@ def start(target: Path, source: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_what_a_killed_run_left_is_cleared_and_what_a_live_one_fills_is_not(tmp_path: Path, source: Path):
+def test_what_a_killed_run_left_is_cleared_and_what_a_live_one_fills_is_not(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "out"
     killed, live = start(target, source), start(target, source)
     try:
@@ -289,7 +290,7 @@ def dead_pid() -> int:
     return process.pid
 
 
-def test_a_reused_process_number_does_not_protect_what_is_stale(tmp_path: Path, source: Path):
+def test_a_reused_process_number_does_not_protect_what_is_stale(tmp_path: Path, source: Path) -> None:
     stale = tmp_path / f".out.tmp-{os.getpid()}-00000000"
     stale.mkdir()
     (stale / ".lock").touch()
@@ -297,7 +298,7 @@ def test_a_reused_process_number_does_not_protect_what_is_stale(tmp_path: Path, 
         assert not stale.exists()
 
 
-def test_only_leftovers_of_the_same_target_are_cleared(tmp_path: Path, source: Path):
+def test_only_leftovers_of_the_same_target_are_cleared(tmp_path: Path, source: Path) -> None:
     pid = dead_pid()
     mine = tmp_path / f".out.tmp-{pid}-00000000"  # killed before it made its lock
     others = [
@@ -314,7 +315,7 @@ def test_only_leftovers_of_the_same_target_are_cleared(tmp_path: Path, source: P
     assert all(folder.exists() for folder in others)
 
 
-def test_an_old_model_that_a_killed_run_had_moved_aside_comes_back(tmp_path: Path, source: Path):
+def test_an_old_model_that_a_killed_run_had_moved_aside_comes_back(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "out"
     old_model(tmp_path / f".out.old-{dead_pid()}-00000000")
     with pytest.raises(OutputError, match="--force"), stage(target, source):
@@ -322,7 +323,7 @@ def test_an_old_model_that_a_killed_run_had_moved_aside_comes_back(tmp_path: Pat
     assert (target / "config.json").read_text() == "old"
 
 
-def test_an_old_model_that_was_replaced_is_cleared(tmp_path: Path, source: Path):
+def test_an_old_model_that_was_replaced_is_cleared(tmp_path: Path, source: Path) -> None:
     aside = old_model(tmp_path / f".out.old-{dead_pid()}-00000000")
     target = old_model(tmp_path / "out", "new")
     with pytest.raises(OutputError, match="--force"), stage(target, source):
@@ -331,7 +332,7 @@ def test_an_old_model_that_was_replaced_is_cleared(tmp_path: Path, source: Path)
     assert (target / "config.json").read_text() == "new"
 
 
-def test_two_runs_to_one_target_do_not_mix(tmp_path: Path, source: Path):
+def test_two_runs_to_one_target_do_not_mix(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "out"
 
     def race() -> None:
@@ -346,7 +347,7 @@ def test_two_runs_to_one_target_do_not_mix(tmp_path: Path, source: Path):
     assert hidden(tmp_path) == []
 
 
-def test_what_only_looks_like_a_leftover_is_not_removed(tmp_path: Path, source: Path):
+def test_what_only_looks_like_a_leftover_is_not_removed(tmp_path: Path, source: Path) -> None:
     """Somebody's own folder under such a name: no record of ours, so it stays."""
     mine = tmp_path / f".out.old-{dead_pid()}-00000000"
     mine.mkdir()
@@ -373,7 +374,7 @@ for number in range(15):
 """
 
 
-def test_runs_that_replace_one_output_at_once_do_not_hurt_each_other(tmp_path: Path, source: Path):
+def test_runs_that_replace_one_output_at_once_do_not_hurt_each_other(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "out"
     arguments = [sys.executable, "-c", RACE, str(target), str(source)]
     runs = [subprocess.Popen([*arguments, str(n)], stderr=subprocess.PIPE, text=True) for n in range(4)]
@@ -385,7 +386,7 @@ def test_runs_that_replace_one_output_at_once_do_not_hurt_each_other(tmp_path: P
     assert sorted(entry.name for entry in target.iterdir()) == ["config.json", "gqa_convert.json"]
 
 
-def test_an_output_that_is_changed_while_the_new_one_is_written_is_kept(tmp_path: Path, source: Path):
+def test_an_output_that_is_changed_while_the_new_one_is_written_is_kept(tmp_path: Path, source: Path) -> None:
     target = old_model(tmp_path / "out")
 
     def replace() -> None:
@@ -401,7 +402,7 @@ def test_an_output_that_is_changed_while_the_new_one_is_written_is_kept(tmp_path
 
 
 @pytest.mark.parametrize("length", [240, 255])
-def test_a_long_name_is_taken_whole(tmp_path: Path, source: Path, length: int):
+def test_a_long_name_is_taken_whole(tmp_path: Path, source: Path, length: int) -> None:
     target = tmp_path / ("x" * length)
     for force in (False, True):
         with stage(target, source, force=force) as folder:
@@ -410,13 +411,13 @@ def test_a_long_name_is_taken_whole(tmp_path: Path, source: Path, length: int):
     assert hidden(tmp_path) == []
 
 
-def test_names_beyond_what_file_systems_take(tmp_path: Path, source: Path):
+def test_names_beyond_what_file_systems_take(tmp_path: Path, source: Path) -> None:
     for target in (tmp_path / ("x" * 256), tmp_path / ("é" * 200), tmp_path.joinpath(*["y" * 200] * 30)):
         with pytest.raises(OutputError, match="long"), stage(target, source):
             pytest.fail("entered")
 
 
-def test_a_circle_of_links(tmp_path: Path, source: Path):
+def test_a_circle_of_links(tmp_path: Path, source: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     for target in (tmp_path / "a", tmp_path / "a" / "out"):
@@ -428,7 +429,7 @@ def test_a_circle_of_links(tmp_path: Path, source: Path):
 @pytest.mark.parametrize("replacing", [False, True])
 def test_a_rename_that_fails_loses_nothing(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, code: int, replacing: bool
-):
+) -> None:
     target = tmp_path / "out"
     if replacing:
         old_model(target)
@@ -446,7 +447,7 @@ def test_a_rename_that_fails_loses_nothing(
         assert (target / "config.json").read_text() == "old"
 
 
-def test_a_stage_that_somebody_removes(tmp_path: Path, source: Path):
+def test_a_stage_that_somebody_removes(tmp_path: Path, source: Path) -> None:
     def fill() -> None:
         with stage(tmp_path / "out", source) as folder:
             shutil.rmtree(folder)
@@ -456,7 +457,7 @@ def test_a_stage_that_somebody_removes(tmp_path: Path, source: Path):
         fill()
 
 
-def test_killed_while_writing_never_leaves_a_target(tmp_path: Path, source: Path):
+def test_killed_while_writing_never_leaves_a_target(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "out"
     for _ in range(3):
         process = start(target, source)

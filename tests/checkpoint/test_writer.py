@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gqa_convert.checkpoint import copying, writer
+from gqa_convert.checkpoint.copying import copy_span
 from gqa_convert.checkpoint.flushing import Flusher
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.safetensors_file import build_header
@@ -48,7 +50,7 @@ def check(path: Path, table: dict[str, torch.Tensor]) -> None:
         assert written[key].dtype == expected.dtype
 
 
-def test_copies_and_computed_tensors_side_by_side(tmp_path: Path):
+def test_copies_and_computed_tensors_side_by_side(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(single(tmp_path))
     seen: list[int] = []
     wanted = targets(checkpoint)
@@ -60,7 +62,7 @@ def test_copies_and_computed_tensors_side_by_side(tmp_path: Path):
 
 
 @pytest.mark.parametrize("size", [100, 4096, 5000, 300_001])
-def test_spans_of_any_size_and_place(tmp_path: Path, size: int):
+def test_spans_of_any_size_and_place(tmp_path: Path, size: int) -> None:
     table = {f"{i}.{name}.weight": torch.randint(256, (size * 2,)).to(torch.uint8) for i in range(3) for name in "akvz"}
     checkpoint = Checkpoint.open(single(tmp_path, table))
     write_shard(tmp_path / "out", targets(checkpoint), {})
@@ -76,21 +78,23 @@ def no_kernel_copy(monkeypatch: pytest.MonkeyPatch, *broken: str) -> None:
 
 
 @pytest.mark.parametrize("broken", [[], ["copy_file_range"], ["copy_file_range", "sendfile"]])
-def test_every_way_of_copying_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: list[str]):
+def test_every_way_of_copying_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: list[str]
+) -> None:
     checkpoint = Checkpoint.open(single(tmp_path))
     no_kernel_copy(monkeypatch, *broken)
     write_shard(tmp_path / "out", targets(checkpoint), {})
     check(tmp_path / "out", tensors())
 
 
-def test_a_kernel_that_answers_zero_is_worked_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_kernel_that_answers_zero_is_worked_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(single(tmp_path))
     monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
     write_shard(tmp_path / "out", targets(checkpoint), {})
     check(tmp_path / "out", tensors())
 
 
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(single(tmp_path))
     no_kernel_copy(monkeypatch, "copy_file_range", "sendfile")
     write, preadv = os.write, os.preadv
@@ -100,16 +104,16 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     check(tmp_path / "out", tensors())
 
 
-def test_an_untouched_shard_is_the_same_file(tmp_path: Path):
+def test_an_untouched_shard_is_the_same_file(tmp_path: Path) -> None:
     sharded(tmp_path, 2)
     for shard in Checkpoint.open(tmp_path).shards:
         write_shard(tmp_path / "out", [TargetTensor.copy_of(i) for i in shard.tensors.values()], shard.metadata)
         assert (tmp_path / "out").read_bytes() == shard.file.read_bytes()
 
 
-def test_neighbours_are_copied_as_one_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_neighbours_are_copied_as_one_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spans: list[int] = []
-    real = writer.copy_span
+    real = copy_span
     monkeypatch.setattr(writer, "copy_span", lambda *args: (spans.append(args[3]), real(*args)))
     checkpoint = Checkpoint.open(single(tmp_path))
 
@@ -121,7 +125,7 @@ def test_neighbours_are_copied_as_one_span(tmp_path: Path, monkeypatch: pytest.M
     assert len(spans) == 3  # embed to layer 0's k, its v to layer 1's k (o, q, norm between), and the rest
 
 
-def test_tensors_keep_their_place_within_a_disk_block(tmp_path: Path):
+def test_tensors_keep_their_place_within_a_disk_block(tmp_path: Path) -> None:
     """Kernel copies are more than twice as fast if they do; see `copying.BLOCK`."""
     big = {"a.weight": torch.zeros(3 << 20, dtype=torch.uint8), "b.k.weight": torch.zeros(4096 * 16, dtype=torch.uint8)}
     big |= {"c.weight": torch.zeros(5 << 20, dtype=torch.uint8), "d.k.weight": torch.zeros(12, dtype=torch.uint8)}
@@ -135,14 +139,14 @@ def test_tensors_keep_their_place_within_a_disk_block(tmp_path: Path):
     check(tmp_path / "out" / "model.safetensors", big)
 
 
-def test_tensors_may_come_from_several_files(tmp_path: Path):
+def test_tensors_may_come_from_several_files(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(sharded(tmp_path, 3))
     write_shard(tmp_path / "out", [TargetTensor.copy_of(checkpoint.tensors[key]) for key in tensors()], {})
     written = load_file(tmp_path / "out")
     assert all(torch.equal(written[key], value) for key, value in tensors().items())
 
 
-def test_metadata_is_kept_and_the_format_added(tmp_path: Path):
+def test_metadata_is_kept_and_the_format_added(tmp_path: Path) -> None:
     for given, expected in (
         ({}, {"format": "pt"}),
         ({"format": "mlx", "a": "b"}, {"format": "mlx", "a": "b"}),
@@ -159,12 +163,12 @@ def test_metadata_is_kept_and_the_format_added(tmp_path: Path):
     "made",
     [torch.ones(2, 3), torch.ones(3, 2, dtype=torch.float16), torch.ones(6), torch.ones(3, 2, dtype=torch.cdouble)],
 )
-def test_a_computed_tensor_must_be_what_was_announced(tmp_path: Path, made: torch.Tensor):
+def test_a_computed_tensor_must_be_what_was_announced(tmp_path: Path, made: torch.Tensor) -> None:
     with pytest.raises(CheckpointError):
         write_shard(tmp_path / "out", [TargetTensor(key="x", dtype="F32", shape=(3, 2), produce=lambda: made)], {})
 
 
-def test_computed_tensors_of_any_layout_and_dtype(tmp_path: Path):
+def test_computed_tensors_of_any_layout_and_dtype(tmp_path: Path) -> None:
     made = {
         "bf16": torch.randn(4, 3).to(torch.bfloat16),
         "fp8": torch.randn(4, 3).to(torch.float8_e5m2),
@@ -176,7 +180,9 @@ def test_computed_tensors_of_any_layout_and_dtype(tmp_path: Path):
     }
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64"}
     wanted = [
-        TargetTensor(key=key, dtype=names.get(t.dtype, "BOOL"), shape=tuple(t.shape), produce=lambda t=t: t)
+        TargetTensor(
+            key=key, dtype=names.get(t.dtype, "BOOL"), shape=tuple(t.shape), produce=partial(made.__getitem__, key)
+        )
         for key, t in made.items()
     ]
     write_shard(tmp_path / "out", wanted, {})
@@ -186,7 +192,7 @@ def test_computed_tensors_of_any_layout_and_dtype(tmp_path: Path):
         assert torch.equal(written[key].float(), t.detach().float())
 
 
-def test_formats_unknown_to_torch_are_copied(tmp_path: Path):
+def test_formats_unknown_to_torch_are_copied(tmp_path: Path) -> None:
     entries = {
         "four": {"dtype": "F4", "shape": [3, 4], "data_offsets": [0, 6]},
         "six": {"dtype": "F6_E2M3", "shape": [2, 4], "data_offsets": [6, 12]},
@@ -206,7 +212,7 @@ def test_formats_that_no_installed_library_reads_are_refused(tmp_path: Path):
         Checkpoint.open(tmp_path)
 
 
-def test_a_target_has_exactly_one_origin_and_the_shape_of_its_source(tmp_path: Path):
+def test_a_target_has_exactly_one_origin_and_the_shape_of_its_source(tmp_path: Path) -> None:
     info = Checkpoint.open(single(tmp_path)).tensors["embed.weight"]
     for bad in (
         {"dtype": "BF16", "shape": (11, 8)},
@@ -219,7 +225,7 @@ def test_a_target_has_exactly_one_origin_and_the_shape_of_its_source(tmp_path: P
             TargetTensor(key="x", **bad)
 
 
-def test_a_source_that_shrinks_is_noticed(tmp_path: Path):
+def test_a_source_that_shrinks_is_noticed(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(single(tmp_path))
     wanted = [TargetTensor.copy_of(info) for info in checkpoint.tensors.values()]
     with open(tmp_path / "model.safetensors", "r+b") as file:
@@ -228,7 +234,7 @@ def test_a_source_that_shrinks_is_noticed(tmp_path: Path):
         write_shard(tmp_path / "out", wanted, {})
 
 
-def test_a_source_that_vanishes_is_named(tmp_path: Path):
+def test_a_source_that_vanishes_is_named(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(single(tmp_path))
     wanted = [TargetTensor.copy_of(info) for info in checkpoint.tensors.values()]
     (tmp_path / "model.safetensors").unlink()
@@ -236,7 +242,7 @@ def test_a_source_that_vanishes_is_named(tmp_path: Path):
         write_shard(tmp_path / "out", wanted, {})
 
 
-def test_progress_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_progress_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copying, "PIECE", 8192)
     table = {"a.weight": torch.zeros(50_000, dtype=torch.uint8), "b.weight": torch.zeros(50_000, dtype=torch.uint8)}
     checkpoint = Checkpoint.open(single(tmp_path, table))
@@ -250,7 +256,7 @@ def test_progress_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert max(seen) <= 8192
 
 
-def test_copying_takes_no_memory(tmp_path: Path):
+def test_copying_takes_no_memory(tmp_path: Path) -> None:
     table = {"a.weight": torch.zeros(40 << 20, dtype=torch.uint8)}
     checkpoint = Checkpoint.open(single(tmp_path, table))
     wanted = [TargetTensor.copy_of(checkpoint.tensors["a.weight"])]
@@ -261,7 +267,7 @@ def test_copying_takes_no_memory(tmp_path: Path):
     assert peak < 4 << 20
 
 
-def test_the_index_is_what_transformers_writes(tmp_path: Path):
+def test_the_index_is_what_transformers_writes(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -283,7 +289,7 @@ def test_the_index_is_what_transformers_writes(tmp_path: Path):
     assert (tmp_path / "ours.json").read_bytes() == (tmp_path / "model.safetensors.index.json").read_bytes()
 
 
-def test_a_flusher_passes_on_what_the_disk_says(tmp_path: Path):
+def test_a_flusher_passes_on_what_the_disk_says(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     with Flusher() as flusher:
         flusher.flush(tmp_path / "a")
@@ -293,7 +299,7 @@ def test_a_flusher_passes_on_what_the_disk_says(tmp_path: Path):
         flusher.flush(tmp_path / f"gone{1 // 0}")
 
 
-def test_headers_are_equal_to_those_of_safetensors(tmp_path: Path):
+def test_headers_are_equal_to_those_of_safetensors(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "x.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "x.safetensors"}))
     shard = Checkpoint.open(tmp_path).shards[0]

@@ -58,20 +58,20 @@ def one_thread():
 
 
 @pytest.mark.parametrize("name", SPREAD)
-def test_the_contract_holds(name, tmp_path):
+def test_the_contract_holds(name, tmp_path) -> None:
     record = prove(name.split("+")[0], tmp_path, changes=SPREAD[name])
     assert record.proven, record.reason
 
 
 @pytest.mark.parametrize("model_type", ["led", "deepseek_v3", "mamba", "zaya"])
-def test_other_families_are_refused_with_the_reason(model_type, tmp_path):
+def test_other_families_are_refused_with_the_reason(model_type, tmp_path) -> None:
     record = prove(model_type, tmp_path)
     assert record.refused
     assert record.checks.get("refused_with_reason")
     assert record.reason == refused_families()[model_type][1]
 
 
-def test_a_converter_that_pools_strided_heads_is_caught(tmp_path, monkeypatch):
+def test_a_converter_that_pools_strided_heads_is_caught(tmp_path, monkeypatch) -> None:
     from gqa_convert.heads import Grouping
 
     def strided(num_heads, num_groups):
@@ -83,7 +83,7 @@ def test_a_converter_that_pools_strided_heads_is_caught(tmp_path, monkeypatch):
     assert record.reason.startswith("tied_heads_exact: model.layers.0.self_attn.k_proj.weight")
 
 
-def test_a_converter_that_leaves_the_config_is_caught(tmp_path, monkeypatch):
+def test_a_converter_that_leaves_the_config_is_caught(tmp_path, monkeypatch) -> None:
     original = gqa_convert.convert
 
     def forgetful(source, *, groups, out):
@@ -97,7 +97,7 @@ def test_a_converter_that_leaves_the_config_is_caught(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("which", ["per_head", "fold_scale", "halves_first"])
-def test_a_rule_that_misplaces_rows_or_scales_is_caught(which, tmp_path, monkeypatch):
+def test_a_rule_that_misplaces_rows_or_scales_is_caught(which, tmp_path, monkeypatch) -> None:
     from gqa_convert.modeling.transpile.rules import gpt_neox_parallel, gptj
 
     family, module = ("gptj", gptj) if which == "halves_first" else ("gpt_neox", gpt_neox_parallel)
@@ -118,7 +118,7 @@ def test_a_rule_that_misplaces_rows_or_scales_is_caught(which, tmp_path, monkeyp
     [("AB", ["proven"], 185), ("C", ["proven"], 45), ("CDN", ["refused", "nested"], 55)],
     ids=["with_a_setting", "without_a_setting", "refused"],
 )
-def test_the_contract_holds_for_every_family_on_record(kinds, statuses, least):
+def test_the_contract_holds_for_every_family_on_record(kinds, statuses, least) -> None:
     """`pytest -m slow tests/contract -k without_a_setting` is the run of the families without a KV-head setting."""
     names = [family.model_type for family in families() if family.kind in kinds and family.status in statuses]
     assert len(names) >= least

@@ -23,7 +23,7 @@ def axes_of(model_type, **changes):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_averaging_repeated_heads_gives_them_back(model_type):
+def test_averaging_repeated_heads_gives_them_back(model_type) -> None:
     axes = axes_of(model_type, qk_layernorm=True, use_qk_norm=True)
     state = axes.small.state_dict()
     back = axes.pool(axes.expand(state))
@@ -31,7 +31,7 @@ def test_averaging_repeated_heads_gives_them_back(model_type):
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_a_group_is_a_run_of_heads():
+def test_a_group_is_a_run_of_heads() -> None:
     axes = axes_of("llama")
     name = "model.layers.0.self_attn.k_proj.weight"
     small = axes.small.state_dict()[name].view(2, 8, -1)
@@ -39,7 +39,7 @@ def test_a_group_is_a_run_of_heads():
     assert all(torch.equal(large[head], small[head // 4]) for head in range(8))
 
 
-def test_changed_names_are_those_of_keys_and_values():
+def test_changed_names_are_those_of_keys_and_values() -> None:
     assert {name.split("self_attn.")[1] for name in axes_of("olmo2").changed()} == {
         "k_proj.weight",
         "v_proj.weight",

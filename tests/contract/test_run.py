@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from gqa_convert.contract import run
-from gqa_convert.contract.native import Record
+from gqa_convert.contract.records import Record
 from gqa_convert.hf import api
 
 
-def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch):
+def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch) -> None:
     def pretend(name, folder):
         if name == "crashes":
             os._exit(3)
@@ -29,7 +29,7 @@ def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch):
     assert records["hangs"].reason == "took longer than 2 s"
 
 
-def test_the_document_says_what_it_holds_for():
+def test_the_document_says_what_it_holds_for() -> None:
     records = [Record("b", proven=True), Record("a", refused=True, reason="no heads"), Record("c", reason="broken")]
     document = run.document(records)
     assert document["counts"] == {"model_types": 3, "proven": 1, "refused": 1}
@@ -38,20 +38,20 @@ def test_the_document_says_what_it_holds_for():
     json.dumps(document)
 
 
-def test_the_recorded_run_proves_nearly_all_families():
+def test_the_recorded_run_proves_nearly_all_families() -> None:
     shipped = json.loads(files("gqa_convert.contract").joinpath("record.json").read_text())
     assert shipped["counts"]["proven"] == len(shipped["proven"]) >= 251
     assert all(shipped["unproven"].values())
 
 
-def test_the_package_ships_what_the_whole_record_says():
+def test_the_package_ships_what_the_whole_record_says() -> None:
     whole = json.loads((Path(__file__).parents[2] / "scripts" / "contract" / "record.json").read_text())
     shipped = json.loads(files("gqa_convert.contract").joinpath("record.json").read_text())
     assert shipped == run.summarised(whole)
     assert whole["counts"]["proven"] == sum(entry["proven"] for entry in whole["families"])
 
 
-def test_the_record_knows_every_type_of_the_release_that_it_was_made_with():
+def test_the_record_knows_every_type_of_the_release_that_it_was_made_with() -> None:
     shipped = json.loads(files("gqa_convert.contract").joinpath("record.json").read_text())
     if shipped["versions"]["transformers"] == api.version():
         assert {*shipped["proven"], *shipped["unproven"]} == set(api.survey())

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,14 +29,14 @@ def store():
     return TokenStore.of(documents())
 
 
-def test_blocks_without_shuffling_are_the_text_cut_up(store):
+def test_blocks_without_shuffling_are_the_text_cut_up(store) -> None:
     blocks = StoredBlocks(store, 16, seed=None)
     joined = np.concatenate([blocks.get(i).ids[:-1] for i in range(store.total // 16)])
     assert (joined == store.tokens[: len(joined)]).all()
     assert all(blocks.get(i).ids[-1] == blocks.get(i + 1).ids[0] for i in range(20))
 
 
-def test_an_epoch_holds_every_token_once_whatever_the_order(store):
+def test_an_epoch_holds_every_token_once_whatever_the_order(store) -> None:
     length = 7
     blocks = StoredBlocks(store, length, seed=3, window=1)
     count = -(-store.total // length)
@@ -44,20 +45,20 @@ def test_an_epoch_holds_every_token_once_whatever_the_order(store):
     assert (tokens != store.tokens).any()
 
 
-def test_epochs_differ_and_join_without_a_seam(store):
+def test_epochs_differ_and_join_without_a_seam(store) -> None:
     blocks = StoredBlocks(store, 1, seed=3, window=1)
     two = np.array([blocks.get(i).ids[0] for i in range(2 * store.total)])
     assert sorted(two[: store.total]) == sorted(two[store.total :])
     assert (two[: store.total] != two[store.total :]).any()
 
 
-def test_windows_are_permutations():
+def test_windows_are_permutations() -> None:
     seen = [shuffled_index(i, seed=1, window=10) for i in range(30)]
     assert [sorted(seen[i : i + 10]) for i in (0, 10, 20)] == [list(range(i, i + 10)) for i in (0, 10, 20)]
     assert seen != sorted(seen)
 
 
-def test_document_numbers_change_where_documents_do(store):
+def test_document_numbers_change_where_documents_do(store) -> None:
     blocks = StoredBlocks(store, 32, seed=5)
     for i in range(10):
         block = blocks.get(i)
@@ -65,12 +66,12 @@ def test_document_numbers_change_where_documents_do(store):
             assert same == (b == a + 1)
 
 
-def test_positions_restart_at_each_document_and_each_row():
+def test_positions_restart_at_each_document_and_each_row() -> None:
     found = restarting_positions(np.array([[4, 4, 4, 7, 7], [1, 2, 2, 2, 2]]))
     assert found.tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
 
 
-def test_no_document_predicts_the_next(store):
+def test_no_document_predicts_the_next(store) -> None:
     block = StoredBlocks(store, 32, seed=5).get(0)
     batch = collate_causal(True)([(0, block, 99)])
     ends = np.diff(block.documents) != 0
@@ -84,7 +85,7 @@ def test_no_document_predicts_the_next(store):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_a_step_has_the_same_blocks_whatever_the_processes(store, processes, micro):
+def test_a_step_has_the_same_blocks_whatever_the_processes(store, processes, micro) -> None:
     def rows(step):
         found = []
         for rank in range(processes):
@@ -101,13 +102,13 @@ def test_a_step_has_the_same_blocks_whatever_the_processes(store, processes, mic
         assert rows(step) == sorted(tuple(reference.get(i).ids[:-1].tolist()) for i in range(8 * step, 8 * step + 8))
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_one_that_does():
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does() -> None:
     assert accumulation_steps(12, micro=2, processes=3) == 2
     with pytest.raises(UsageError, match="Use 9"):
         accumulation_steps(10, micro=3, processes=1)
 
 
-def test_held_out_blocks_cover_everything_once_and_pad_only_the_end(store):
+def test_held_out_blocks_cover_everything_once_and_pad_only_the_end(store) -> None:
     blocks = held_out_blocks(store, 16, None)
     batches = list(evaluation_batches(blocks, collate_causal(False), micro=3, processes=1, rank=0))
     assert sum(batch.valid for batch in batches) == store.total - 1
@@ -118,7 +119,7 @@ def test_held_out_blocks_cover_everything_once_and_pad_only_the_end(store):
         held_out_blocks(store, 16, 32), collate_causal(False), micro=1, processes=1, rank=0)) == 32  # fmt: skip
 
 
-def test_a_store_on_disk_is_whole_or_absent(tmp_path, store):
+def test_a_store_on_disk_is_whole_or_absent(tmp_path, store) -> None:
     folder = tmp_path / "tokens"
     assert TokenStore.open(folder) is None
     writer = StoreWriter(folder, vocabulary=50_000)
@@ -154,7 +155,7 @@ def corpus(tmp_path):
 
 @pytest.mark.parametrize("seed", [None, 7])
 @pytest.mark.parametrize("stop", [0, 3, 8, 21, 100])
-def test_a_stream_resumes_exactly_anywhere(corpus, seed, stop):
+def test_a_stream_resumes_exactly_anywhere(corpus, seed, stop) -> None:
     def make(state=None):
         return StreamedBlocks(corpus, Numbers(), 6, seed=seed, window=8, held_out=0.1, state=state)
 
@@ -167,20 +168,20 @@ def test_a_stream_resumes_exactly_anywhere(corpus, seed, stop):
     assert [second.get(i).ids.tolist() for i in range(stop, stop + 40)] == expected[stop:]
 
 
-def test_a_stream_gives_every_token_of_an_epoch_once(corpus):
+def test_a_stream_gives_every_token_of_an_epoch_once(corpus) -> None:
     blocks = StreamedBlocks(corpus, Numbers(), 6, seed=7, window=8)
     total = sum(int(t) % 9 + 1 for t in corpus.all_documents())
     plain = np.sort(np.concatenate([np.full(int(t) % 9 + 1, int(t)) for t in corpus.all_documents()]))
-    seen = [None] * (total // 6 // 8 * 8)
-    for i in range(len(seen)):
-        seen[shuffled_index(i, seed=7, window=8)] = blocks.get(i).ids[:-1]
-    seen = np.concatenate(seen)
+    rows: list[Any] = [None] * (total // 6 // 8 * 8)
+    for i in range(len(rows)):
+        rows[shuffled_index(i, seed=7, window=8)] = blocks.get(i).ids[:-1]
+    seen = np.concatenate(rows)
     missing = len(plain) - len(seen)
     counts = np.bincount(plain, minlength=400) - np.bincount(seen, minlength=400)
     assert counts.min() >= 0
     assert counts.sum() == missing
 
 
-def test_a_stream_of_nothing_says_so(corpus):
+def test_a_stream_of_nothing_says_so(corpus) -> None:
     with pytest.raises(UsageError, match="no tokens"):
         StreamedBlocks(corpus, Numbers(), 6, seed=None, held_out=1.0).get(0)

@@ -28,7 +28,7 @@ def corpus_folder(tmp_path):
     return tmp_path
 
 
-def test_every_kind_of_file(corpus_folder):
+def test_every_kind_of_file(corpus_folder) -> None:
     here = str(corpus_folder)
     assert texts(SourceSpec(kind="text", paths=(f"{here}/*.txt",))) == ["one\ntwo\n\nthree\n"]
     assert texts(SourceSpec(kind="text", paths=(f"{here}/a.txt",), documents="line")) == ["one", "two", "three"]
@@ -38,7 +38,7 @@ def test_every_kind_of_file(corpus_folder):
     assert found == ["one\ntwo\n\nthree\n", "four", "five", "six", "seven", "eight"]
 
 
-def test_a_separator_cuts_documents_and_can_be_resumed_within_a_line(tmp_path):
+def test_a_separator_cuts_documents_and_can_be_resumed_within_a_line(tmp_path) -> None:
     file = tmp_path / "stories.txt"
     file.write_text("once\nupon<|end|>a<|end|>time\n<|end|>\nlast\n")
     spec = SourceSpec(kind="text", paths=(str(file),), documents="<|end|>")
@@ -52,7 +52,7 @@ def test_a_separator_cuts_documents_and_can_be_resumed_within_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_file_resumes_at_any_document(corpus_folder, kind):
+def test_a_file_resumes_at_any_document(corpus_folder, kind) -> None:
     spec = SourceSpec(kind=kind, paths=(str(corpus_folder / {"jsonl": "b.jsonl", "parquet": "c.parquet"}[kind]),))
     whole = texts(spec)
     reader = open_corpus(spec).read(0)
@@ -64,7 +64,7 @@ def some_documents():
     yield from ("x", "y", "z")
 
 
-def test_a_python_function_is_a_source():
+def test_a_python_function_is_a_source() -> None:
     spec = SourceSpec(kind="python", paths=(f"{__name__}:some_documents",))
     reader = open_corpus(spec).read(0)
     assert next(reader) == "x"
@@ -80,12 +80,12 @@ def test_a_python_function_is_a_source():
         (SourceSpec(kind="tape", paths=("x",)), "choose one of"),
     ],
 )
-def test_what_is_not_there_is_said(spec, message):
+def test_what_is_not_there_is_said(spec, message) -> None:
     with pytest.raises(UsageError, match=message):
         open_corpus(spec)
 
 
-def test_a_missing_field_names_the_present_ones(corpus_folder):
+def test_a_missing_field_names_the_present_ones(corpus_folder) -> None:
     with pytest.raises(UsageError, match="text, other"):
         texts(SourceSpec(kind="jsonl", paths=(str(corpus_folder / "b.jsonl"),), text_field="body"))
 
@@ -95,7 +95,7 @@ class Flaky:
 
     drops = 0
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.at = 0
 
     def __iter__(self):
@@ -109,7 +109,7 @@ class Flaky:
     def state_dict(self):
         return {"at": self.at}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state) -> None:
         self.at = state["at"]
 
 
@@ -118,32 +118,33 @@ def flaky_corpus(waits):
     return Corpus(spec=spec, shards=[Flaky], identity=[], remote=True, sleep=waits.append)
 
 
-def test_an_outage_is_waited_out_without_losing_or_repeating_a_document():
-    Flaky.drops, waits = 3, []
+def test_an_outage_is_waited_out_without_losing_or_repeating_a_document() -> None:
+    Flaky.drops = 3
+    waits: list[float] = []
     assert list(flaky_corpus(waits).all_documents()) == [f"row {i}" for i in range(5)]
     assert waits == list(module._RETRY_SECONDS[:3])
 
 
-def test_a_lasting_outage_stops_clean():
+def test_a_lasting_outage_stops_clean() -> None:
     Flaky.drops = 99
     with pytest.raises(HubError, match="Run again"):
         list(flaky_corpus([]).all_documents())
 
 
-def test_a_hub_dataset_that_cannot_be_loaded_is_a_hub_error(monkeypatch):
+def test_a_hub_dataset_that_cannot_be_loaded_is_a_hub_error(monkeypatch) -> None:
     import datasets
 
-    def refuse(*args, **kwargs):
+    def refuse(*args, **kwargs) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    waits = []
+    waits: list[float] = []
     with pytest.raises(HubError, match="org/data"):
         open_corpus(SourceSpec(kind="hub", paths=("org/data",)), sleep=waits.append)
     assert len(waits) == 4
 
 
-def test_a_hub_dataset_is_streamed_shard_by_shard(monkeypatch, corpus_folder):
+def test_a_hub_dataset_is_streamed_shard_by_shard(monkeypatch, corpus_folder) -> None:
     import datasets
 
     real = datasets.load_dataset
@@ -158,7 +159,7 @@ def test_a_hub_dataset_is_streamed_shard_by_shard(monkeypatch, corpus_folder):
     assert list(corpus.all_documents()) == ["four", "five", "eight"]
 
 
-def test_the_split_follows_the_document_and_nothing_else():
+def test_the_split_follows_the_document_and_nothing_else() -> None:
     some = [f"document {i}" for i in range(20_000)]
     held = [t for t in some if is_held_out(t, 0.05)]
     assert 0.04 < len(held) / len(some) < 0.06
@@ -167,7 +168,7 @@ def test_the_split_follows_the_document_and_nothing_else():
     assert all(is_held_out(t, 1.0) for t in some)
 
 
-def test_a_folder_is_read_by_known_suffixes_unless_a_pattern_says_more(tmp_path):
+def test_a_folder_is_read_by_known_suffixes_unless_a_pattern_says_more(tmp_path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.md").write_text("two")
     (tmp_path / "c.bin").write_bytes(b"\xff\x00")
@@ -200,7 +201,7 @@ ROWS = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5))
         ("a.parquet", b"", r"a\.parquet: cannot be read as parquet"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_with_file_and_line(tmp_path, name, content, message):
+def test_what_cannot_be_read_is_one_line_with_file_and_line(tmp_path, name, content, message) -> None:
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message) as caught:
@@ -210,7 +211,7 @@ def test_what_cannot_be_read_is_one_line_with_file_and_line(tmp_path, name, cont
 
 
 @pytest.mark.parametrize("harm", ["bytes", "column"])
-def test_damage_inside_a_parquet_file_names_it(tmp_path, harm):
+def test_damage_inside_a_parquet_file_names_it(tmp_path, harm) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -224,7 +225,7 @@ def test_damage_inside_a_parquet_file_names_it(tmp_path, harm):
         texts(SourceSpec(kind="parquet", paths=(str(file),)))
 
 
-def test_texts_of_json_come_as_they_are(tmp_path):
+def test_texts_of_json_come_as_they_are(tmp_path) -> None:
     rows = ["2020-01-01", "12:30", "", "NaN", "x" * 100_000, "grüße 🎈", "a\u2028b"]
     file = tmp_path / "a.jsonl"
     file.write_text("\ufeff" + "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in rows) + "\n{}\n")
@@ -245,7 +246,7 @@ def test_texts_of_json_come_as_they_are(tmp_path):
             assert before + list(open_corpus(spec).read(0, state)) == kept
 
 
-def test_every_hub_dataset_that_is_named_is_read(monkeypatch, corpus_folder):
+def test_every_hub_dataset_that_is_named_is_read(monkeypatch, corpus_folder) -> None:
     import datasets
 
     real = datasets.load_dataset
@@ -265,7 +266,7 @@ def broken_documents():
     yield 5
 
 
-def test_a_function_that_fails_is_named(tmp_path):
+def test_a_function_that_fails_is_named(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"broken_documents: the function failed at .*document 1 is a int"):
         texts(SourceSpec(kind="python", paths=(f"{__name__}:broken_documents",)))
 
@@ -273,7 +274,7 @@ def test_a_function_that_fails_is_named(tmp_path):
 @pytest.mark.parametrize(
     "state", [{}, {"ready": 5, "pending": "", "rows": {}}, {"ready": [], "pending": "", "rows": 3}]
 )
-def test_a_place_that_is_none_is_refused(corpus_folder, state):
+def test_a_place_that_is_none_is_refused(corpus_folder, state) -> None:
     spec = SourceSpec(kind="jsonl", paths=(str(corpus_folder / "b.jsonl"),))
     with pytest.raises(CheckpointError, match="cannot be gone back to"):
         list(open_corpus(spec).read(0, state))

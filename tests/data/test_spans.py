@@ -15,7 +15,7 @@ def t5(inputs=512, **options):
     return SpanCorruption.fitting(inputs, sentinels=SENTINELS, eos=1, **options)
 
 
-def test_lengths_are_those_of_the_paper():
+def test_lengths_are_those_of_the_paper() -> None:
     found = t5()
     assert (found.raw_length, found.inputs_length, found.targets_length) == (568, 512, 114)
 
@@ -28,7 +28,7 @@ def test_lengths_are_those_of_the_paper():
     mean_span=st.floats(1, 10),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(inputs, density, mean_span, seed):
+def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(inputs, density, mean_span, seed) -> None:
     try:
         made = t5(inputs, density=density, mean_span=mean_span)
     except UsageError:
@@ -42,7 +42,7 @@ def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(inputs, d
     assert source[-1] == target[-1] == 1
 
 
-def test_sentinels_come_in_order_in_both():
+def test_sentinels_come_in_order_in_both() -> None:
     made = t5(64)
     source, target = made.corrupt(np.arange(2, 2 + made.raw_length), np.random.default_rng(0))
     for row in (source, target):
@@ -50,7 +50,7 @@ def test_sentinels_come_in_order_in_both():
         assert used == list(SENTINELS[: len(used)])
 
 
-def test_density_and_span_length_are_as_asked():
+def test_density_and_span_length_are_as_asked() -> None:
     rng = np.random.default_rng(0)
     masks = np.stack([noise_mask(568, 0.15, 3.0, rng) for _ in range(2000)])
     assert masks.mean() == pytest.approx(0.15, abs=0.001)
@@ -62,7 +62,7 @@ def test_density_and_span_length_are_as_asked():
     assert abs(middle - middle.mean()).max() < 4.5 * np.sqrt(0.15 * 0.85 / 2000)
 
 
-def test_the_batch_is_a_function_of_seed_and_block():
+def test_the_batch_is_a_function_of_seed_and_block() -> None:
     made = t5(32)
     block = Block(np.arange(2, 2 + made.raw_length + 1), np.zeros(made.raw_length + 1, np.int64))
     collate = collate_spans(made, seed=4, decoder_start=0)
@@ -77,20 +77,20 @@ def test_the_batch_is_a_function_of_seed_and_block():
 @pytest.mark.parametrize(
     ("inputs", "options"), [(4000, {}), (512, {"density": 1.5}), (512, {"mean_span": 0.5}), (2, {})]
 )
-def test_impossible_corruption_is_refused(inputs, options):
+def test_impossible_corruption_is_refused(inputs, options) -> None:
     with pytest.raises(UsageError):
         t5(inputs, **options)
 
 
 class Tokenizer:
-    def __init__(self, vocabulary):
+    def __init__(self, vocabulary) -> None:
         self._vocabulary = vocabulary
 
     def get_vocab(self):
         return self._vocabulary
 
 
-def test_sentinels_are_found_by_name():
+def test_sentinels_are_found_by_name() -> None:
     assert sentinel_ids(Tokenizer({"<extra_id_0>": 9, "<extra_id_1>": 8, "a": 0})) == (9, 8)
     with pytest.raises(UsageError, match="sentinel"):
         sentinel_ids(Tokenizer({"a": 0}))

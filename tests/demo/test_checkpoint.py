@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gqa_convert.checkpoint.embedded import CHECKPOINT
 from gqa_convert.demo.loss import held_out_loss
 from gqa_convert.demo.run import held_out_windows
+from tests.support import load_with_info
 
 SAMPLES = [
     "def add(a, b):\n    return a + b\n",
@@ -47,7 +48,7 @@ def test_folder_is_small() -> None:
 
 
 def test_loads_with_no_key_left_over(record: dict[str, Any]) -> None:
-    model, info = AutoModelForCausalLM.from_pretrained(CHECKPOINT, output_loading_info=True)
+    model, info = load_with_info(CHECKPOINT)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.bfloat16
     assert model.config.num_attention_heads == model.config.num_key_value_heads == 8

@@ -132,7 +132,7 @@ def test_caches_are_built_in_turn_where_not_all_fit(model: torch.nn.Module, monk
 )
 def test_settings_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        BenchSettings(**change)  # type: ignore[arg-type]
+        BenchSettings(**change)
 
 
 def test_graphs_need_a_gpu_and_names_must_differ(model: torch.nn.Module) -> None:

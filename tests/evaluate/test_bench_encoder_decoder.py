@@ -72,9 +72,9 @@ def test_both_caches_are_measured_apart_and_in_sum(pairs: dict[str, list[Contend
             assert one.floor_seconds == pytest.approx((read + one.cache_bytes) / found.bandwidth)
         assert point.models[1].cache_ratio == 0.5
     assert found.points[0].models[1].prefill_ratio is not None
-    for capacity, one in zip(found.capacities, pairs[family], strict=True):
-        left = settings.memory - weight_bytes(one.model) if settings.memory else 0
-        assert capacity.sequences == left // ((8 + 12) * head_bytes(one.model) * one.kv_heads)
+    for capacity, pair in zip(found.capacities, pairs[family], strict=True):
+        left = settings.memory - weight_bytes(pair.model) if settings.memory else 0
+        assert capacity.sequences == left // ((8 + 12) * head_bytes(pair.model) * pair.kv_heads)
     assert json.loads(json.dumps(found.to_json()))["points"][0]["source_tokens"] == 12
     assert any("context 8, source 12" in line for line in conclusions(found))
     show_bench(found)

@@ -107,4 +107,4 @@ def test_settings_that_do_not_fit_are_refused(
     llama: Path, lines: Path, change: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        evaluate(llama, [], EvalSettings(data=str(lines), **change))  # type: ignore[arg-type]
+        evaluate(llama, [], EvalSettings(data=str(lines), **change))

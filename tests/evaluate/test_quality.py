@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
-from support import Command
 from typer.testing import CliRunner
 
 from gqa_convert import convert
 from gqa_convert.cli.main import app
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.quality import Quality, estimated_seconds, measure_conversion
+from tests.support import Command
 
 
 def test_the_command_ends_with_the_cost_in_words(llama: Path, tmp_path: Path, command: Command) -> None:

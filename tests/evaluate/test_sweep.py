@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gqa_convert.cli.main import app
+from gqa_convert.conversion.execute import execute
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.sensitivity import layer_costs
@@ -51,7 +53,7 @@ def test_points_survive_json() -> None:
 
 def settings(lines: Path, **changes: object) -> SweepSettings:
     defaults: dict[str, object] = {"groups": (2, 1), "evaluation": EvalSettings(data=str(lines), max_windows=4)}
-    return SweepSettings(**(defaults | {"benchmark": None} | changes))  # type: ignore[arg-type]
+    return SweepSettings(**(defaults | {"benchmark": None} | changes))
 
 
 def test_a_sweep_goes_on_where_it_stopped(
@@ -100,12 +102,12 @@ def test_damaged_files_are_measured_again(llama: Path, lines: Path, tmp_path: Pa
 def test_a_failed_point_does_not_lose_the_rest(
     llama: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = sweep_module.execute
+    whole = execute
 
-    def fail_at_two(made: object, **rest: object) -> object:
-        if made.groups == 2:  # type: ignore[attr-defined]
+    def fail_at_two(made: Any, **rest: Any) -> object:
+        if made.groups == 2:
             raise KeyError("the disk caught fire")
-        return whole(made, **rest)  # type: ignore[arg-type]
+        return whole(made, **rest)
 
     monkeypatch.setattr(sweep_module, "execute", fail_at_two)
     found = sweep(str(llama), tmp_path / "run", settings(lines, sensitivity=False))
@@ -189,7 +191,7 @@ def test_points_are_uptrained_before_they_are_measured(llama: Path, lines: Path,
     trained = sweep(str(llama), tmp_path / "run", settings(lines, **changes))
     assert trained.points[0].error == ""
     assert trained.points[0].uptrained_tokens == 640
-    assert trained.points[0].loss_difference < plain.points[0].loss_difference  # type: ignore[operator]
+    assert trained.points[0].loss_difference < plain.points[0].loss_difference
     assert (tmp_path / "run" / "points" / "mean-g2" / "uptrain" / "metrics.jsonl").is_file()
     config.write_text(config.read_text().replace("1.0e-3", "1.0e-9"))
     still = sweep(str(llama), tmp_path / "run", settings(lines, **changes))

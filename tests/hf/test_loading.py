@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import factories
 import pytest
 import torch
 import transformers
-from support import Command
 
 from gqa_convert import plan
 from gqa_convert.checkpoint.dtypes import FLOAT_NAMES, named_float
@@ -22,7 +20,9 @@ from gqa_convert.hf import api
 from gqa_convert.hf.loading import Source, load_model, load_tokenizer, max_positions, pick_dtype
 from gqa_convert.tiny.model import tiny_model
 from gqa_convert.tiny.shrink import tiny_config
+from tests import factories
 from tests.evaluate.tiny import write_lines, write_llama
+from tests.support import Command
 
 
 def test_a_class_whose_own_loading_returns_something_else_loads_everywhere(tmp_path: Path) -> None:

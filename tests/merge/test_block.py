@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_blocks import KINDS, make_block, make_inputs, regauged
 
 from gqa_convert.heads import Grouping
 from gqa_convert.merge.block import AttentionBlock, RotaryLayout
 from gqa_convert.merge.reference import attention
+from tests.merge.random_blocks import KINDS, make_block, make_inputs, regauged
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -18,13 +18,13 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kv_heads", [6, 2])
 @pytest.mark.parametrize("biases", [False, True])
-def test_change_of_coordinates_leaves_the_function(kind, kv_heads, biases):
+def test_change_of_coordinates_leaves_the_function(kind, kv_heads, biases) -> None:
     block, x = make_block(kind, 6, kv_heads, biases=biases), make_inputs()
     close(attention(regauged(block), x), attention(block, x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_order_of_heads_leaves_the_function(kind):
+def test_order_of_heads_leaves_the_function(kind) -> None:
     block, x = make_block(kind, 12, 6, biases=True), make_inputs()
     grouping = Grouping(((4, 0, 3), (5, 1, 2)))
     moved = block.permuted(grouping)
@@ -34,7 +34,7 @@ def test_order_of_heads_leaves_the_function(kind):
     assert block.permuted(Grouping.contiguous(6, 2)) is block
 
 
-def test_position_bias_moves_with_the_query_heads():
+def test_position_bias_moves_with_the_query_heads() -> None:
     block, x = make_block("none"), make_inputs()
     bias = torch.randn(6, len(x), len(x), dtype=torch.float64)
     grouping = Grouping(((4, 0, 3), (5, 1, 2)))
@@ -42,7 +42,7 @@ def test_position_bias_moves_with_the_query_heads():
     close(moved, attention(block, x, position_bias_HNM=bias))
 
 
-def test_constant_keys_without_rotation_change_nothing_and_constant_values_move_to_the_output():
+def test_constant_keys_without_rotation_change_nothing_and_constant_values_move_to_the_output() -> None:
     block, x = make_block("none", biases=True), make_inputs()
     shifted = replace(
         block,
@@ -53,7 +53,7 @@ def test_constant_keys_without_rotation_change_nothing_and_constant_values_move_
     close(attention(shifted, x), attention(block, x))
 
 
-def test_signs_survive_a_norm_of_keys_and_scales_vanish_in_it():
+def test_signs_survive_a_norm_of_keys_and_scales_vanish_in_it() -> None:
     block, x = make_block("half", qk_norm=True), make_inputs()
     assert block.freedom == "signs"
     sign = torch.tensor([1, -1, -1, 1] * 2, dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_signs_survive_a_norm_of_keys_and_scales_vanish_in_it():
     )
 
 
-def test_reference_agrees_with_torch():
+def test_reference_agrees_with_torch() -> None:
     block, x = make_block("none", biases=True), make_inputs()
     q, k, v = (
         torch.einsum("hdx,nx->hnd", w, x) + b[:, None]
@@ -76,7 +76,7 @@ def test_reference_agrees_with_torch():
 
 
 @pytest.mark.parametrize("kind", ["half", "interleaved"])
-def test_rotation_agrees_with_transformers(kind):
+def test_rotation_agrees_with_transformers(kind) -> None:
     from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as interleaved
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as half
 
@@ -93,7 +93,7 @@ def test_rotation_agrees_with_transformers(kind):
     close(rotate(x[0], rotary, positions), want[0])
 
 
-def test_shapes_that_do_not_belong_together_are_refused():
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
     block = make_block()
     with pytest.raises(ValueError, match="w_o has shape"):
         replace(block, w_o=block.w_o[:, :3])
@@ -105,7 +105,7 @@ def test_shapes_that_do_not_belong_together_are_refused():
         replace(block, rotary=RotaryLayout(kind="half", rotary_dim=16, inv_freq=(1.0,) * 8))
 
 
-def test_dtype_is_kept_and_changed_as_asked():
+def test_dtype_is_kept_and_changed_as_asked() -> None:
     block = make_block(biases=True)
     assert {getattr(block.to(torch.float32), n).dtype for n in ("w_q", "w_k", "w_v", "w_o", "b_o")} == {torch.float32}
     assert isinstance(block.to(torch.float32), AttentionBlock)

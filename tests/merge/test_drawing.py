@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import factories
 import pytest
 import torch
-from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.conversion.inspect import verify_pair
@@ -20,6 +18,8 @@ from gqa_convert.errors import VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_groups
 from gqa_convert.merge import registry
 from gqa_convert.merge.registry import merge_method
+from tests import factories
+from tests.support import Command
 
 K = "model.layers.0.self_attn.k_proj.weight"
 

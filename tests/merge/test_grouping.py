@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_blocks import make_block, make_inputs, make_statistics, regauged, tied
 
 from gqa_convert.errors import UsageError
 from gqa_convert.heads import Grouping
@@ -21,6 +20,7 @@ from gqa_convert.merge.maps import residual
 from gqa_convert.merge.moments import block_moments
 from gqa_convert.merge.options import MergeOptions
 from gqa_convert.merge.reference import attention
+from tests.merge.random_blocks import make_block, make_inputs, make_statistics, regauged, tied
 
 
 def partitions(heads, size):
@@ -40,7 +40,7 @@ def random_cost(seed):
 
 @given(st.sampled_from([(4, 2), (6, 3), (6, 2), (8, 4), (8, 2), (9, 3), (6, 1), (6, 6)]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_exact_search_finds_the_best_of_all(shape, seed):
+def test_exact_search_finds_the_best_of_all(shape, seed) -> None:
     heads, groups = shape
     cost = random_cost(seed)
     found = search_grouping(heads, groups, cost)
@@ -52,7 +52,7 @@ def test_exact_search_finds_the_best_of_all(shape, seed):
 
 @given(st.sampled_from([(12, 3), (16, 4), (20, 10), (32, 8), (24, 2), (40, 5)]), st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_search_is_never_worse_than_adjacent_heads(shape, seed):
+def test_search_is_never_worse_than_adjacent_heads(shape, seed) -> None:
     heads, groups = shape
     cost = random_cost(seed)
     found = search_grouping(heads, groups, cost, max_evaluations=60)
@@ -63,7 +63,7 @@ def test_search_is_never_worse_than_adjacent_heads(shape, seed):
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(32, 16), (32, 8), (32, 4), (40, 8), (28, 4), (36, 12)])
-def test_local_search_finds_planted_groups(heads, groups):
+def test_local_search_finds_planted_groups(heads, groups) -> None:
     place = list(range(heads))
     random.Random(1).shuffle(place)
     planted = {h: place.index(h) * groups // heads for h in range(heads)}
@@ -79,7 +79,7 @@ def test_local_search_finds_planted_groups(heads, groups):
     assert all(len({planted[h] for h in group}) == 1 for group in found.grouping.members)
 
 
-def test_search_is_repeatable_and_prices_each_set_once():
+def test_search_is_repeatable_and_prices_each_set_once() -> None:
     seen = []
 
     def cost(members):
@@ -91,14 +91,14 @@ def test_search_is_repeatable_and_prices_each_set_once():
     assert search_grouping(24, 6, random_cost(3), max_evaluations=100) == one
 
 
-def test_groups_must_divide_heads():
+def test_groups_must_divide_heads() -> None:
     with pytest.raises(UsageError, match="Choose one of 1, 2, 3, 6"):
         search_grouping(6, 4, random_cost(0))
 
 
 @pytest.mark.parametrize("name", ["mean", "first", "aligned", "pca"])
 @pytest.mark.parametrize("heads", [6, 12])
-def test_search_finds_hidden_twins_by_each_methods_own_residual(name, heads):
+def test_search_finds_hidden_twins_by_each_methods_own_residual(name, heads) -> None:
     block = tied(make_block("partial", heads, 6, biases=True), 3)
     if name in ("aligned", "pca"):
         block = regauged(block, seed=1, unitary=name == "aligned")
@@ -119,7 +119,7 @@ def priced(method, moments, grouping):
     return sum(keys / moments.total[0] + values / moments.total[1] for keys, values in parts)
 
 
-def test_heads_that_add_little_to_the_output_may_lose_their_keys():
+def test_heads_that_add_little_to_the_output_may_lose_their_keys() -> None:
     """Heads 0 and 3 have large keys and next to no output: each can share with a head that needs the room."""
     block, statistics = make_block("half", 6, 6), make_statistics(0)
     quiet = torch.tensor([0, 3])
@@ -136,7 +136,7 @@ def test_heads_that_add_little_to_the_output_may_lose_their_keys():
 
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("context", [None, 30])
-def test_search_never_worsens_the_residual(heads, context):
+def test_search_never_worsens_the_residual(heads, context) -> None:
     method, options = get_method("pca"), MergeOptions(max_context=context)
     for seed in range(4):
         block, statistics = make_block("half", heads, 6, seed=seed), make_statistics(seed)
@@ -149,7 +149,7 @@ def test_search_never_worsens_the_residual(heads, context):
             assert found.cost == pytest.approx(searched, rel=1e-6)
 
 
-def test_layers_may_share_one_grouping():
+def test_layers_may_share_one_grouping() -> None:
     """T5's position bias belongs to the heads of all its layers, so they are searched together."""
     blocks = [make_block("none", seed=s) for s in range(3)]
     statistics = make_statistics()

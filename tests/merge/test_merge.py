@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_blocks import KINDS, make_block, make_inputs, make_statistics, regauged, tied
 
 from gqa_convert.heads import Grouping
 from gqa_convert.merge import all_methods, get_method
 from gqa_convert.merge.apply import merge_block
 from gqa_convert.merge.options import MergeOptions
 from gqa_convert.merge.reference import attention
+from tests.merge.random_blocks import KINDS, make_block, make_inputs, make_statistics, regauged, tied
 
 METHODS = sorted(all_methods())
 SOLVED = sorted(name for name, method in all_methods().items() if method.touches_query_output)
@@ -36,7 +36,7 @@ def error(block, merged, x, **how):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("grouping", [Grouping.contiguous(6, 6), Grouping(((4,), (0,), (3,), (5,), (1,), (2,)))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_head_a_group_is_the_identity(name, grouping, dtype):
+def test_one_head_a_group_is_the_identity(name, grouping, dtype) -> None:
     block = make_block("partial", 12, 6, biases=True).to(dtype)
     got = tensors(merge(name, block, grouping, make_statistics(), max_context=100))
     for key, want in tensors(block.permuted(grouping)).items():
@@ -47,7 +47,7 @@ def test_one_head_a_group_is_the_identity(name, grouping, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
-def test_shapes_dtype_finite_deterministic(name, kind, heads, biases):
+def test_shapes_dtype_finite_deterministic(name, kind, heads, biases) -> None:
     block = make_block(kind, heads, 6, biases=biases).to(torch.float32)
     statistics = make_statistics(mean=0.2)
     got = merge(name, block, SHUFFLED, statistics, max_context=50)
@@ -67,7 +67,7 @@ def test_shapes_dtype_finite_deterministic(name, kind, heads, biases):
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("statistics", [None, make_statistics(mean=0.3)])
-def test_tied_heads_merge_exactly(name, kind, heads, biases, statistics):
+def test_tied_heads_merge_exactly(name, kind, heads, biases, statistics) -> None:
     grouping = Grouping.contiguous(6, 2)
     block = tied(make_block(kind, heads, 6, biases=biases), 2)
     assert error(block, merge(name, block, grouping, statistics), make_inputs(mean=0.3)) < 1e-7
@@ -78,7 +78,7 @@ def test_tied_heads_merge_exactly(name, kind, heads, biases, statistics):
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("fold", [None])
-def test_tied_heads_in_other_coordinates_merge_exactly(name, kind, heads, biases, fold):
+def test_tied_heads_in_other_coordinates_merge_exactly(name, kind, heads, biases, fold) -> None:
     block = tied(make_block(kind, heads, 6, biases=biases), 2)
     hidden = regauged(block, seed=5, unitary=name == "aligned").permuted(Grouping(((3, 1, 5), (0, 4, 2))))
     grouping = Grouping(((1, 3, 5), (0, 2, 4)))
@@ -90,7 +90,7 @@ def test_tied_heads_in_other_coordinates_merge_exactly(name, kind, heads, biases
 @pytest.mark.parametrize("name", SOLVED)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [6, 12])
-def test_coordinates_of_the_heads_do_not_matter(name, kind, heads):
+def test_coordinates_of_the_heads_do_not_matter(name, kind, heads) -> None:
     """The merge of a block and of the same function in other coordinates are the same function."""
     block, x, statistics = make_block(kind, heads, 6), make_inputs(), make_statistics()
     hidden = regauged(block, seed=3, unitary=name == "aligned")
@@ -99,7 +99,7 @@ def test_coordinates_of_the_heads_do_not_matter(name, kind, heads):
 
 
 @pytest.mark.parametrize("name", SOLVED)
-def test_solved_merges_beat_the_mean_on_heads_in_random_coordinates(name):
+def test_solved_merges_beat_the_mean_on_heads_in_random_coordinates(name) -> None:
     noisy = tied(make_block("half"), 2)
     noise = make_block("half", seed=9)
     noisy = replace(noisy, w_k=noisy.w_k + noise.w_k / 10, w_v=noisy.w_v + noise.w_v / 10)
@@ -110,7 +110,7 @@ def test_solved_merges_beat_the_mean_on_heads_in_random_coordinates(name):
 
 
 @pytest.mark.parametrize("name", SOLVED)
-def test_fields_that_forbid_changes_are_respected(name):
+def test_fields_that_forbid_changes_are_respected(name) -> None:
     block, statistics = make_block("half", biases=True), make_statistics(mean=0.2)
     fixed = merge(name, replace(block, key_gauge="none", value_gauge="none"), SHUFFLED, statistics)
     mean = merge("mean", block, SHUFFLED)
@@ -133,7 +133,7 @@ def test_fields_that_forbid_changes_are_respected(name):
     assert error(flipped, got, make_inputs(mean=0.2)) < expected
 
 
-def test_attention_sinks_keep_the_constant_part_of_keys():
+def test_attention_sinks_keep_the_constant_part_of_keys() -> None:
     block = make_block("none", biases=True)
     statistics = make_statistics(mean=0.5)
     free = merge("pca", block, SHUFFLED, statistics)
@@ -141,7 +141,7 @@ def test_attention_sinks_keep_the_constant_part_of_keys():
     assert not torch.allclose(free.w_k, bound.w_k)
 
 
-def test_cross_attention_reads_the_encoders_statistics():
+def test_cross_attention_reads_the_encoders_statistics() -> None:
     block = tied(make_block("none"), 2)
     hidden = regauged(block)
     states = make_statistics(4)
@@ -154,7 +154,7 @@ def test_cross_attention_reads_the_encoders_statistics():
     assert not torch.allclose(one.w_v, other.w_v)
 
 
-def test_output_bias_keeps_the_mean_of_the_values():
+def test_output_bias_keeps_the_mean_of_the_values() -> None:
     """With a bias on o_proj the constant part of the output survives any merge of the values."""
     block = make_block("none", biases=True)
     block = replace(block, w_q=block.w_q * 0, b_q=block.b_q * 0)  # uniform attention: the output is linear in v
@@ -167,7 +167,7 @@ def test_output_bias_keeps_the_mean_of_the_values():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pca_keeps_the_size_of_weights(kind):
+def test_pca_keeps_the_size_of_weights(kind) -> None:
     block = make_block(kind, 12, 6)
     merged = merge("pca", block, SHUFFLED, make_statistics())
     for name in ("w_k", "w_v"):
@@ -175,7 +175,7 @@ def test_pca_keeps_the_size_of_weights(kind):
         torch.testing.assert_close(getattr(merged, name).square().sum((1, 2)), want)
 
 
-def test_mismatches_are_refused():
+def test_mismatches_are_refused() -> None:
     block = make_block()
     with pytest.raises(ValueError, match="grouping of 4 heads"):
         merge("pca", block, Grouping.contiguous(4, 2))
@@ -187,7 +187,7 @@ def test_mismatches_are_refused():
         replace(narrow, mean=narrow.mean[:4])
 
 
-def test_report_says_what_was_lost_and_where_heads_went():
+def test_report_says_what_was_lost_and_where_heads_went() -> None:
     block = make_block("half", 12, 6)
     report = merge_block(get_method("pca"), block, SHUFFLED, make_statistics(), MergeOptions(max_context=10)).report
     assert 0 < report.key_residual < 1
@@ -199,7 +199,7 @@ def test_report_says_what_was_lost_and_where_heads_went():
     )
 
 
-def test_renorm_gives_the_mean_the_size_of_its_members():
+def test_renorm_gives_the_mean_the_size_of_its_members() -> None:
     block = make_block("half")
     statistics = make_statistics()
     plain, renormed = (merge("aligned", block, SHUFFLED, statistics, renorm=r) for r in (False, True))

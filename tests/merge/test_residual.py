@@ -6,14 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_blocks import (
-    KINDS,
-    make_block,
-    make_inputs,
-    make_statistics,
-    random_key_gauge,
-    random_matrices,
-)
 
 from gqa_convert.heads import Grouping
 from gqa_convert.merge import get_method
@@ -23,6 +15,14 @@ from gqa_convert.merge.methods.pca import cost as pca_cost
 from gqa_convert.merge.moments import block_moments
 from gqa_convert.merge.options import MergeOptions
 from gqa_convert.merge.statistics import Statistics
+from tests.merge.random_blocks import (
+    KINDS,
+    make_block,
+    make_inputs,
+    make_statistics,
+    random_key_gauge,
+    random_matrices,
+)
 
 MEMBERS = (4, 0, 3)
 GROUPING = Grouping((MEMBERS, (5, 1, 2)))
@@ -60,7 +60,7 @@ def brute_force(block, merged, x, members=GROUPING):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
-def test_residual_is_the_error_over_samples(name, kind, heads, biases):
+def test_residual_is_the_error_over_samples(name, kind, heads, biases) -> None:
     block, x = make_block(kind, heads, 6, biases=biases), make_inputs(300, mean=0.3)
     statistics = Statistics.from_samples(x)
     moments = block_moments(block, statistics)
@@ -74,7 +74,7 @@ def test_residual_is_the_error_over_samples(name, kind, heads, biases):
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"shift_invariant": False}, {"qk_norm": True}, {"value_gauge": "none"}])
-def test_pca_residual_is_the_sum_of_discarded_eigenvalues(kind, heads, biases, fields):
+def test_pca_residual_is_the_sum_of_discarded_eigenvalues(kind, heads, biases, fields) -> None:
     block = make_block(kind, heads, 6, biases=biases, **fields)
     moments = block_moments(block, make_statistics(mean=0.3))
     maps = group_maps(get_method("pca"), moments, MEMBERS, MergeOptions())
@@ -86,7 +86,7 @@ def test_pca_residual_is_the_sum_of_discarded_eigenvalues(kind, heads, biases, f
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("statistics", [None, make_statistics(mean=0.3)])
-def test_pca_loses_least(kind, heads, statistics):
+def test_pca_loses_least(kind, heads, statistics) -> None:
     block = make_block(kind, heads, 6, biases=True)
     moments = block_moments(block, statistics)
     best = residual(moments, MEMBERS, group_maps(get_method("pca"), moments, MEMBERS, MergeOptions()))
@@ -122,7 +122,7 @@ def nearby(maps: GroupMaps, block, generator) -> GroupMaps:
     return GroupMaps(keys=mix(maps.keys, noise.keys), values=mix(maps.values, noise.values))
 
 
-def test_total_is_the_cost_of_dropping_all_heads():
+def test_total_is_the_cost_of_dropping_all_heads() -> None:
     block, x = make_block("half", 12, 6, biases=True), make_inputs(300)
     moments = block_moments(block, Statistics.from_samples(x))
     none = replace(
@@ -135,7 +135,7 @@ def test_total_is_the_cost_of_dropping_all_heads():
     assert moments.total == pytest.approx(brute_force(block, none, x), rel=1e-8)
 
 
-def test_statistics_are_the_same_however_they_are_made():
+def test_statistics_are_the_same_however_they_are_made() -> None:
     x = make_inputs(100, mean=1.0)
     one = Statistics.from_samples(x)
     other = Statistics.from_sums(x.T @ x, x.sum(0), 100)
@@ -149,7 +149,7 @@ def test_statistics_are_the_same_however_they_are_made():
     )
 
 
-def test_heads_without_weight_are_no_trouble():
+def test_heads_without_weight_are_no_trouble() -> None:
     """A dead query head, a dead value head and a dead o_proj block: nothing to weigh by, nothing to invert."""
     block = make_block("half", biases=True)
     for name in ("w_q", "b_q", "w_v", "b_v", "w_k", "b_k"):

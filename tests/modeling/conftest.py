@@ -50,6 +50,6 @@ def untie(model: object) -> None:
     assert isinstance(model, nn.Module)
     head = model.get_submodule("lm_head")
     head.weight = nn.Parameter(torch.randn_like(model.get_submodule("shared").weight) / 8)
-    model.config.scale_decoder_outputs = False  # type: ignore[attr-defined, union-attr]
-    model.config.tie_word_embeddings = False  # type: ignore[attr-defined, union-attr]
-    model.all_tied_weights_keys = {}  # type: ignore[attr-defined, assignment]
+    model.config.scale_decoder_outputs = False
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}  # type: ignore[assignment]

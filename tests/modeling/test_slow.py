@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.anatomy.families import families
@@ -22,6 +21,7 @@ from gqa_convert.tiny.forward import cache_head_counts, difference
 from gqa_convert.tiny.model import tiny_model
 from gqa_convert.tiny.shrink import tiny_config
 from tests.modeling.conftest import Make
+from tests.support import Command
 
 
 @pytest.mark.parametrize("model_type", sorted(shipping.SLOW))

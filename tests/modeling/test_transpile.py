@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import Command
 
 from gqa_convert import convert, plan
 from gqa_convert.checkpoint.reader import Checkpoint
@@ -23,6 +22,7 @@ from gqa_convert.modeling.transpile.rule import all_rules
 from gqa_convert.tiny.forward import difference, logits
 from gqa_convert.tiny.model import text_inputs, tiny_model
 from gqa_convert.tiny.shrink import tiny_config
+from tests.support import Command
 
 WHOLE_HEADS = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0}
 FAMILIES = ["gpt_neox", "gptj", "codegen", "gpt2", "opt"]

@@ -67,11 +67,11 @@ def test_scores_are_the_same_in_either_rotary_convention(heads: int, pairs: int,
     angles = [random(pairs, seed=seed + s).double() for s in (2, 3)]
 
     def scores(a: torch.Tensor, b: torch.Tensor, turn) -> torch.Tensor:
-        a, b = (x.view(heads, -1) for x in (a, b))
-        sides = [torch.cat([turn(x[:, :rotary], t), x[:, rotary:]], 1) for x, t in zip((a, b), angles, strict=True)]
+        both = (x.view(heads, -1) for x in (a, b))
+        sides = [torch.cat([turn(x[:, :rotary], t), x[:, rotary:]], 1) for x, t in zip(both, angles, strict=True)]
         return (sides[0] * sides[1]).sum(1)
 
-    moved = scores(*(halves_first(x, heads, rotary) for x in (q, k)), turn_halves)
+    moved = scores(halves_first(q, heads, rotary), halves_first(k, heads, rotary), turn_halves)
     torch.testing.assert_close(moved, scores(q, k, turn_pairs))
 
 

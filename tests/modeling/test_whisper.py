@@ -60,7 +60,7 @@ def test_the_speech_pipeline_must_be_told(folders: tuple[Path, Path]) -> None:
     sound = np.random.default_rng(0).normal(size=16000).astype(np.float32)
     texts = []
     for folder in folders:
-        pipe = transformers.pipeline("automatic-speech-recognition", model=str(folder), trust_remote_code=True)
+        pipe: Any = transformers.pipeline("automatic-speech-recognition", model=str(folder), trust_remote_code=True)
         assert type(pipe.feature_extractor).__name__ == "WhisperFeatureExtractor"
         pipe.type = "seq2seq_whisper"
         texts.append(pipe(sound.copy(), generate_kwargs={"max_new_tokens": 5})["text"])

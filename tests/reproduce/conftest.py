@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from made_results import SCRIPTS, TOTAL, made_arms
+
+from tests.reproduce.made_results import SCRIPTS, TOTAL, made_arms
 
 sys.path.insert(0, str(SCRIPTS))
 

@@ -18,7 +18,7 @@ def written(tmp_path_factory):
     return folder, corrupted_file(folder / "text.jsonl", folder, "stdlib", context=64, count=12)
 
 
-def test_windows_of_calibration_text_are_whole_corrupted_blocks(written):
+def test_windows_of_calibration_text_are_whole_corrupted_blocks(written) -> None:
     from gqa_convert.calibrate.tokens import calibration_tokens
     from gqa_convert.hf.loading import load_tokenizer
 
@@ -31,7 +31,7 @@ def test_windows_of_calibration_text_are_whole_corrupted_blocks(written):
     assert not ends[:, :-1].any()
 
 
-def test_every_block_counts_its_sentinels_from_zero(written):
+def test_every_block_counts_its_sentinels_from_zero(written) -> None:
     blocks = [json.loads(line)["text"] for line in written[1].read_text().splitlines()]
     for block in blocks:
         places = [block.find(f"<extra_id_{number}>") for number in range(4)]

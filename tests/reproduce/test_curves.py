@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def test_between_marks_the_loss_goes_by_the_logarithm_of_tokens():
+def test_between_marks_the_loss_goes_by_the_logarithm_of_tokens() -> None:
     from curves import loss_at
 
     curve = [(0, 6.0), (100, 5.0), (10_000, 3.0)]
@@ -18,7 +18,7 @@ def test_between_marks_the_loss_goes_by_the_logarithm_of_tokens():
         loss_at(curve, 10_001)
 
 
-def test_the_first_crossing_counts():
+def test_the_first_crossing_counts() -> None:
     from curves import tokens_to_reach
 
     curve = [(0, 6.0), (100, 5.0), (200, 5.5), (400, 4.0)]
@@ -35,7 +35,7 @@ falling = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=8).map(
 
 
 @given(falling, st.floats(0.0, 1.0))
-def test_reading_a_falling_curve_forth_and_back_comes_home(curve, share):
+def test_reading_a_falling_curve_forth_and_back_comes_home(curve, share) -> None:
     from curves import loss_at, tokens_to_reach
 
     target = curve[0][1] + (curve[-1][1] - curve[0][1]) * share
@@ -44,7 +44,7 @@ def test_reading_a_falling_curve_forth_and_back_comes_home(curve, share):
     assert loss_at(curve, min(tokens, curve[-1][0])) == pytest.approx(target, abs=1e-6)
 
 
-def test_the_interval_is_students():
+def test_the_interval_is_students() -> None:
     from curves import geometric_interval, interval
 
     values = [1.0, 2.0, 6.0]

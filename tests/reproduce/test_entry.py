@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from made_results import SCRIPTS
+
+from tests.reproduce.made_results import SCRIPTS
 
 
 def run(out, *more):
@@ -19,7 +20,7 @@ def run(out, *more):
     )
 
 
-def test_nothing_finished_is_nothing_reported(tmp_path):
+def test_nothing_finished_is_nothing_reported(tmp_path) -> None:
     from arms import ARMS
     from chain import Chain
     from pieces import Pieces
@@ -34,7 +35,7 @@ def test_nothing_finished_is_nothing_reported(tmp_path):
 
 @pytest.mark.parametrize("family", ["decoder", "t5"])
 @pytest.mark.parametrize("name", ["tiny", "small"])
-def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path):
+def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path) -> None:
     from scales import SCALES
     from training import settings
 
@@ -51,7 +52,7 @@ def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path)
 
 
 @pytest.mark.slow
-def test_stopped_gone_on_with_and_reported(tmp_path):
+def test_stopped_gone_on_with_and_reported(tmp_path) -> None:
     stopped = run(tmp_path, "--minutes", "0.3")
     assert stopped.returncode == 75, stopped.stderr
     assert not (tmp_path / "results.json").exists()

@@ -1,5 +1,6 @@
 import pytest
-from made_results import TOTAL
+
+from tests.reproduce.made_results import TOTAL
 
 
 @pytest.fixture
@@ -9,7 +10,7 @@ def findings(found):
     return Findings(found, TOTAL)
 
 
-def test_a_start_below_the_goal_gives_a_bound_and_no_ratio(findings, found):
+def test_a_start_below_the_goal_gives_a_bound_and_no_ratio(findings, found) -> None:
     made = findings.saving("best-mqa-kd", "mean-mqa-ce")
     assert made.starts_there
     assert made.ratio.mean == pytest.approx(50_000 / 1000)  # nothing below the first evaluation is resolved
@@ -18,7 +19,7 @@ def test_a_start_below_the_goal_gives_a_bound_and_no_ratio(findings, found):
     assert made.time_ratio.mean == pytest.approx(6.0)
 
 
-def test_a_ratio_is_taken_seed_by_seed(findings, found):
+def test_a_ratio_is_taken_seed_by_seed(findings, found) -> None:
     made = findings.saving("pca-mqa-ce", "mean-mqa-ce")
     assert made.reached
     assert not made.starts_there
@@ -27,20 +28,20 @@ def test_a_ratio_is_taken_seed_by_seed(findings, found):
     assert made.ratio_with_calibration.mean < made.ratio.mean
 
 
-def test_one_seed_that_never_arrives_leaves_no_ratio(findings, found):
+def test_one_seed_that_never_arrives_leaves_no_ratio(findings, found) -> None:
     found[1]["arms"]["pca-mqa-ce"]["curve"] = [[0, 9.0], [50_000, 8.0]]
     made = findings.saving("pca-mqa-ce", "mean-mqa-ce")
     assert made.needed[1] is None
     assert (made.ratio, made.ratio_with_calibration, made.time_ratio) == (None, None, None)
 
 
-def test_the_gap_is_to_the_control_at_the_same_alpha(findings):
+def test_the_gap_is_to_the_control_at_the_same_alpha(findings) -> None:
     assert findings.gap("mean-mqa-ce", 0.0).mean == pytest.approx(3.0)
     assert findings.closed("mean-mqa-ce", 0.0).mean == pytest.approx(0.0)
     assert 0.9 < findings.closed("mean-mqa-ce", 0.05).mean < 1.0
 
 
-def test_the_order_is_claimed_only_where_it_is_seen(findings, found):
+def test_the_order_is_claimed_only_where_it_is_seen(findings, found) -> None:
     import words
 
     assert "holds.**" in words.order_of_figure_4(findings)
@@ -52,7 +53,7 @@ def test_the_order_is_claimed_only_where_it_is_seen(findings, found):
     assert "does not hold" in words.order_of_figure_4(findings)
 
 
-def test_what_one_seed_lacks_is_compared_for_none(findings, found):
+def test_what_one_seed_lacks_is_compared_for_none(findings, found) -> None:
     del found[2]["pretraining"]["small"]
     del found[2]["arms"]["pca-mqa-ce"]
     assert findings.sizes() == ["large"]
@@ -60,7 +61,7 @@ def test_what_one_seed_lacks_is_compared_for_none(findings, found):
     assert findings.arms("gqa") == ["mean-gqa-ce", "best-gqa-kd", "best-gqa-ce"]
 
 
-def test_the_page_and_the_figures_are_written_from_results(results, tmp_path):
+def test_the_page_and_the_figures_are_written_from_results(results, tmp_path) -> None:
     from results_page import render
 
     render(results, tmp_path)
@@ -74,7 +75,7 @@ def test_the_page_and_the_figures_are_written_from_results(results, tmp_path):
     assert len(names) == 7
 
 
-def test_seconds_are_said_to_be_whose_they_are(results):
+def test_seconds_are_said_to_be_whose_they_are(results) -> None:
     from results_page import findings, page
 
     families = {name: findings(results, name) for name in results["families"]}
@@ -86,7 +87,7 @@ def test_seconds_are_said_to_be_whose_they_are(results):
     assert "all seeds: decoder 3. " in said
 
 
-def test_what_one_command_took_is_said_where_one_command_made_it_all(results):
+def test_what_one_command_took_is_said_where_one_command_made_it_all(results) -> None:
     from results_page import findings, page, shown
 
     families = {name: findings(results, name) for name in results["families"]}

@@ -1,7 +1,7 @@
 import pytest
 
 
-def test_a_piece_is_made_once_and_found_again(tmp_path):
+def test_a_piece_is_made_once_and_found_again(tmp_path) -> None:
     from pieces import Pieces
 
     made = []
@@ -10,7 +10,7 @@ def test_a_piece_is_made_once_and_found_again(tmp_path):
         made.append(folder)
         return {"n": len(made)}
 
-    told = []
+    told: list[str] = []
     pieces = Pieces(tmp_path, told.append)
     first = pieces.get("arm", {"a": 1}, make)
     assert Pieces(tmp_path).get("arm", {"a": 1}, make) == first
@@ -20,7 +20,7 @@ def test_a_piece_is_made_once_and_found_again(tmp_path):
     assert len(told) == len(made) == 2
 
 
-def test_the_processors_time_is_kept_and_summed_by_name(tmp_path):
+def test_the_processors_time_is_kept_and_summed_by_name(tmp_path) -> None:
     import time
 
     from pieces import Pieces
@@ -45,10 +45,10 @@ def test_the_processors_time_is_kept_and_summed_by_name(tmp_path):
     assert pieces.processor_seconds("t5-0-") == first
 
 
-def test_an_interrupted_piece_gets_its_folder_again(tmp_path):
+def test_an_interrupted_piece_gets_its_folder_again(tmp_path) -> None:
     from pieces import Pieces
 
-    def interrupted(folder):
+    def interrupted(folder) -> None:
         (folder / "half").write_text("done")
         raise KeyboardInterrupt
 
@@ -58,7 +58,7 @@ def test_an_interrupted_piece_gets_its_folder_again(tmp_path):
     assert again.result == {"half": "done"}
 
 
-def test_other_versions_are_other_pieces(monkeypatch):
+def test_other_versions_are_other_pieces(monkeypatch) -> None:
     import pieces
 
     before = pieces.settings_hash({"a": 1})
@@ -67,7 +67,7 @@ def test_other_versions_are_other_pieces(monkeypatch):
     assert pieces.settings_hash({"a": 1}) != before
 
 
-def test_a_report_begins_no_piece(tmp_path):
+def test_a_report_begins_no_piece(tmp_path) -> None:
     from pieces import Pieces, Unfinished
 
     Pieces(tmp_path).get("arm", {"a": 1}, lambda _: {"n": 1})

@@ -3,7 +3,7 @@ import time
 import torch
 
 
-def test_a_processors_seconds_do_not_run_while_it_sleeps():
+def test_a_processors_seconds_do_not_run_while_it_sleeps() -> None:
     from stopwatch import Stopwatch
 
     work, clock = Stopwatch("cpu"), Stopwatch("auto")
@@ -13,7 +13,7 @@ def test_a_processors_seconds_do_not_run_while_it_sleeps():
     assert work.share < 0.5
 
 
-def test_threads_share_the_work():
+def test_threads_share_the_work() -> None:
     from stopwatch import Stopwatch
 
     threads = torch.get_num_threads()

@@ -12,7 +12,7 @@ from gqa_convert.tiny.shrink import tiny_config
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "jamba", "t5gemma", "bamba", "kyutai_speech_to_text"])
-def test_cached_decode_equals_the_full_forward_pass(model_type):
+def test_cached_decode_equals_the_full_forward_pass(model_type) -> None:
     model = tiny_model(tiny_config(model_type, num_kv_heads=2))
     inputs = text_inputs(model)
     full = logits(model, inputs)
@@ -22,7 +22,7 @@ def test_cached_decode_equals_the_full_forward_pass(model_type):
     assert set(cache_head_counts(cache)) == {2}
 
 
-def test_a_wrong_cache_would_show():
+def test_a_wrong_cache_would_show() -> None:
     model = tiny_model(tiny_config("llama"))
     inputs = text_inputs(model)
     full = logits(model, inputs)
@@ -30,7 +30,7 @@ def test_a_wrong_cache_would_show():
     assert difference(full, logits(model, inputs)) > 1e-4
 
 
-def test_head_counts_of_every_kind_of_cache():
+def test_head_counts_of_every_kind_of_cache() -> None:
     states = torch.zeros(1, 3, 2, 4)
     dynamic, static = DynamicCache(), StaticCache(config=tiny_config("llama"), max_cache_len=8)
     dynamic.update(states, states, 0)
@@ -41,7 +41,7 @@ def test_head_counts_of_every_kind_of_cache():
     assert cache_head_counts(None) == []
 
 
-def test_difference_is_relative_to_scale():
+def test_difference_is_relative_to_scale() -> None:
     a = torch.tensor([0.0, 100.0])
     assert difference(a, a + 1) == pytest.approx(1 / 101)
     assert difference(a, a) == 0.0

@@ -27,7 +27,7 @@ def big_llama(**changes):
     return LlamaConfig(**{**fields, **changes})
 
 
-def test_shrink_keeps_every_switch():
+def test_shrink_keeps_every_switch() -> None:
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -47,14 +47,14 @@ def test_shrink_keeps_every_switch():
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8), (14, 2), (71, 1), (12, 12), (48, 8), (64, 1)])
-def test_shrink_keeps_the_kind_of_attention(heads, kv_heads):
+def test_shrink_keeps_the_kind_of_attention(heads, kv_heads) -> None:
     small = shrink(big_llama(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=heads * 64))
     assert (small.num_key_value_heads == small.num_attention_heads) == (heads == kv_heads)
     assert (small.num_key_value_heads == 1) == (kv_heads == 1)
     assert small.num_attention_heads % small.num_key_value_heads == 0
 
 
-def test_special_ids_stay_apart_and_inside_the_vocabulary():
+def test_special_ids_stay_apart_and_inside_the_vocabulary() -> None:
     small = shrink(CONFIG_MAPPING["qwen2_vl"]())
     ids = [value for name, value in vars(small).items() if name.endswith("_token_id") and isinstance(value, int)]
     special = [token for token in ids if token >= 4]
@@ -62,55 +62,55 @@ def test_special_ids_stay_apart_and_inside_the_vocabulary():
     assert max(ids) < small.text_config.vocab_size
 
 
-def test_explicit_heads_are_obeyed_by_the_decoder_only():
+def test_explicit_heads_are_obeyed_by_the_decoder_only() -> None:
     config = tiny_config("exaone4_5", num_kv_heads=2)
     assert config.text_config.num_key_value_heads == 2
     assert config.vision_config.num_key_value_heads == 8
 
 
-def test_a_hybrid_keeps_a_layer_of_every_kind():
+def test_a_hybrid_keeps_a_layer_of_every_kind() -> None:
     assert set(tiny_config("qwen3_next").layer_types) == {"linear_attention", "full_attention"}
     assert set(tiny_config("gemma3_text").layer_types) == {"sliding_attention", "full_attention"}
 
 
-def test_layer_lists_and_layer_numbers_are_cut_alike():
+def test_layer_lists_and_layer_numbers_are_cut_alike() -> None:
     fields = {"layer_types": ["a", "a", "b", "a", "a", "b"], "cross_attention_layers": [1, 4], "other": [1, 2]}
     chosen = choose_layers(fields, 6, at_least=2)
     assert chosen == [0, 1, 2]
     assert cut_layers(fields, 6, chosen) == {"layer_types": ["a", "a", "b"], "cross_attention_layers": [1]}
 
 
-def test_head_dim_grows_until_the_rotation_fits():
+def test_head_dim_grows_until_the_rotation_fits() -> None:
     assert smallest_head_dim({}) == 8
     assert smallest_head_dim({"rope_parameters": {"partial_rotary_factor": 0.4}}) == 16
     assert smallest_head_dim({"rope_parameters": {"mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}}) == 32
 
 
 @pytest.mark.parametrize(("total", "parts"), [(4, [16, 24, 24]), (4, [11, 11, 10]), (8, [16, 16, 16, 16])])
-def test_share_splits_without_rest(total, parts):
+def test_share_splits_without_rest(total, parts) -> None:
     shares = share(total, parts)
     assert sum(shares) == total
     assert min(shares) >= 1
 
 
-def test_changes_reach_variants():
+def test_changes_reach_variants() -> None:
     assert tiny_config("cohere", changes={"use_qk_norm": True}).use_qk_norm
     assert tiny_config("stablelm", changes={"qk_layernorm": True}).qk_layernorm
 
 
-def test_the_survey_has_the_known_families():
+def test_the_survey_has_the_known_families() -> None:
     types = survey_model_types()
     assert {"llama", "t5", "qwen2_vl", "whisper", "dia", "phi3"} <= set(types)
 
 
-def test_the_class_is_the_architectures_or_the_fullest():
+def test_the_class_is_the_architectures_or_the_fullest() -> None:
     config = shrink(Qwen2Config())
     assert model_class(config).__name__ == "Qwen2ForCausalLM"
     assert model_class(config, ["Qwen2ForSequenceClassification"]).__name__ == "Qwen2ForSequenceClassification"
     assert model_class(CONFIG_MAPPING["llama4"]()).__name__ == "Llama4ForConditionalGeneration"
 
 
-def test_weights_are_seeded_and_nowhere_special():
+def test_weights_are_seeded_and_nowhere_special() -> None:
     config = tiny_config("qwen2")
     first, again, other = (tiny_model(config, seed).state_dict() for seed in (0, 0, 1))
     assert all(first[name].equal(again[name]) for name in first)

@@ -47,7 +47,7 @@ def make_tiny(folder, *, kv_heads=2, seed=0, sharpness=1.0):
     return folder
 
 
-def mark_again(folder):
+def mark_again(folder) -> None:
     """Write a marker that fits what is in the folder now, as somebody who means harm would."""
     from gqa_convert.uptrain.checkpoints import MARKER, _digests, _files
 

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
@@ -9,25 +10,27 @@ from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.read_config import load_config
 
 
-def skip_step(number):
-    real = Guards.accepts
+def skip_step(number) -> None:
+    guards: Any = Guards
+    real = guards.accepts
 
     def accepts(self, *, step, loss, norm):
         return real(self, step=step, loss=loss, norm=norm) and step != number
 
-    Guards.accepts = accepts
+    guards.accepts = accepts
 
 
-def stop_after(number):
-    real = loop.train_step
+def stop_after(number) -> None:
+    patched: Any = loop
+    real = patched.train_step
 
     def train_step(parts, guards, at, *, stop, save):
         return real(parts, guards, at, stop=stop or at + 1 == number, save=save)
 
-    loop.train_step = train_step
+    patched.train_step = train_step
 
 
-def main(skip, stop, config):
+def main(skip, stop, config) -> None:
     skip_step(int(skip.removeprefix("skip=")))
     stop_after(int(stop.removeprefix("stop=")))
     try:

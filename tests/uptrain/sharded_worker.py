@@ -7,6 +7,7 @@ accelerate's wrapping by layers, its swap of the optimiser's parameters, `no_syn
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
@@ -15,7 +16,7 @@ from gqa_convert.uptrain.read_config import load_config
 
 
 class ShardedEngine(Engine):
-    def __init__(self, config):
+    def __init__(self, config) -> None:
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils import DistributedType
 
@@ -29,16 +30,17 @@ class ShardedEngine(Engine):
         self.name = "fsdp2"
 
 
-def main(stop, config, *overrides):
+def main(stop, config, *overrides) -> None:
     number = int(stop.removeprefix("stop="))
-    real = loop.train_step
+    patched: Any = loop
+    real = patched.train_step
 
     def train_step(parts, guards, at, *, stop, save):
         return real(parts, guards, at, stop=stop or at + 1 == number, save=save)
 
-    loop.train_step = train_step
+    patched.train_step = train_step
     if os.environ["ENGINE"] == "fsdp2":
-        loop.Engine = ShardedEngine
+        patched.Engine = ShardedEngine
     try:
         loop.uptrain(load_config(Path(config), overrides))
     except Preempted as error:

@@ -11,7 +11,7 @@ from gqa_convert.uptrain.schedule import Schedule
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def test_every_problem_is_reported_at_once_with_what_was_meant(settings):
+def test_every_problem_is_reported_at_once_with_what_was_meant(settings) -> None:
     settings["trian"] = {}
     settings["train"]["microbatch"] = 2
     settings["train"]["precision"] = "fp7"
@@ -31,7 +31,7 @@ def test_every_problem_is_reported_at_once_with_what_was_meant(settings):
         assert expected in text
 
 
-def test_a_source_can_be_named_by_one_word(settings, tmp_path):
+def test_a_source_can_be_named_by_one_word(settings, tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     for word, expected in {
         str(tmp_path / "a.jsonl"): ("jsonl", (str(tmp_path / "a.jsonl"),), None, "train"),
@@ -47,14 +47,14 @@ def test_a_source_can_be_named_by_one_word(settings, tmp_path):
         parse_config(settings)
 
 
-def test_settings_that_do_not_fit_together_are_reported_together(settings):
+def test_settings_that_do_not_fit_together_are_reported_together(settings) -> None:
     settings["train"]["micro_batch"] = 3
     settings["data"]["held_out_fraction"] = 0
     with pytest.raises(UsageError, match=r"(?s)no multiple.*nothing is held out"):
         parse_config(settings)
 
 
-def test_overrides_are_yaml_by_dotted_name(settings, write_config):
+def test_overrides_are_yaml_by_dotted_name(settings, write_config) -> None:
     loaded = load_config(
         write_config(settings),
         ["budget.steps=null", "budget.tokens=2k", "optimizer.betas=[0.8, 0.9]", "log.trackers=auto"],
@@ -67,19 +67,19 @@ def test_overrides_are_yaml_by_dotted_name(settings, write_config):
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "a: [", ""])
-def test_what_is_no_configuration_is_refused(tmp_path, text):
+def test_what_is_no_configuration_is_refused(tmp_path, text) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"x\.yaml"):
         load_config(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_shipped_configuration_is_valid(path):
+def test_every_shipped_configuration_is_valid(path) -> None:
     loaded = load_config(path)
     assert loaded.budget.steps or loaded.budget.tokens or loaded.budget.pretraining or loaded.budget.pretraining_tokens
 
 
-def test_the_plan_resolves_and_prints(settings):
+def test_the_plan_resolves_and_prints(settings) -> None:
     settings["budget"] = {"alpha": 0.1, "pretraining_tokens": 12_800}
     made = resolve(parse_config(settings))
     assert (made.horizon.steps, made.horizon.tokens) == (10, 1280)
@@ -88,7 +88,7 @@ def test_the_plan_resolves_and_prints(settings):
     assert made.to_json()["budget"]["tokens"] == 1280
 
 
-def test_an_output_inside_the_model_is_refused(settings):
+def test_an_output_inside_the_model_is_refused(settings) -> None:
     settings["output"] = settings["model"] + "/run"
     with pytest.raises(UsageError, match="apart"):
         resolve(parse_config(settings))
@@ -98,7 +98,7 @@ def schedule(**settings):
     return Schedule(ScheduleSection(**settings), total_tokens=1000, batch_tokens=10)
 
 
-def test_cosine_warms_up_and_ends_at_its_floor():
+def test_cosine_warms_up_and_ends_at_its_floor() -> None:
     rate = schedule(kind="cosine", peak=2.0, warmup_fraction=0.1, final_fraction=0.25)
     assert rate(50) == pytest.approx(1.0)
     assert rate(100) == pytest.approx(2.0)
@@ -107,14 +107,14 @@ def test_cosine_warms_up_and_ends_at_its_floor():
     assert rate(2000) == pytest.approx(0.5)
 
 
-def test_wsd_is_flat_then_falls():
+def test_wsd_is_flat_then_falls() -> None:
     rate = schedule(kind="wsd", peak=1.0, warmup_tokens=10, decay_fraction=0.2, final_fraction=0.0)
     assert [rate(t) for t in (5, 10, 400, 800)] == pytest.approx([0.5, 1, 1, 1])
     assert rate(900) == pytest.approx(0.5)
     assert rate(1000) == 0
 
 
-def test_the_papers_schedule_goes_on_from_a_million_steps():
+def test_the_papers_schedule_goes_on_from_a_million_steps() -> None:
     rate = schedule(kind="inverse_sqrt", peak=1.0, start_step=1_000_000)
     assert rate(0) == pytest.approx(1e-3)
     assert rate(1000) == pytest.approx((1_000_100) ** -0.5)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny, mark_again
 from safetensors.torch import load_file, save_file
 
+from gqa_convert.data.encoding import Encoder
 from gqa_convert.data.store import StoreWriter
 from gqa_convert.errors import (
     CheckpointError,
@@ -22,12 +22,13 @@ from gqa_convert.errors import (
     TrainingAborted,
     UsageError,
 )
-from gqa_convert.uptrain import corpus, loop
+from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.checkpoints import MARKER, STATE, CheckpointStore
 from gqa_convert.uptrain.faults import clear_faults
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import apply_overrides, load_config, parse_config
 from gqa_convert.uptrain.resume import unusable
+from tests.uptrain.conftest import make_tiny, mark_again
 
 
 def run(settings, **changes):
@@ -53,10 +54,10 @@ def begun(settings):
         '{"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}',
     ],
 )  # fmt: skip
-def test_whatever_a_marker_holds_an_older_checkpoint_is_gone_on_from(begun, marker):
+def test_whatever_a_marker_holds_an_older_checkpoint_is_gone_on_from(begun, marker) -> None:
     store = CheckpointStore(begun / "checkpoints", 2)
     (begun / "checkpoints" / "step-00000004" / MARKER).write_text(marker)
-    told = []
+    told: list[str] = []
     assert store.newest(told.append, fault=unusable).step == 2
     assert len(told) == 1
     assert "trying an older checkpoint" in told[0]
@@ -71,7 +72,7 @@ class Harm:
     "harm",
     ["pickle", "no-dictionary", "truncated", "absent", "not-safetensors", "state-list", "no-losses", "deep", "step"],
 )
-def test_what_cannot_be_resumed_falls_back_though_its_marker_fits(begun, settings, monkeypatch, tmp_path, harm):
+def test_what_cannot_be_resumed_falls_back_though_its_marker_fits(begun, settings, monkeypatch, tmp_path, harm) -> None:
     monkeypatch.chdir(tmp_path)
     newest = begun / "checkpoints" / "step-00000004"
     optimizer, state = newest / "optimizer.pt", newest / STATE
@@ -98,7 +99,7 @@ def test_what_cannot_be_resumed_falls_back_though_its_marker_fits(begun, setting
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
-def test_the_same_lines_in_another_order_are_other_text(settings, tmp_path, streaming):
+def test_the_same_lines_in_another_order_are_other_text(settings, tmp_path, streaming) -> None:
     path = tmp_path / "text.jsonl"
     lines = Path(settings["data"]["source"]["paths"][0]).read_text().splitlines(keepends=True)
     path.write_text("".join(lines))
@@ -111,17 +112,17 @@ def test_the_same_lines_in_another_order_are_other_text(settings, tmp_path, stre
     assert run(settings, data=data, budget={"steps": 4}).steps == 4
 
 
-def test_a_stream_that_says_other_things_further_on_is_noticed(settings, tmp_path, monkeypatch):
+def test_a_stream_that_says_other_things_further_on_is_noticed(settings, tmp_path, monkeypatch) -> None:
     data = {"streaming": True, "window": 64, "held_out_source": settings["data"]["source"], "held_out_fraction": 0.0}
     run(settings, data=data, budget={"steps": 17})
     monkeypatch.setattr("gqa_convert.data.documents.Corpus.contents", [])  # as of a hub dataset
-    real = corpus.Encoder.encode
-    monkeypatch.setattr(corpus.Encoder, "encode", lambda self, texts: [ids[::-1] for ids in real(self, texts)])
+    real = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, texts: [ids[::-1] for ids in real(self, texts)])
     with pytest.raises(UsageError, match="other tokens at the place"):
         run(settings, data=data, budget={"steps": 19})
 
 
-def test_a_damaged_token_store_is_made_again(settings, begun):
+def test_a_damaged_token_store_is_made_again(settings, begun) -> None:
     expected = load_file(begun / "final" / "model.safetensors")
     tokens = next((begun / "tokens").glob("*-train")) / "tokens.bin"
     data = bytearray(tokens.read_bytes())
@@ -134,7 +135,7 @@ def test_a_damaged_token_store_is_made_again(settings, begun):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_what_a_killed_tokenisation_left_goes_and_what_is_being_written_stays(settings):
+def test_what_a_killed_tokenisation_left_goes_and_what_is_being_written_stays(settings) -> None:
     root = Path(settings["output"]) / "tokens"
     at_work = StoreWriter(root / f"{'a' * 16}-train", 100)
     left = root / f".{'b' * 16}-train.tmp-1-00000000"
@@ -153,7 +154,7 @@ def test_what_a_killed_tokenisation_left_goes_and_what_is_being_written_stays(se
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
-def test_a_signal_while_text_is_read_takes_effect_at_once(settings, monkeypatch, streaming):
+def test_a_signal_while_text_is_read_takes_effect_at_once(settings, monkeypatch, streaming) -> None:
     read = []
 
     def endless(self):
@@ -171,8 +172,8 @@ def test_a_signal_while_text_is_read_takes_effect_at_once(settings, monkeypatch,
     assert not [path for path in (Path(settings["output"]) / "tokens").iterdir() if path.name.startswith(".")]
 
 
-def test_a_kill_before_the_result_is_written_doubles_no_line(settings, monkeypatch):
-    def killed(*_, **__):
+def test_a_kill_before_the_result_is_written_doubles_no_line(settings, monkeypatch) -> None:
+    def killed(*_, **__) -> None:
         raise KeyboardInterrupt
 
     settings["evaluation"] = {"every_tokens": 640}
@@ -188,13 +189,13 @@ def test_a_kill_before_the_result_is_written_doubles_no_line(settings, monkeypat
     assert found.count(("evaluation", 20)) == 1
     assert [step for kind, step in found if kind == "evaluation"] == [0, 5, 10, 15, 20]
     run(settings, budget={"steps": 25})  # what was the last evaluation is now one on the way
-    found = [r["step"] for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
-    assert found == [0, 5, 10, 15, 20, 25]
+    steps = [r["step"] for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
+    assert steps == [0, 5, 10, 15, 20, 25]
 
 
 @pytest.mark.parametrize("what", ["model", "teacher"])
 @pytest.mark.parametrize("apart", [True, False])
-def test_weights_that_are_no_numbers_are_called_what_they_are(settings, tmp_path, what, apart):
+def test_weights_that_are_no_numbers_are_called_what_they_are(settings, tmp_path, what, apart) -> None:
     folder = make_tiny(tmp_path / "broken")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
@@ -208,7 +209,7 @@ def test_weights_that_are_no_numbers_are_called_what_they_are(settings, tmp_path
         run(settings)
 
 
-def test_a_place_for_the_result_that_is_not_ours_is_refused_before_training(settings):
+def test_a_place_for_the_result_that_is_not_ours_is_refused_before_training(settings) -> None:
     final = Path(settings["output"]) / "final"
     final.mkdir(parents=True)
     (final / "thesis.txt").write_text("years of work")
@@ -218,14 +219,14 @@ def test_a_place_for_the_result_that_is_not_ours_is_refused_before_training(sett
     assert (final / "thesis.txt").read_text() == "years of work"
 
 
-def test_the_result_is_readable_as_umask_says(begun):
+def test_the_result_is_readable_as_umask_says(begun) -> None:
     mask = os.umask(0)
     os.umask(mask)
     assert {path.stat().st_mode & 0o777 for path in (begun / "final").iterdir()} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "", "{", '{"model": {"type": "BPE"}}'])
-def test_a_tokenizer_that_is_none_is_one_line(settings, tmp_path, text):
+def test_a_tokenizer_that_is_none_is_one_line(settings, tmp_path, text) -> None:
     folder = make_tiny(tmp_path / "broken")
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(GQAConvertError, match="tokenizer") as caught:
@@ -233,7 +234,7 @@ def test_a_tokenizer_that_is_none_is_one_line(settings, tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
-def test_token_ids_that_the_model_does_not_know_are_refused(settings, tmp_path):
+def test_token_ids_that_the_model_does_not_know_are_refused(settings, tmp_path) -> None:
     folder = make_tiny(tmp_path / "short")
     path = folder / "tokenizer.json"
     described = json.loads(path.read_text())
@@ -244,8 +245,8 @@ def test_token_ids_that_the_model_does_not_know_are_refused(settings, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_disk_that_refuses_while_resuming_is_one_line(settings, begun, monkeypatch, number):
-    def refuse(*_, **__):
+def test_a_disk_that_refuses_while_resuming_is_one_line(settings, begun, monkeypatch, number) -> None:
+    def refuse(*_, **__) -> None:
         raise OSError(number, os.strerror(number), str(begun / "metrics.tmp"))
 
     monkeypatch.setattr("gqa_convert.uptrain.metrics.os.replace", refuse)
@@ -253,7 +254,7 @@ def test_a_disk_that_refuses_while_resuming_is_one_line(settings, begun, monkeyp
         run(settings)
 
 
-def test_memory_that_does_not_suffice_is_one_line(tmp_path):
+def test_memory_that_does_not_suffice_is_one_line(tmp_path) -> None:
     with pytest.raises(TrainingAborted, match="micro_batch"), clear_faults(tmp_path):
         torch.empty(1 << 60, dtype=torch.uint8)
 
@@ -268,7 +269,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [BOMB, "a: &a [*a]", "[" * 3000, "{a: " * 3000, "a: !!python/name:os.system x", "a: 1\na: 2", "\0", "? [1]\n: 2",
      "budget: {steps: " + "9" * 5000 + "}", "&a {b: *a}"],
 )  # fmt: skip
-def test_yaml_that_means_harm_is_refused_at_once(tmp_path, text):
+def test_yaml_that_means_harm_is_refused_at_once(tmp_path, text) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     started = time.process_time()
@@ -278,7 +279,7 @@ def test_yaml_that_means_harm_is_refused_at_once(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["fifo", "folder", "absent"])
-def test_a_configuration_that_is_no_file_does_not_hang(tmp_path, name):
+def test_a_configuration_that_is_no_file_does_not_hang(tmp_path, name) -> None:
     path = tmp_path / name
     if name == "fifo":
         os.mkfifo(path)
@@ -295,13 +296,13 @@ def test_a_configuration_that_is_no_file_does_not_hang(tmp_path, name):
      ("data", "context", 2**62), ("data", "window", 2**50), ("train", "seed", -1), ("train", "seed", 2**80),
      ("guards", "spike_window", 2**70)],
 )  # fmt: skip
-def test_numbers_beyond_reason_are_refused_by_name(settings, section, key, value):
+def test_numbers_beyond_reason_are_refused_by_name(settings, section, key, value) -> None:
     settings[section] = {**settings.get(section, {}), key: value}
     with pytest.raises(UsageError, match=rf"{section}\.{key}"):
         parse_config(settings)
 
 
-def test_a_path_on_the_command_line_may_hold_a_hash(tmp_path):
+def test_a_path_on_the_command_line_may_hold_a_hash(tmp_path) -> None:
     given = ["output=/runs/try #2", "model=#1", "data.source='a # b'", "budget.steps=3", "data.cache=2024-01-01"]
     assert apply_overrides({}, given) == {
         "output": "/runs/try #2", "model": "#1", "budget": {"steps": 3},

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.uptrain import loop, zero
@@ -18,6 +17,7 @@ from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
@@ -25,7 +25,7 @@ INSTALLED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="DeepSpeed is not installed")
 
 
-def launch(path, *overrides):
+def launch(path, *overrides) -> None:
     many = ["bash", ROOT / "scripts" / "launch" / "many_gpus.sh", path, *overrides]
     done = subprocess.run(
         many, env={**ENVIRONMENT, "ENGINE": "deepspeed", "PROCESSES": "2"}, capture_output=True, text=True
@@ -33,7 +33,7 @@ def launch(path, *overrides):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def launch_and_stop(path):
+def launch_and_stop(path) -> None:
     worker = Path(__file__).with_name("deepspeed_worker.py")
     script = '. "$1"; shift; exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 "$@"'
     done = subprocess.run(
@@ -48,7 +48,7 @@ def losses(output, name="loss"):
     return [record[name] for record in read_metrics(Path(output) / "metrics.jsonl") if name in record]
 
 
-def test_what_cannot_work_is_refused_in_one_line(settings, monkeypatch):
+def test_what_cannot_work_is_refused_in_one_line(settings, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", type(sys)("deepspeed"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
@@ -62,7 +62,7 @@ def test_what_cannot_work_is_refused_in_one_line(settings, monkeypatch):
         assert word in str(caught.value)
 
 
-def test_without_the_package_it_says_how_to_get_it(settings, monkeypatch):
+def test_without_the_package_it_says_how_to_get_it(settings, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert zero.zero_plugin(parse_config(settings)) is None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -77,7 +77,7 @@ class Evil:
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
     with zero._tensors_only(), pytest.raises(pickle.UnpicklingError):
@@ -88,7 +88,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write_config, tmp_path, monkeypatch):
+def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write_config, tmp_path, monkeypatch) -> None:
     real = Guards.accepts
     with monkeypatch.context() as patch:
         patch.setattr(Guards, "accepts", lambda self, *, step, **seen: real(self, step=step, **seen) and step != 6)
@@ -108,7 +108,7 @@ def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (output / "final", single.folder))
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
-    _, info = AutoModelForCausalLM.from_pretrained(output / "final", output_loading_info=True)
+    _, info = load_with_info(output / "final")
     assert not info["missing_keys"]
     exported, step = export_checkpoint(output, tmp_path / "plain")
     assert step == 20
@@ -124,7 +124,7 @@ def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write
 @needs_deepspeed
 def test_bf16_attention_only_with_a_teacher_and_recomputed_activations(
     settings, teacher_folder, write_config, tmp_path
-):
+) -> None:
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder), "cross_entropy_weight": 0.5}}
     settings["train"] |= {"precision": "bf16", "parameters": "attention", "gradient_checkpointing": True}
     single = loop.uptrain(parse_config({**settings, "output": str(tmp_path / "single")}), quiet=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny, mark_again
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +17,8 @@ from gqa_convert.uptrain import loop, shards
 from gqa_convert.uptrain.checkpoints import MARKER, STATE
 from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
+from tests.uptrain.conftest import make_tiny, mark_again
 
 
 def run(settings, **train):
@@ -33,7 +34,7 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("parameters", ["all", "attention", "lora"])
-def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters):
+def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters) -> None:
     if parameters == "lora":
         pytest.importorskip("peft")
     final = run(settings, parameters=parameters)
@@ -42,7 +43,7 @@ def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters):
     assert same(final, folder)
     assert (folder / "config.json").read_bytes() == (final / "config.json").read_bytes()
     assert {p.name for p in folder.iterdir()} == {p.name for p in final.iterdir()}
-    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    _, info = load_with_info(folder)
     assert not any(info.values())
     assert AutoTokenizer.from_pretrained(folder)("cat")["input_ids"]
     story = json.loads((folder / "gqa_convert.json").read_text())["uptraining"]
@@ -51,7 +52,7 @@ def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters):
     assert str(tmp_path) not in json.dumps(story)
 
 
-def test_by_command_of_a_step_in_the_middle(settings, tmp_path):
+def test_by_command_of_a_step_in_the_middle(settings, tmp_path) -> None:
     final = run(settings)
     runner = CliRunner()
     arguments = ["uptrain", "export", settings["output"], "--step", "2", "--out", str(tmp_path / "plain")]
@@ -71,7 +72,7 @@ def test_by_command_of_a_step_in_the_middle(settings, tmp_path):
     assert same(final, again)
 
 
-def test_from_shards(settings, tmp_path):
+def test_from_shards(settings, tmp_path) -> None:
     final = run(settings)
     newest = Path(settings["output"]) / "checkpoints" / "step-00000004"
     whole = nn.Module()
@@ -88,7 +89,7 @@ def test_from_shards(settings, tmp_path):
     assert torch.equal(written["model.norm.weight"], before["model.norm.weight"] + 1)
 
 
-def test_what_cannot_be_exported_is_said(settings, tmp_path):
+def test_what_cannot_be_exported_is_said(settings, tmp_path) -> None:
     run(settings)
     output = Path(settings["output"])
     with pytest.raises(UsageError, match="holds no checkpoints"):
@@ -101,7 +102,7 @@ def test_what_cannot_be_exported_is_said(settings, tmp_path):
     assert export_checkpoint(output, tmp_path / "plain", model=str(tmp_path / "moved"))[1] == 4
     newest = output / "checkpoints" / "step-00000004"
     (newest / MARKER).write_text("[]")
-    told = []
+    told: list[str] = []
     assert export_checkpoint(output, tmp_path / "older", tell=told.append)[1] == 2
     assert "step-00000004" in told[0]
     state = output / "checkpoints" / "step-00000002" / STATE

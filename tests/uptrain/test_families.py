@@ -17,6 +17,7 @@ from gqa_convert.tiny.shrink import tiny_config
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.model import can_skip_head
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def as_on_the_hub(state):
     return state | {key.replace("c_attn.weight", "bias"): torch.ones(1, 1, 8, 8) for key in biases}
 
 
-def test_a_gpt2_keeps_its_code_and_the_keys_of_the_hub(settings, converted, tmp_path):
+def test_a_gpt2_keeps_its_code_and_the_keys_of_the_hub(settings, converted, tmp_path) -> None:
     source, folder = converted("gpt2", rename=as_on_the_hub)
     final = trained(settings, folder)
     before, after = (load_file(each / "model.safetensors").keys() for each in (folder, final))
@@ -67,21 +68,21 @@ def test_a_gpt2_keeps_its_code_and_the_keys_of_the_hub(settings, converted, tmp_
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_a_pythia_is_a_stock_model_to_the_end(settings, converted, parallel):
+def test_a_pythia_is_a_stock_model_to_the_end(settings, converted, parallel) -> None:
     _, folder = converted("gpt_neox", use_parallel_residual=parallel)
-    model, info = AutoModelForCausalLM.from_pretrained(trained(settings, folder), output_loading_info=True)
+    model, info = load_with_info(trained(settings, folder))
     assert type(model).__name__ == ("PhiForCausalLM" if parallel else "NemotronForCausalLM")
     assert type(model).__module__.startswith("transformers.")
     assert not any(info.values())
 
 
-def test_a_bias_on_logits_is_no_obstacle():
+def test_a_bias_on_logits_is_no_obstacle() -> None:
     assert not can_skip_head(tiny_model(tiny_config("bart")))  # its hidden states are not as wide as the bias
     assert can_skip_head(tiny_model(tiny_config("t5")))
 
 
 @pytest.mark.parametrize("parameters", ["attention", "lora"])
-def test_parts_of_a_gpt2_can_be_trained(settings, converted, parameters):
+def test_parts_of_a_gpt2_can_be_trained(settings, converted, parameters) -> None:
     if parameters == "lora":
         pytest.importorskip("peft")
     _, folder = converted("gpt2")
@@ -92,7 +93,7 @@ def test_parts_of_a_gpt2_can_be_trained(settings, converted, parameters):
     assert not any(".mlp." in key for key in before if not torch.equal(before[key], after[key]))
 
 
-def test_adapters_do_not_fit_projections_that_repeat_heads(settings, converted):
+def test_adapters_do_not_fit_projections_that_repeat_heads(settings, converted) -> None:
     pytest.importorskip("peft")
     _, folder = converted("opt")
     settings["data"]["separate_documents"] = False
@@ -100,7 +101,7 @@ def test_adapters_do_not_fit_projections_that_repeat_heads(settings, converted):
         trained(settings, folder, parameters="lora")
 
 
-def test_a_model_that_listens_is_not_trained_on_text(settings, converted):
+def test_a_model_that_listens_is_not_trained_on_text(settings, converted) -> None:
     _, folder = converted("whisper")
     settings["objective"] = {"kind": "span_corruption"}
     with pytest.raises(UsageError, match="reads input_features"):

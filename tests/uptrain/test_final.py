@@ -10,6 +10,7 @@ from gqa_convert.errors import VerificationError
 from gqa_convert.hf.api import KeyMap
 from gqa_convert.uptrain.export import both_spellings, write_final
 from gqa_convert.uptrain.source_keys import restore_keys
+from tests.support import load_with_info
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
 
@@ -23,7 +24,7 @@ def saved(folder, *, dtype=torch.float32, **more):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype):
+def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype) -> None:
     source, target = tmp_path / "source", tmp_path / "final"
     saved(source, dtype=dtype, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -39,7 +40,7 @@ def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype)
     assert json.loads((target / "gqa_convert.json").read_text())["uptraining"] == {"steps": 1}
 
 
-def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path):
+def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path) -> None:
     source, stage = tmp_path / "source", tmp_path / "stage"
     model = saved(source)
     state = load_file(source / "model.safetensors")
@@ -52,14 +53,14 @@ def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path):
     assert written.is_sharded
     assert written.tensors.keys() == old.keys()
     assert all(torch.equal(written.tensor(key), old[key]) for key in old)
-    _, info = LlamaForCausalLM.from_pretrained(stage, output_loading_info=True)
+    _, info = load_with_info(stage, LlamaForCausalLM)
     assert not info["missing_keys"]
     files = {file: file.read_bytes() for file in stage.iterdir()}
     restore_keys(stage, Checkpoint.open(source), KeyMap(model))
     assert files == {file: file.read_bytes() for file in stage.iterdir()}  # nothing more to do
 
 
-def test_a_result_of_other_shapes_is_not_written(tmp_path):
+def test_a_result_of_other_shapes_is_not_written(tmp_path) -> None:
     saved(tmp_path / "source")
     other = LlamaForCausalLM(LlamaConfig(**{**SMALL, "intermediate_size": 24}))
     with pytest.raises(VerificationError, match="shape"):
@@ -79,7 +80,7 @@ def test_a_result_of_other_shapes_is_not_written(tmp_path):
     ],
     ids=["old", "new", "new-scaled", "old-scaled"],
 )
-def test_both_spellings_mean_the_same(tmp_path, given):
+def test_both_spellings_mean_the_same(tmp_path, given) -> None:
     saved(tmp_path)
     path = tmp_path / "config.json"
     plain = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("rope_parameters", "dtype")}
@@ -100,7 +101,7 @@ def test_both_spellings_mean_the_same(tmp_path, given):
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear"])
-def test_both_spellings_name_the_rotary_share(tmp_path, rope_type):
+def test_both_spellings_name_the_rotary_share(tmp_path, rope_type) -> None:
     PhiConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())

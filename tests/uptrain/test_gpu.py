@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import MODELS, build
-from transformers import AutoModelForCausalLM
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.model import check_isolation
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
+from tests.uptrain.test_model import MODELS, build
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 MANY = Path(__file__).parents[2] / "scripts" / "launch" / "many_gpus.sh"
@@ -44,18 +44,18 @@ def losses(output):
     ],
     ids=["float32", "bf16", "pure-bf16", "compile", "checkpointing"],
 )
-def test_one_device_learns(on_gpu, teacher_folder, train):
+def test_one_device_learns(on_gpu, teacher_folder, train) -> None:
     on_gpu["train"] |= train
     on_gpu["objective"] = {"distillation": {"teacher": str(teacher_folder), "cross_entropy_weight": 1.0}}
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     result = loop.uptrain(parse_config(on_gpu), quiet=True)
     torch.use_deterministic_algorithms(False)
     assert result.loss_after < result.loss_before
-    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder)
     assert not any(info.values())
 
 
-def test_float32_losses_are_those_of_the_cpu(on_gpu, tmp_path):
+def test_float32_losses_are_those_of_the_cpu(on_gpu, tmp_path) -> None:
     loop.uptrain(parse_config(on_gpu), quiet=True)
     there = {**on_gpu, "output": str(tmp_path / "cpu"), "train": {**on_gpu["train"], "device": "cpu"}}
     loop.uptrain(parse_config(there), quiet=True)
@@ -63,7 +63,7 @@ def test_float32_losses_are_those_of_the_cpu(on_gpu, tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
-def test_documents_are_kept_apart_on_every_backend(attention):
+def test_documents_are_kept_apart_on_every_backend(attention) -> None:
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("flash-attn is not installed")
     # Flash and flex kernels want heads of 16 at least.
@@ -84,7 +84,7 @@ def launch(path, engine, *overrides):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed"])
 def test_every_engine_stops_resumes_and_matches_one_device(
     on_gpu, teacher_folder, write_config, tmp_path, engine, precision
-):
+) -> None:
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
     on_gpu["train"] |= {"precision": precision}
@@ -113,5 +113,5 @@ def test_every_engine_stops_resumes_and_matches_one_device(
     assert found == pytest.approx(expected, abs=tolerance)
     ours, theirs = (load_file(Path(f) / "model.safetensors") for f in (output / "final", one.folder))
     assert ours.keys() == theirs.keys()
-    _, info = AutoModelForCausalLM.from_pretrained(output / "final", output_loading_info=True)
+    _, info = load_with_info(output / "final")
     assert not any(info.values())

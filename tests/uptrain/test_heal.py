@@ -5,7 +5,6 @@ import signal
 
 import pytest
 import torch
-from conftest import make_tiny
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -18,6 +17,8 @@ from gqa_convert.uptrain.heal import HealOptions, heal, heal_rate
 from gqa_convert.uptrain.model import attention_norms
 from gqa_convert.uptrain.parameters import choose_parameters
 from gqa_convert.uptrain.read_config import parse_config
+from gqa_convert.uptrain.step import train_step as real_step
+from tests.uptrain.conftest import make_tiny
 
 OPTIONS = {"context": 32, "tokens": 40_000, "rate": 0.01}
 
@@ -45,8 +46,8 @@ def same_bits(a, b):
 
 def test_a_healed_model_predicts_as_its_original_did_and_only_its_attention_has_changed(
     original, converted, text_file, tmp_path
-):
-    told = []
+) -> None:
+    told: list[str] = []
     result = heal(
         converted, original, out=tmp_path / "healed", options=HealOptions(text=str(text_file), **OPTIONS),
         quiet=True, tell=told.append,
@@ -73,10 +74,12 @@ def distance(original, folder):
     return float((t.exp() * (t - s)).sum(-1).mean())
 
 
-def test_interrupted_and_started_again_it_gives_the_same_bits(original, converted, text_file, tmp_path, monkeypatch):
+def test_interrupted_and_started_again_it_gives_the_same_bits(
+    original, converted, text_file, tmp_path, monkeypatch
+) -> None:
     options = HealOptions(text=str(text_file), **{**OPTIONS, "tokens": 20_000})
     straight = heal(converted, original, out=tmp_path / "straight", options=options, quiet=True)
-    real = loop.train_step
+    real = real_step
 
     def train_step(parts, guards, at, **rest):
         found = real(parts, guards, at, **rest)
@@ -96,7 +99,9 @@ def test_interrupted_and_started_again_it_gives_the_same_bits(original, converte
     assert not list(tmp_path.glob(".resumed*"))
 
 
-def test_it_stops_when_the_target_is_met_and_a_second_run_does_not_go_on(original, converted, text_file, tmp_path):
+def test_it_stops_when_the_target_is_met_and_a_second_run_does_not_go_on(
+    original, converted, text_file, tmp_path
+) -> None:
     options = HealOptions(text=str(text_file), until=5.0, **OPTIONS)
     result = heal(converted, original, out=tmp_path / "out", options=options, work=tmp_path / "work", quiet=True)
     assert result.tokens < OPTIONS["tokens"]
@@ -107,14 +112,14 @@ def test_it_stops_when_the_target_is_met_and_a_second_run_does_not_go_on(origina
     assert again.tokens == result.tokens
 
 
-def test_a_work_folder_that_cannot_be_made_is_one_line(original, converted, text_file, tmp_path):
+def test_a_work_folder_that_cannot_be_made_is_one_line(original, converted, text_file, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written to"):
         heal(converted, original, out=tmp_path / "o", options=HealOptions(text=str(text_file)),
              work=tmp_path / "file" / "work", quiet=True)  # fmt: skip
 
 
-def test_a_target_needs_something_to_be_near_to(settings):
+def test_a_target_needs_something_to_be_near_to(settings) -> None:
     with pytest.raises(UsageError, match="nothing to compare with"):
         parse_config({**settings, "evaluation": {"target": 0.1}})
 
@@ -122,12 +127,12 @@ def test_a_target_needs_something_to_be_near_to(settings):
 @pytest.mark.parametrize(
     "given", [{"tokens": 0}, {"until": 0.0}, {"rate": 1.5}, {"context": 1}], ids=lambda g: next(iter(g))
 )
-def test_values_that_mean_nothing_are_refused(given):
+def test_values_that_mean_nothing_are_refused(given) -> None:
     with pytest.raises(UsageError, match=next(iter(given))):
         HealOptions(**given)
 
 
-def test_another_models_vocabulary_is_refused(original, tmp_path):
+def test_another_models_vocabulary_is_refused(original, tmp_path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     other = LlamaForCausalLM(
@@ -146,7 +151,7 @@ def test_another_models_vocabulary_is_refused(original, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_without_text_the_original_writes_it(original, converted, tmp_path):
+def test_without_text_the_original_writes_it(original, converted, tmp_path) -> None:
     options = HealOptions(**{**OPTIONS, "tokens": 4096})
     result = heal(converted, original, out=tmp_path / "out", options=options, work=tmp_path / "work", quiet=True)
     lines = (tmp_path / "work" / "original-wrote.jsonl").read_text().splitlines()
@@ -155,7 +160,7 @@ def test_without_text_the_original_writes_it(original, converted, tmp_path):
     assert result.tokens == 4096
 
 
-def test_norms_of_queries_and_keys_are_trained_and_no_other_norm():
+def test_norms_of_queries_and_keys_are_trained_and_no_other_norm() -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM(
@@ -178,12 +183,12 @@ def parse_config_section():
     return TrainSection(batch_sequences=1, parameters="attention")
 
 
-def test_wide_models_move_less():
+def test_wide_models_move_less() -> None:
     assert heal_rate(576) == heal_rate(1024) == healing.PEAK
     assert heal_rate(4096) == pytest.approx(healing.PEAK / 2)
 
 
-def test_the_preset_converts_by_best_and_heals_and_goes_on_after_the_conversion(original, text_file, tmp_path):
+def test_the_preset_converts_by_best_and_heals_and_goes_on_after_the_conversion(original, text_file, tmp_path) -> None:
     out = tmp_path / "out"
     command = ["convert", str(original), "--groups", "1", "--preset", "heal", "--calibrate", str(text_file), "--out",
                str(out), "--heal-tokens", "4k", "--calibration-sequences", "8", "--calibration-length", "32",
@@ -204,13 +209,13 @@ def test_the_preset_converts_by_best_and_heals_and_goes_on_after_the_conversion(
     assert "interrupted run converted another model there" in str(other.exception)
 
 
-def test_options_of_the_preset_without_it_are_refused(original, tmp_path):
+def test_options_of_the_preset_without_it_are_refused(original, tmp_path) -> None:
     shown = CliRunner().invoke(app, ["convert", str(original), "--groups", "1", "--heal-tokens", "4k"])
     assert isinstance(shown.exception, UsageError)
     assert "--preset heal" in str(shown.exception)
 
 
-def test_a_dry_run_says_what_it_would_take_and_writes_nothing(original, converted, tmp_path):
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(original, converted, tmp_path) -> None:
     shown = CliRunner().invoke(
         app, ["heal", str(converted), str(original), "--out", str(tmp_path / "o"), "--dry-run", "--json"]
     )

@@ -48,7 +48,7 @@ def run(script, *arguments, env):
     return subprocess.run(["bash", LAUNCH / script, *arguments], env=env, capture_output=True, text=True)
 
 
-def test_slurm_starts_a_process_a_task_and_requeues_after_75(cluster, tmp_path):
+def test_slurm_starts_a_process_a_task_and_requeues_after_75(cluster, tmp_path) -> None:
     done = run("slurm.sbatch", "c.yaml", "--set", "a.b=c d", env=cluster)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -62,7 +62,7 @@ def test_slurm_starts_a_process_a_task_and_requeues_after_75(cluster, tmp_path):
     assert (tmp_path / "requeued").read_text() == "requeued 77\n"
 
 
-def test_many_gpus_says_what_it_expects_and_passes_codes_on(cluster):
+def test_many_gpus_says_what_it_expects_and_passes_codes_on(cluster) -> None:
     done = run("many_gpus.sh", "c.yaml", env={**cluster, "PROCESSES": "3"})
     assert done.returncode == 0
     assert sorted(line.split()[0] for line in done.stdout.splitlines()) == ["rank=0", "rank=1", "rank=2"]
@@ -74,13 +74,13 @@ def test_many_gpus_says_what_it_expects_and_passes_codes_on(cluster):
     assert run("many_gpus.sh", env=cluster).returncode == 2
 
 
-def test_one_gpu_expects_one_process(cluster):
+def test_one_gpu_expects_one_process(cluster) -> None:
     done = run("one_gpu.sh", "c.yaml", env={**cluster, "FAKE_CODE": "75"})
     assert done.returncode == 75
     assert "expect.engine=single --set expect.processes=1" in done.stdout
 
 
-def test_the_sky_task_runs_what_is_there():
+def test_the_sky_task_runs_what_is_there() -> None:
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert "scripts/launch/many_gpus.sh" in task["run"]
     assert (ROOT / task["envs"]["CONFIG"]).is_file()
@@ -88,7 +88,7 @@ def test_the_sky_task_runs_what_is_there():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
-def test_accelerate_reads_its_configurations(path):
+def test_accelerate_reads_its_configurations(path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     found = load_config_from_file(str(path))
@@ -100,6 +100,6 @@ def test_accelerate_reads_its_configurations(path):
         assert not found.deepspeed_config["zero3_init_flag"]
 
 
-def test_the_module_is_the_command():
+def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "gqa_convert.uptrain", "--help"], capture_output=True, text=True)
     assert "--dry-run" in done.stdout

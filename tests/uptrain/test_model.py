@@ -41,7 +41,7 @@ FLEX = pytest.param("flex_attention", marks=pytest.mark.slow)  # compiles for ha
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", FLEX])
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX", "Gemma2"])
-def test_documents_are_kept_apart_on_every_backend(name, attention):
+def test_documents_are_kept_apart_on_every_backend(name, attention) -> None:
     if name == "Gemma2" and attention != "eager":
         pytest.skip("Gemma 2 runs on eager attention only")
     assert check_isolation(build(name, attention, **MODELS[name])) < 1e-4
@@ -77,7 +77,7 @@ def flash():
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX"])
-def test_float32_weights_are_tried_out_under_flash_attention_in_16_bits(flash, name):
+def test_float32_weights_are_tried_out_under_flash_attention_in_16_bits(flash, name) -> None:
     model = build(name, "eager", **MODELS[name])
     model.config._attn_implementation = flash  # by its name alone transformers would look for the real thing
     assert 0 <= check_isolation(model) < 5e-2
@@ -87,7 +87,7 @@ def test_float32_weights_are_tried_out_under_flash_attention_in_16_bits(flash, n
         model(torch.randint(3, 59, (1, 9)))
 
 
-def test_a_mask_or_a_cache_would_let_them_see_each_other():
+def test_a_mask_or_a_cache_would_let_them_see_each_other() -> None:
     # Why run_model passes neither: transformers then drops the documents' limits without a word.
     model = build("Llama", **MODELS["Llama"])
     ids = torch.randint(3, 59, (1, 12))
@@ -101,7 +101,7 @@ def test_a_mask_or_a_cache_would_let_them_see_each_other():
     assert (masked[:, 5:] - alone).abs().max() > 1e-2 * scale
 
 
-def test_a_model_that_lets_them_see_each_other_is_refused():
+def test_a_model_that_lets_them_see_each_other_is_refused() -> None:
     model = build("Llama", **MODELS["Llama"])
     forward = model.forward
     model.forward = lambda position_ids=None, **rest: forward(**rest)
@@ -113,7 +113,7 @@ def test_a_model_that_lets_them_see_each_other_is_refused():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_skipping_the_head_gives_the_same_logits_or_is_not_done(name):
+def test_skipping_the_head_gives_the_same_logits_or_is_not_done(name) -> None:
     model = build(name, "eager", **MODELS[name])
     ids = {"input_ids": torch.randint(3, 59, (2, 9))}
     assert can_skip_head(model) == (name != "Gemma2")  # soft-capped logits are no plain product
@@ -127,7 +127,7 @@ def test_skipping_the_head_gives_the_same_logits_or_is_not_done(name):
     assert model(**ids).logits.shape == expected.shape  # the head works again
 
 
-def test_attention_projections_are_found_whatever_they_are_called():
+def test_attention_projections_are_found_whatever_they_are_called() -> None:
     assert len(attention_linears(build("Llama", **MODELS["Llama"]))) == 8
     assert set(attention_linears(build("GPTNeoX", **MODELS["GPTNeoX"]))) == {
         f"gpt_neox.layers.{i}.attention.{n}" for i in (0, 1) for n in ("query_key_value", "dense")
@@ -136,7 +136,7 @@ def test_attention_projections_are_found_whatever_they_are_called():
         attention_linears(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
-def test_dropout_is_set_everywhere():
+def test_dropout_is_set_everywhere() -> None:
     model = build("GPT2", **MODELS["GPT2"]).train()
     set_dropout(model, 0.0)
     ids = torch.randint(3, 59, (1, 9))

@@ -21,7 +21,8 @@ def case():
     return hidden, weight, bias, labels, teacher
 
 
-def plain(hidden, weight, bias, labels, teacher, spec):
+def plain(leaves, labels, teacher, spec):
+    hidden, weight, bias = leaves
     logits = functional.linear(hidden, weight, bias)
     valid = labels != IGNORE
     ce = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -47,10 +48,10 @@ def plain(hidden, weight, bias, labels, teacher, spec):
     ],
     ids=["ce", "kl", "both", "top_k"],
 )
-def test_chunks_give_the_loss_and_gradients_of_the_whole(case, weights, chunk):
+def test_chunks_give_the_loss_and_gradients_of_the_whole(case, weights, chunk) -> None:
     *leaves, labels, teacher = case
     spec = LossSpec(chunk=chunk, **weights)
-    expected, ce, kl = plain(*leaves, labels, teacher, spec)
+    expected, ce, kl = plain(leaves, labels, teacher, spec)
     wanted = torch.autograd.grad(expected * 1.7, leaves)
     hidden, weight, bias = leaves
     loss, sums = chunked_loss(hidden, Head(weight, bias), labels, teacher, spec)
@@ -64,7 +65,7 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(case, weights, chunk):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
-def test_logits_of_the_model_itself_are_scored_in_chunks_too(case):
+def test_logits_of_the_model_itself_are_scored_in_chunks_too(case) -> None:
     hidden, weight, bias, labels, _ = case
     spec = LossSpec(chunk=8)
     logits = functional.linear(hidden, weight, bias).detach().requires_grad_()
@@ -75,7 +76,7 @@ def test_logits_of_the_model_itself_are_scored_in_chunks_too(case):
     assert (a - b).abs().max() < 1e-6
 
 
-def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(case):
+def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(case) -> None:
     hidden, weight, _, labels, teacher = case
     frozen = weight.detach()
     loss, _ = chunked_loss(hidden, Head(frozen), labels, None, LossSpec())
@@ -87,7 +88,7 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(case):
     assert (sums > 0).all()
 
 
-def test_a_model_equal_to_its_teacher_has_no_divergence(case):
+def test_a_model_equal_to_its_teacher_has_no_divergence(case) -> None:
     hidden, weight, *_, labels, _ = case
     teacher = TeacherOutput(hidden.detach(), Head(weight.detach()))
     loss, sums = chunked_loss(hidden, Head(weight), labels, teacher, LossSpec(ce_weight=0, kl_weight=1))
@@ -110,7 +111,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_logits_of_all_positions_never_exist_at_once(top_k):
+def test_logits_of_all_positions_never_exist_at_once(top_k) -> None:
     count, vocabulary, width, chunk = 512, 4000, 16, 32
     hidden = torch.randn(count, width, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
@@ -124,7 +125,7 @@ def test_logits_of_all_positions_never_exist_at_once(top_k):
     assert seen.elements <= chunk * vocabulary
 
 
-def test_hidden_cosine_is_zero_for_equal_states_and_ignores_what_is_not_scored():
+def test_hidden_cosine_is_zero_for_equal_states_and_ignores_what_is_not_scored() -> None:
     states = [torch.randn(2, 5, 8) for _ in range(3)]
     labels = torch.zeros(10, dtype=torch.long)
     assert hidden_cosine(states, states, labels).item() == pytest.approx(0, abs=1e-5)

@@ -27,7 +27,7 @@ def toy(monkeypatch):
     return made
 
 
-def test_a_new_row_is_configured_planned_and_trained_with(settings, toy):
+def test_a_new_row_is_configured_planned_and_trained_with(settings, toy) -> None:
     settings |= {"optimizer": {"kind": "toy"}, "schedule": {"kind": "constant", "peak": 0.3}, "budget": {"steps": 12}}
     config = parse_config(settings)
     plan = resolve(config)
@@ -41,7 +41,7 @@ def test_a_new_row_is_configured_planned_and_trained_with(settings, toy):
     assert (Path(settings["output"]) / "final" / "model.safetensors").is_file()
 
 
-def test_an_unknown_optimizer_is_named_with_those_there_are(settings):
+def test_an_unknown_optimizer_is_named_with_those_there_are(settings) -> None:
     settings["optimizer"] = {"kind": "adam"}
     with pytest.raises(UsageError, match=r"optimizer\.kind='adam': choose one of adamw, adafactor"):
         parse_config(settings)
@@ -50,7 +50,7 @@ def test_an_unknown_optimizer_is_named_with_those_there_are(settings):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_a_row_says_how_much_state_it_keeps(name):
+def test_a_row_says_how_much_state_it_keeps(name) -> None:
     """Bytes per parameter as they are after a step, up to what a large matrix makes of rows and columns."""
     model = torch.nn.Linear(256, 512, bias=False)
     optimizer = make_optimizer(model, OptimizerSection(kind=name))

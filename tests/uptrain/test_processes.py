@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from gqa_convert.uptrain.step import train_step as real_step
+from tests.support import load_with_info
 
 LAUNCH = Path(__file__).parents[2] / "scripts" / "launch"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
@@ -41,7 +42,7 @@ def launch(script, *arguments, **environment):
     )  # fmt: skip
 
 
-def test_two_processes_save_and_stop_with_75(settings, write_config):
+def test_two_processes_save_and_stop_with_75(settings, write_config) -> None:
     settings["train"]["micro_batch"] = 1
     path = write_config(settings)
     output = Path(settings["output"])
@@ -60,7 +61,7 @@ def test_two_processes_save_and_stop_with_75(settings, write_config):
 
 
 @pytest.mark.slow
-def test_one_process_chooses_the_checkpoint_for_all(settings, write_config, tmp_path):
+def test_one_process_chooses_the_checkpoint_for_all(settings, write_config, tmp_path) -> None:
     settings["train"]["micro_batch"] = 1
     settings["checkpoints"] = {"resume": str(tmp_path / "nothing")}
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
@@ -70,7 +71,7 @@ def test_one_process_chooses_the_checkpoint_for_all(settings, write_config, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_match_one_with_twice_the_accumulation(settings, single, write_config):
+def test_two_processes_match_one_with_twice_the_accumulation(settings, single, write_config) -> None:
     settings["train"]["micro_batch"] = 1
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
     said = done.communicate()[0]
@@ -78,7 +79,7 @@ def test_two_processes_match_one_with_twice_the_accumulation(settings, single, w
     assert close(read_metrics(Path(settings["output"]) / "metrics.jsonl"), single[1])
 
 
-def test_a_silent_downgrade_is_refused(settings, write_config):
+def test_a_silent_downgrade_is_refused(settings, write_config) -> None:
     # accelerate's launcher starts one process on a CPU without mpirun, and ignores FSDP there.
     done = launch("many_gpus.sh", write_config(settings), ENGINE="fsdp2", PROCESSES="1")
     said = done.communicate()[0]
@@ -86,7 +87,7 @@ def test_a_silent_downgrade_is_refused(settings, write_config):
     assert "engine fsdp2 was asked for" in said
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_read(settings, write_config):
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_read(settings, write_config) -> None:
     settings["train"]["batch_sequences"] = 2
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
     said = done.communicate()[0]
@@ -95,7 +96,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_r
     assert not (Path(settings["output"]) / "tokens").exists()
 
 
-def launch_sharded(path, stop, engine="fsdp2"):
+def launch_sharded(path, stop, engine="fsdp2") -> None:
     """Start the stand-in for accelerate's FSDP2 (or DDP) with the environment of accelerate's own launcher."""
     worker = Path(__file__).with_name("sharded_worker.py")
     script = '. "$1"; shift; export FSDP_CPU_RAM_EFFICIENT_LOADING=true; exec "$PYTHON" -m torch.distributed.run "$@"'
@@ -115,7 +116,7 @@ def final_weights(folder):
 
 
 @pytest.mark.slow
-def test_sharded_training_matches_and_resumes(settings, single, write_config):
+def test_sharded_training_matches_and_resumes(settings, single, write_config) -> None:
     settings["train"]["micro_batch"] = 1
     path = write_config(settings)
     launch_sharded(path, stop=10)
@@ -129,19 +130,19 @@ def test_sharded_training_matches_and_resumes(settings, single, write_config):
     assert all(abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 for a, b in zip(trained, expected, strict=True))
     ours, theirs = final_weights(output), final_weights(single[0].folder.parent)
     assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
-    _, info = AutoModelForCausalLM.from_pretrained(output / "final", output_loading_info=True)
+    _, info = load_with_info(output / "final")
     assert not info["missing_keys"]
 
 
-def stop_here(monkeypatch, step):
+def stop_here(monkeypatch, step) -> None:
     """Stop a run of this process after `step`, as a signal would."""
-    real = loop.train_step
+    real = real_step
     monkeypatch.setattr(
         loop, "train_step", lambda *args, stop, **rest: real(*args, stop=stop or args[2] + 1 == step, **rest)
     )
 
 
-def alone(settings, monkeypatch, stop):
+def alone(settings, monkeypatch, stop) -> None:
     """Run with one process in place, to the end or until it stops."""
     stop_here(monkeypatch, stop)
     with pytest.raises(Preempted) if stop else nullcontext():
@@ -159,7 +160,9 @@ def alone(settings, monkeypatch, stop):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "streaming" if value else "stored",
 )
-def test_any_engine_goes_on_from_any_others_checkpoint(settings, write_config, tmp_path, monkeypatch, legs, streaming):
+def test_any_engine_goes_on_from_any_others_checkpoint(
+    settings, write_config, tmp_path, monkeypatch, legs, streaming
+) -> None:
     settings["train"]["micro_batch"] = 1
     settings["data"] |= {"streaming": streaming, "window": 4}
     undisturbed = loop.uptrain(parse_config({**settings, "output": str(tmp_path / "single")}), quiet=True)
@@ -191,7 +194,7 @@ def test_any_engine_goes_on_from_any_others_checkpoint(settings, write_config, t
 @pytest.mark.slow
 def test_sharded_bf16_attention_only_with_a_teacher_and_recomputed_activations(
     settings, teacher_folder, write_config, tmp_path
-):
+) -> None:
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder), "cross_entropy_weight": 0.5}}
     settings["train"] |= {"precision": "bf16", "parameters": "attention", "gradient_checkpointing": True}
     one = loop.uptrain(parse_config({**settings, "output": str(tmp_path / "single")}), quiet=True)

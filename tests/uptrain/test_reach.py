@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_model import MODELS, build
 from torch import nn
 
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.model import ScoredModel
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.unused_parameters import freeze_unreached
+from tests.uptrain.test_model import MODELS, build
 
 MANY = Path(__file__).parents[2] / "scripts" / "launch" / "many_gpus.sh"
 
@@ -30,20 +30,20 @@ def frozen(model, told=None):
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPTNeoX", "Gemma2", "GPT2"])
-def test_every_parameter_of_a_text_model_is_reached(name):
+def test_every_parameter_of_a_text_model_is_reached(name) -> None:
     assert frozen(build(name, "eager", **MODELS[name]).train()) == []
 
 
-def test_recomputed_activations_hide_nothing():
+def test_recomputed_activations_hide_nothing() -> None:
     model = build("Llama", **MODELS["Llama"]).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert frozen(model) == []
 
 
-def test_a_tower_beside_the_text_is_frozen_once_and_told():
+def test_a_tower_beside_the_text_is_frozen_once_and_told() -> None:
     model = build("Llama", **MODELS["Llama"])
     model.tower = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    told = []
+    told: list[str] = []
     assert frozen(model, told) == ["model.tower"]
     assert told == ["not trained, since text does not reach them: tower"]
     assert not model.tower[1].weight.requires_grad
@@ -53,7 +53,7 @@ def test_a_tower_beside_the_text_is_frozen_once_and_told():
 class Choice(nn.Module):
     """One of several experts, as a router would pick it."""
 
-    def __init__(self, experts):
+    def __init__(self, experts) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
 
@@ -61,7 +61,7 @@ class Choice(nn.Module):
         return self.experts[0](x)
 
 
-def test_an_expert_that_was_not_picked_is_trained_all_the_same():
+def test_an_expert_that_was_not_picked_is_trained_all_the_same() -> None:
     model = build("Llama", **MODELS["Llama"])
     layer = model.model.layers[0]
     layer.mlp = Choice([layer.mlp, build("Llama", **MODELS["Llama"]).model.layers[0].mlp])
@@ -69,7 +69,7 @@ def test_an_expert_that_was_not_picked_is_trained_all_the_same():
 
 
 @pytest.mark.slow
-def test_an_image_model_is_trained_on_text_by_two_processes(settings, tiny_folder, tmp_path):
+def test_an_image_model_is_trained_on_text_by_two_processes(settings, tiny_folder, tmp_path) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = LlamaConfig(**json.loads((tiny_folder / "config.json").read_text()))

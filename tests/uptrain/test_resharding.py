@@ -16,7 +16,7 @@ from gqa_convert.uptrain.whole import load_whole, save_whole
 
 
 class Scored(nn.Module):
-    def __init__(self, seed=0):
+    def __init__(self, seed=0) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2))
@@ -33,7 +33,7 @@ def trained(seed=0, steps=3):
     return module, optimizer
 
 
-def same(one, two):
+def same(one, two) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[0].parameters(), two[0].parameters(), strict=True))
     states = [[o.state[p] for g in o.param_groups for p in g["params"]] for _, o in (one, two)]
     assert all(torch.equal(a[k], b[k]) for a, b in zip(*states, strict=True) for k in a)
@@ -46,7 +46,7 @@ def sharded(tmp_path):
     return tmp_path
 
 
-def test_one_process_reads_shards_with_the_optimiser(sharded):
+def test_one_process_reads_shards_with_the_optimiser(sharded) -> None:
     fresh = trained(seed=1, steps=0)
     load_training_state(sharded, *fresh)
     same(fresh, trained())
@@ -55,7 +55,7 @@ def test_one_process_reads_shards_with_the_optimiser(sharded):
     assert torch.equal(alone.model[0].weight, fresh[0].model[0].weight)
 
 
-def test_the_names_of_wrappers_are_no_part_of_a_checkpoint(tmp_path):
+def test_the_names_of_wrappers_are_no_part_of_a_checkpoint(tmp_path) -> None:
     module, optimizer = trained()
     save_whole(tmp_path, SimpleNamespace(named_parameters=lambda: [
         ("module." + name.replace("model.", "model._orig_mod."), p) for name, p in module.named_parameters()
@@ -70,7 +70,7 @@ class Harm:
         return os.mkdir, ("harmed",)
 
 
-def replace_bytes(folder, change):
+def replace_bytes(folder, change) -> None:
     path = folder / "shards" / ".metadata"
     path.write_bytes(change(path.read_bytes()))
 
@@ -90,7 +90,7 @@ def outside(data):
     ],
     ids=["code", "list", "cut", "empty", "outside", "function", "marks"],
 )  # fmt: skip
-def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(sharded, monkeypatch, tmp_path, change):
+def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(sharded, monkeypatch, tmp_path, change) -> None:
     monkeypatch.chdir(tmp_path)
     assert training_state_problem(sharded) is None
     replace_bytes(sharded, change)
@@ -100,7 +100,7 @@ def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(sharded, mo
     assert not (tmp_path / "harmed").exists()
 
 
-def test_plain_values_among_shards_are_unpickled_as_such(tmp_path, monkeypatch):
+def test_plain_values_among_shards_are_unpickled_as_such(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     module, optimizer = trained()
     optimizer.param_groups[0]["eps"] = Harm()
@@ -110,13 +110,13 @@ def test_plain_values_among_shards_are_unpickled_as_such(tmp_path, monkeypatch):
     assert not (tmp_path / "harmed").exists()
 
 
-def test_shards_of_another_model_are_refused(sharded):
+def test_shards_of_another_model_are_refused(sharded) -> None:
     other = nn.Sequential(nn.Linear(6, 5))
     with pytest.raises(CheckpointError, match="shards cannot be read"):
         load_training_state(sharded, other, torch.optim.AdamW(other.parameters()))
 
 
-def test_an_optimisers_state_of_other_shapes_is_refused(tmp_path):
+def test_an_optimisers_state_of_other_shapes_is_refused(tmp_path) -> None:
     module, optimizer = trained()
     save_whole(tmp_path, module, optimizer)
     state = torch.load(tmp_path / "optimizer.pt")

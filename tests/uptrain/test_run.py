@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from gqa_convert.errors import OutputError, Preempted, TrainingAborted, UsageError
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.checkpoints import CheckpointStore
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from gqa_convert.uptrain.state import save_training_state
+from gqa_convert.uptrain.step import train_step as real_step
+from tests.support import load_with_info
+from tests.uptrain.conftest import make_tiny
 
 
 def run(settings, **changes):
@@ -44,8 +47,8 @@ def straight(settings, tmp_path):
     return result, tmp_path / "straight"
 
 
-def stop_after(monkeypatch, step, number=signal.SIGTERM):
-    real = loop.train_step
+def stop_after(monkeypatch, step, number=signal.SIGTERM) -> None:
+    real = real_step
 
     def train_step(parts, guards, at, **rest):
         found = real(parts, guards, at, **rest)
@@ -58,7 +61,9 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["", "dropout"])
-def test_stopped_by_a_signal_and_resumed_is_bitwise_the_same(settings, tmp_path, monkeypatch, streaming, dropout):
+def test_stopped_by_a_signal_and_resumed_is_bitwise_the_same(
+    settings, tmp_path, monkeypatch, streaming, dropout
+) -> None:
     settings["data"]["streaming"] = streaming
     settings["train"]["dropout"] = dropout
     run(settings)
@@ -92,7 +97,7 @@ loop.uptrain(load_config(__import__("pathlib").Path(sys.argv[1])))
 """
 
 
-def test_killed_and_resumed_from_the_last_checkpoint_is_bitwise_the_same(settings, straight, write_config):
+def test_killed_and_resumed_from_the_last_checkpoint_is_bitwise_the_same(settings, straight, write_config) -> None:
     settings["checkpoints"] = {"every_steps": 5}
     done = subprocess.run([sys.executable, "-c", KILLER, write_config(settings)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -103,10 +108,10 @@ def test_killed_and_resumed_from_the_last_checkpoint_is_bitwise_the_same(setting
     assert losses(settings["output"]) == losses(straight[1])
 
 
-def test_the_result_is_a_plain_model_that_learnt_and_keeps_what_came_along(settings, tiny_folder):
+def test_the_result_is_a_plain_model_that_learnt_and_keeps_what_came_along(settings, tiny_folder) -> None:
     result = run(settings)
     assert result.loss_after < result.loss_before - 0.5
-    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert not same_bits(load_file(tiny_folder / "model.safetensors"), trained(settings["output"]))
@@ -126,25 +131,25 @@ def test_the_result_is_a_plain_model_that_learnt_and_keeps_what_came_along(setti
 
 
 @pytest.mark.parametrize("micro", [1, 4])
-def test_accumulation_changes_nothing(settings, straight, micro):
+def test_accumulation_changes_nothing(settings, straight, micro) -> None:
     run(settings, train={"micro_batch": micro})
     for step, values in losses(settings["output"]).items():
         assert values == pytest.approx(losses(straight[1])[step], rel=2e-5)
 
 
-def test_a_finished_run_is_not_run_again(settings, straight):
+def test_a_finished_run_is_not_run_again(settings, straight) -> None:
     settings["output"] = str(straight[1])
     before = (straight[1] / "metrics.jsonl").read_text().count('"train"')
     assert run(settings).loss_after == straight[0].loss_after
     assert (straight[1] / "metrics.jsonl").read_text().count('"train"') == before
 
 
-def test_a_run_goes_on_longer_when_its_budget_grows(settings, straight):
+def test_a_run_goes_on_longer_when_its_budget_grows(settings, straight) -> None:
     settings["output"] = str(straight[1])
     assert run(settings, budget={"steps": 25}).steps == 25
 
 
-def test_resuming_with_other_data_is_refused(settings, straight):
+def test_resuming_with_other_data_is_refused(settings, straight) -> None:
     settings["output"] = str(straight[1])
     with pytest.raises(UsageError, match="seed was 0 and is 1"):
         run(settings, train={"seed": 1})
@@ -152,7 +157,7 @@ def test_resuming_with_other_data_is_refused(settings, straight):
         run(settings, checkpoints={"resume": "never"})
 
 
-def test_resuming_with_another_model_of_the_same_shape_is_refused(settings, straight, tmp_path):
+def test_resuming_with_another_model_of_the_same_shape_is_refused(settings, straight, tmp_path) -> None:
     settings["output"] = str(straight[1])
     settings["model"] = str(make_tiny(tmp_path / "again", seed=7))
     with pytest.raises(UsageError, match=r"model_weights was .* and is"):
@@ -160,7 +165,7 @@ def test_resuming_with_another_model_of_the_same_shape_is_refused(settings, stra
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
-def test_resuming_with_other_text_under_the_same_name_is_refused(settings, tmp_path, streaming):
+def test_resuming_with_other_text_under_the_same_name_is_refused(settings, tmp_path, streaming) -> None:
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(Path(settings["data"]["source"]["paths"][0]).read_bytes())
@@ -181,7 +186,7 @@ def test_resuming_with_other_text_under_the_same_name_is_refused(settings, tmp_p
     ],
     ids=["kl", "with-ce", "top-k", "hidden"],
 )
-def test_distillation_brings_the_model_to_its_teacher(settings, teacher_folder, distillation):
+def test_distillation_brings_the_model_to_its_teacher(settings, teacher_folder, distillation) -> None:
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder), **distillation}}
     result = run(settings)
     found = [r["held_out_kl"] for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if "held_out_kl" in r]
@@ -190,7 +195,7 @@ def test_distillation_brings_the_model_to_its_teacher(settings, teacher_folder, 
     assert result.reference_loss is not None
 
 
-def test_a_teacher_with_another_vocabulary_is_refused(settings, tmp_path):
+def test_a_teacher_with_another_vocabulary_is_refused(settings, tmp_path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     LlamaForCausalLM(
@@ -201,7 +206,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(settings, tmp_path):
         run(settings)
 
 
-def test_attention_only_moves_nothing_else(settings, tiny_folder):
+def test_attention_only_moves_nothing_else(settings, tiny_folder) -> None:
     run(settings, train={"parameters": "attention"})
     before, after = load_file(tiny_folder / "model.safetensors"), trained(settings["output"])
     moved = {key for key in before if not torch.equal(before[key], after[key])}
@@ -210,7 +215,7 @@ def test_attention_only_moves_nothing_else(settings, tiny_folder):
     assert len(saved) == 8
 
 
-def test_lora_is_merged_into_a_plain_model(settings, tiny_folder, monkeypatch):
+def test_lora_is_merged_into_a_plain_model(settings, tiny_folder, monkeypatch) -> None:
     pytest.importorskip("peft")
     changes = {"train": {"parameters": "lora", "lora": {"rank": 4}}}
     stop_after(monkeypatch, 10)
@@ -222,7 +227,7 @@ def test_lora_is_merged_into_a_plain_model(settings, tiny_folder, monkeypatch):
     assert {key for key in before if not torch.equal(before[key], after[key])} == {
         k for k in before if "self_attn" in k
     }
-    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder)
     assert not info["unexpected_keys"]
     assert result.loss_after < result.loss_before
     again = run({**settings, "model": str(result.folder), "output": settings["output"] + "-again"}, budget={"steps": 1})
@@ -242,7 +247,7 @@ def test_lora_is_merged_into_a_plain_model(settings, tiny_folder, monkeypatch):
     ],
     ids=["bf16", "pure-bf16", "checkpointing", "adafactor", "packed", "seeing", "reference"],
 )
-def test_every_switch_trains(settings, teacher_folder, changes):
+def test_every_switch_trains(settings, teacher_folder, changes) -> None:
     changes = json.loads(json.dumps(changes).replace("TEACHER", str(teacher_folder)))
     result = run(settings, **changes)
     torch.use_deterministic_algorithms(False)
@@ -258,7 +263,7 @@ def test_every_switch_trains(settings, teacher_folder, changes):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_as_the_plain_one_does_and_resumes(settings, straight, monkeypatch):
+def test_a_compiled_model_trains_as_the_plain_one_does_and_resumes(settings, straight, monkeypatch) -> None:
     settings["train"]["compile"] = True
     stop_after(monkeypatch, 10)
     with pytest.raises(Preempted):
@@ -268,19 +273,19 @@ def test_a_compiled_model_trains_as_the_plain_one_does_and_resumes(settings, str
     found, expected = losses(settings["output"]), losses(straight[1])
     assert len(found) == 20
     assert all(abs(found[step][0] - expected[step][0]) < 1e-4 for step in expected)
-    _, info = AutoModelForCausalLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder)
     assert not any(info.values())
 
 
-def test_evaluations_at_given_tokens_come_beside_the_regular_ones(settings):
+def test_evaluations_at_given_tokens_come_beside_the_regular_ones(settings) -> None:
     # A step is 128 tokens; 300 is passed in the third one, and the last step is always evaluated, once.
     run(settings, evaluation={"every_tokens": 1280, "at_tokens": [128, 300, 2560]})
     records = read_metrics(Path(settings["output"]) / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 1, 3, 10, 20]
 
 
-def test_a_nan_stops_before_the_step_and_the_checkpoint_is_from_before(settings, monkeypatch):
-    real = loop.train_step
+def test_a_nan_stops_before_the_step_and_the_checkpoint_is_from_before(settings, monkeypatch) -> None:
+    real = real_step
 
     def poison(parts, guards, at, **rest):
         if at == 7:
@@ -296,9 +301,9 @@ def test_a_nan_stops_before_the_step_and_the_checkpoint_is_from_before(settings,
     assert run(settings).steps == 20
 
 
-def test_a_full_disk_is_survived_and_then_stops_clean(settings, monkeypatch):
+def test_a_full_disk_is_survived_and_then_stops_clean(settings, monkeypatch) -> None:
     calls = []
-    real = loop.save_training_state
+    real = save_training_state
 
     def full(*args, **kwargs):
         calls.append(1)
@@ -317,7 +322,7 @@ def test_a_full_disk_is_survived_and_then_stops_clean(settings, monkeypatch):
     assert store.newest().step == 0
 
 
-def test_what_a_killed_run_was_saving_does_not_stay(settings):
+def test_what_a_killed_run_was_saving_does_not_stay(settings) -> None:
     left = Path(settings["output"]) / "checkpoints" / ".saving-00000007"
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
@@ -325,7 +330,7 @@ def test_what_a_killed_run_was_saving_does_not_stay(settings):
     assert not left.exists()
 
 
-def test_two_runs_in_one_folder_are_refused(settings):
+def test_two_runs_in_one_folder_are_refused(settings) -> None:
     import fcntl
 
     Path(settings["output"]).mkdir()
@@ -336,12 +341,12 @@ def test_two_runs_in_one_folder_are_refused(settings):
     os.close(handle)
 
 
-def test_asking_for_what_is_not_there_is_refused(settings):
+def test_asking_for_what_is_not_there_is_refused(settings) -> None:
     with pytest.raises(UsageError, match=r"engine fsdp2 was asked for, single.*2 processes were asked for, 1"):
         run(settings, expect={"engine": "fsdp2", "processes": 2})
 
 
-def test_held_out_text_of_its_own_and_a_python_source(settings, text_file):
+def test_held_out_text_of_its_own_and_a_python_source(settings, text_file) -> None:
     own = {"kind": "jsonl", "paths": [str(text_file)]}
     result = run(settings, data={"held_out_source": own, "held_out_fraction": 0.0}, evaluation={"tokens": 500})
     found = read_metrics(Path(settings["output"]) / "metrics.jsonl")[0]

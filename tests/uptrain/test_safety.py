@@ -20,7 +20,7 @@ def save(store, step):
     return store.commit(step, {"step": step})
 
 
-def test_two_whole_checkpoints_are_kept_and_the_newest_is_found(tmp_path):
+def test_two_whole_checkpoints_are_kept_and_the_newest_is_found(tmp_path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     assert store.newest() is None
     for step in (0, 5, 10, 15):
@@ -30,7 +30,7 @@ def test_two_whole_checkpoints_are_kept_and_the_newest_is_found(tmp_path):
     assert open_checkpoint(tmp_path / "step-00000010").step == 10
 
 
-def test_a_save_that_is_cut_short_is_no_checkpoint_and_costs_none(tmp_path):
+def test_a_save_that_is_cut_short_is_no_checkpoint_and_costs_none(tmp_path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     save(store, 5)
     stage = store.begin(10)
@@ -41,7 +41,7 @@ def test_a_save_that_is_cut_short_is_no_checkpoint_and_costs_none(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "unmark", "garble"])
-def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, harm):
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, harm) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     save(store, 5)
     folder = save(store, 10).folder
@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, harm):
         "unmark": marker.unlink,
         "garble": lambda: marker.write_text("{"),
     }[harm]()
-    told = []
+    told: list[str] = []
     assert store.newest(told.append).step == 5
     assert "step-00000010" in told[0]
     assert damage(folder)
@@ -63,11 +63,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, harm):
     assert store.newest().step == 10
 
 
-def test_a_failing_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
+def test_a_failing_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     save(store, 5)
 
-    def full(*_):
+    def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "rename", full)
@@ -79,12 +79,12 @@ def test_a_failing_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (float("nan"), float("nan"))])
-def test_numbers_that_are_not_finite_stop_before_the_step(loss, norm):
+def test_numbers_that_are_not_finite_stop_before_the_step(loss, norm) -> None:
     with pytest.raises(TrainingAborted, match="was not taken"):
         Guards(GuardSection()).accepts(step=3, loss=loss, norm=norm)
 
 
-def test_spikes_are_skipped_and_too_many_stop():
+def test_spikes_are_skipped_and_too_many_stop() -> None:
     guards = Guards(GuardSection(spike_factor=3.0, spike_window=8, spike_limit=3))
     assert guards.accepts(step=1, loss=100.0, norm=1.0)  # nothing to compare with yet
     for step in range(2, 10):
@@ -100,12 +100,12 @@ def test_spikes_are_skipped_and_too_many_stop():
     assert (guards.skipped, again.skipped) == (2, 4)
 
 
-def test_no_factor_no_spikes():
+def test_no_factor_no_spikes() -> None:
     guards = Guards(GuardSection(spike_factor=None))
     assert all(guards.accepts(step=i, loss=1.0 * 10**i, norm=1.0) for i in range(80))
 
 
-def test_signals_are_noted_and_handlers_put_back():
+def test_signals_are_noted_and_handlers_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_signals() as stop:
         assert not stop
@@ -120,17 +120,17 @@ class Elsewhere:
 
     is_main, processes, rank = False, 2, 1
 
-    def from_main(self, find):
+    def from_main(self, find) -> str:
         return "token of a process far away"
 
     def sum_of(self, value):
         return value
 
-    def wait(self):
+    def wait(self) -> None:
         pass
 
 
-def test_processes_that_do_not_share_the_output_stop_at_once(tmp_path, monkeypatch):
+def test_processes_that_do_not_share_the_output_stop_at_once(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("gqa_convert.uptrain.folder._PATIENCE", 0.0)
     with pytest.raises(OutputError, match="storage that every machine sees"), run_folder(tmp_path, Elsewhere()):
         raise AssertionError("must not get here")
@@ -139,7 +139,7 @@ def test_processes_that_do_not_share_the_output_stop_at_once(tmp_path, monkeypat
         pass
 
 
-def test_metrics_forget_what_a_resumed_run_does_again(tmp_path):
+def test_metrics_forget_what_a_resumed_run_does_again(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     for step in range(1, 6):

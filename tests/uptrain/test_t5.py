@@ -10,13 +10,15 @@ from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import load_with_info
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
-    from conftest import WORDS
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    from tests.uptrain.conftest import WORDS
 
     folder = tmp_path_factory.mktemp("t5")
     sentinels = [f"<extra_id_{i}>" for i in range(10)]
@@ -48,22 +50,22 @@ def t5_settings(settings, t5_folder):
     return settings
 
 
-def test_the_papers_recipe_runs_and_learns(t5_settings):
+def test_the_papers_recipe_runs_and_learns(t5_settings) -> None:
     result = loop.uptrain(parse_config({**t5_settings, "budget": {"steps": 40}}), quiet=True)
     assert result.loss_after < result.loss_before - 0.3
-    _, info = AutoModelForSeq2SeqLM.from_pretrained(result.folder, output_loading_info=True)
+    _, info = load_with_info(result.folder, AutoModelForSeq2SeqLM)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
 
 
-def test_a_converted_t5_keeps_its_code(t5_settings, t5_folder, tmp_path):
+def test_a_converted_t5_keeps_its_code(t5_settings, t5_folder, tmp_path) -> None:
     converted = convert(t5_folder, groups=2, cross_groups=1, out=tmp_path / "gqa").out
     values = {**t5_settings, "model": str(converted), "budget": {"steps": 20}}
     values["objective"]["distillation"] = {"teacher": str(t5_folder), "dtype": "float32"}
     result = loop.uptrain(parse_config(values), quiet=True)
     assert result.loss_after < result.loss_before
     assert (result.folder / "modeling_gqa.py").read_bytes() == (converted / "modeling_gqa.py").read_bytes()
-    model, info = AutoModelForSeq2SeqLM.from_pretrained(result.folder, output_loading_info=True)
+    model, info = load_with_info(result.folder, AutoModelForSeq2SeqLM)
     assert not any(info.values())
     assert model.decoder.block[1].layer[0].SelfAttention.k.weight.shape == (2 * 8, 32)
     assert model.decoder.block[1].layer[1].EncDecAttention.v.weight.shape == (8, 32)
@@ -71,7 +73,7 @@ def test_a_converted_t5_keeps_its_code(t5_settings, t5_folder, tmp_path):
     assert checks["merged"] == 0  # training moved them all
 
 
-def test_a_t5_can_be_distilled(t5_settings, t5_folder):
+def test_a_t5_can_be_distilled(t5_settings, t5_folder) -> None:
     t5_settings["objective"]["distillation"] = {"teacher": str(t5_folder), "dtype": "float32", "hidden_weight": 0.5}
     result = loop.uptrain(parse_config({**t5_settings, "budget": {"steps": 2}}), quiet=True)
     first = read_metrics(result.folder.parent / "metrics.jsonl")[0]
@@ -79,7 +81,7 @@ def test_a_t5_can_be_distilled(t5_settings, t5_folder):
     assert result.reference_loss == pytest.approx(result.loss_before, abs=1e-4)
 
 
-def test_held_out_losses_of_any_seed_are_of_one_task(t5_settings, tmp_path):
+def test_held_out_losses_of_any_seed_are_of_one_task(t5_settings, tmp_path) -> None:
     found = []
     for seed in (1, 2):
         values = {**t5_settings, "output": str(tmp_path / str(seed)), "budget": {"steps": 1}}
@@ -89,7 +91,7 @@ def test_held_out_losses_of_any_seed_are_of_one_task(t5_settings, tmp_path):
     assert found[0].loss_after != found[1].loss_after  # other spans of other blocks were trained on
 
 
-def test_an_objective_that_does_not_fit_the_model_is_refused(t5_settings, settings, tiny_folder):
+def test_an_objective_that_does_not_fit_the_model_is_refused(t5_settings, settings, tiny_folder) -> None:
     with pytest.raises(UsageError, match="needs causal_lm"):
         loop.uptrain(parse_config({**t5_settings, "model": str(tiny_folder)}), quiet=True)
     t5_settings["data"]["separate_documents"] = True

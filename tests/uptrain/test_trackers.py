@@ -15,10 +15,11 @@ from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.config import LogSection
 from gqa_convert.uptrain.metrics import chosen_trackers, read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from gqa_convert.uptrain.step import train_step as real_step
 from gqa_convert.uptrain.trackers import Trackers, run_identity, tracker_arguments
 
 
-def test_each_tracker_is_told_how_to_go_on_with_its_run(tmp_path):
+def test_each_tracker_is_told_how_to_go_on_with_its_run(tmp_path) -> None:
     common = {"output": tmp_path / "run", "project": "p", "identity": "abcd", "resumed": 10}
     assert tracker_arguments("wandb", **common) == {
         "run_name": "p", "name": "run-abcd", "id": "abcd", "resume": "allow", "dir": str(tmp_path / "run" / "trackers"),
@@ -29,7 +30,7 @@ def test_each_tracker_is_told_how_to_go_on_with_its_run(tmp_path):
     assert tracker_arguments("tensorboard", **{**common, "resumed": None}) == board
 
 
-def test_a_run_keeps_its_identity_until_it_starts_anew(tmp_path):
+def test_a_run_keeps_its_identity_until_it_starts_anew(tmp_path) -> None:
     first = run_identity(tmp_path / "trackers", new=True)
     assert run_identity(tmp_path / "trackers", new=False) == first
     assert run_identity(tmp_path / "trackers", new=True) != first
@@ -43,10 +44,10 @@ class Fake:
 
     seen: ClassVar[Counter[str]] = Counter()
 
-    def __init__(self, run_name, good=99, **_):
+    def __init__(self, run_name, good=99, **_) -> None:
         self.name, self.good = run_name, good
 
-    def _call(self, *_, **__):
+    def _call(self, *_, **__) -> None:
         self.good -= 1
         if self.good < 0:
             raise ConnectionError("server away")
@@ -54,12 +55,12 @@ class Fake:
 
     start = store_init_configuration = finish = _call
 
-    def log(self, values, step):
+    def log(self, values, step) -> None:
         sys.stdout.write("chatter")
         self._call()
 
 
-def test_a_tracker_that_fails_is_dropped_alone(tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_dropped_alone(tmp_path, monkeypatch, capsys) -> None:
     from accelerate import tracking
 
     Fake.seen.clear()
@@ -72,7 +73,7 @@ def test_a_tracker_that_fails_is_dropped_alone(tmp_path, monkeypatch, capsys):
             "works": lambda run_name, **_: Fake("works"),
         },
     )
-    told = []
+    told: list[str] = []
     trackers = Trackers(
         ["never", "soon", "works"], output=tmp_path, project="p", resumed=None, settings={}, tell=told.append
     )
@@ -86,7 +87,7 @@ def test_a_tracker_that_fails_is_dropped_alone(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_not_installed_is_refused_before_anything_runs(monkeypatch):
+def test_what_is_not_installed_is_refused_before_anything_runs(monkeypatch) -> None:
     monkeypatch.setattr("gqa_convert.uptrain.metrics.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install wandb trackio"):
         chosen_trackers(LogSection(trackers=("wandb", "trackio")))
@@ -95,7 +96,7 @@ def test_what_is_not_installed_is_refused_before_anything_runs(monkeypatch):
 
 def interrupted(settings, monkeypatch):
     """A run that dies in its fourteenth step, with a checkpoint of the tenth, and is started again."""
-    real = loop.train_step
+    real = real_step
 
     def die(parts, guards, at, **rest):
         if at == 13:
@@ -111,7 +112,7 @@ def interrupted(settings, monkeypatch):
     return Path(settings["output"])
 
 
-def test_tensorboard_shows_every_step_once_after_a_resume(settings, monkeypatch):
+def test_tensorboard_shows_every_step_once_after_a_resume(settings, monkeypatch) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -142,7 +143,7 @@ def run_twice(settings, write_config, **environment):
 
 
 @pytest.mark.slow
-def test_wandb_offline_goes_on_with_one_run(settings, write_config, tmp_path):
+def test_wandb_offline_goes_on_with_one_run(settings, write_config, tmp_path) -> None:
     pytest.importorskip("wandb")
     settings["log"] = {"trackers": ["wandb"]}
     output, identity = run_twice(
@@ -155,7 +156,7 @@ def test_wandb_offline_goes_on_with_one_run(settings, write_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_trackio_goes_on_with_one_run(settings, write_config, tmp_path):
+def test_trackio_goes_on_with_one_run(settings, write_config, tmp_path) -> None:
     pytest.importorskip("trackio")
     settings["log"] = {"trackers": ["trackio"], "project": "trial"}
     output, identity = run_twice(settings, write_config, TRACKIO_DIR=str(tmp_path / "trackio"))
