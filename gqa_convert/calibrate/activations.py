@@ -78,12 +78,12 @@ def free_memory() -> int | None:
     """Return the bytes this process could still take, a container's limit included; None where it cannot be told."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        value = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError, IndexError):
         return None
     try:
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        found.append(max(0, limit - used))
+        value.append(max(0, limit - used))
     except (OSError, ValueError):
         pass  # no limit, or another system's control groups
-    return min(found, default=None)
+    return min(value, default=None)

@@ -100,10 +100,10 @@ def _from_weights(attended: Attended) -> Callable[..., None]:
     return hook
 
 
-def _is_attention(found: Any) -> bool:
+def _is_attention(part: Any) -> bool:
     import torch
 
-    if not isinstance(found, torch.Tensor) or found.dim() != 4 or not found.is_floating_point():
+    if not isinstance(part, torch.Tensor) or part.dim() != 4 or not part.is_floating_point():
         return False
-    rows = found.detach().float().sum(-1)
-    return bool(found.min() >= 0) and bool(rows.max() <= 1 + _ROUNDING) and bool(rows.max() > 0)
+    rows = part.detach().float().sum(-1)
+    return bool(part.min() >= 0) and bool(rows.max() <= 1 + _ROUNDING) and bool(rows.max() > 0)

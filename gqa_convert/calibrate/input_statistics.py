@@ -87,7 +87,7 @@ def statistics_store(work: Path, key: Mapping[str, Any]) -> LayerStore:
     return LayerStore(work, "moments", key)
 
 
-def write_statistics(store: LayerStore, index: int, found: Mapping[str, Statistics]) -> None:
+def write_statistics(store: LayerStore, index: int, statistics: Mapping[str, Statistics]) -> None:
     """Write the moments of one layer's blocks, by path of the attention module.
 
     Raises:
@@ -95,7 +95,7 @@ def write_statistics(store: LayerStore, index: int, found: Mapping[str, Statisti
     """
     tensors: dict[str, Tensor] = {}
     counts: dict[str, list[int]] = {}
-    for module, one in found.items():
+    for module, one in statistics.items():
         counts[module] = [one.count] + ([one.kv.count] if one.kv else [])
         for prefix, part in (("", one), ("kv.", one.kv)):
             if part is not None:

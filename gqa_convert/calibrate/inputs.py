@@ -89,11 +89,11 @@ def calibration_inputs(
 
 def _kept(store: LayerStore) -> list[dict[str, Tensor]] | None:
     """What an earlier run wrote, if it wrote all of it."""
-    found: list[dict[str, Tensor]] = []
-    while (read := store.read(len(found))) is not None:
-        found.append(read[0])
-        if len(found) == read[1]["shapes"]:
-            return found
+    kept: list[dict[str, Tensor]] = []
+    while (read := store.read(len(kept))) is not None:
+        kept.append(read[0])
+        if len(kept) == read[1]["shapes"]:
+            return kept
     return None
 
 

@@ -263,15 +263,15 @@ def blocks_by_layer(model: nn.Module, blocks: Sequence[BlockNames]) -> dict[str,
         UnsupportedModelError: if a block is in no layer.
     """
     paths = layer_paths(model)
-    found: dict[str, list[BlockNames]] = {}
+    by_layer: dict[str, list[BlockNames]] = {}
     homeless = [b.module for b in blocks if not any(b.module.startswith(f"{path}.") for path in paths)]
     if homeless:
         raise UnsupportedModelError(f"{homeless[0]}: this attention is in no list of layers, so it cannot be solved.")
     for path in paths:
         inside = [b for b in blocks if b.module.startswith(f"{path}.")]
         if inside:
-            found[path] = inside
-    return found
+            by_layer[path] = inside
+    return by_layer
 
 
 def refit_options(recipe: Recipe) -> RefitOptions | None:

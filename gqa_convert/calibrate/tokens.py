@@ -92,15 +92,15 @@ def batches(inputs: Inputs, size: int | Callable[[Mapping[str, Tensor]], int]) -
 
     Where there are several shapes, `size` may be a function of one of them, and their batches are mixed.
     """
-    found: list[dict[str, Tensor]] = []
+    cut_batches: list[dict[str, Tensor]] = []
     shapes = of_one_shape(inputs)
     for parts in shapes:
         cut = {name: tensor.split(size(parts) if callable(size) else size) for name, tensor in parts.items()}
         count = len(next(iter(cut.values())))
-        found += [{name: pieces[i] for name, pieces in cut.items()} for i in range(count)]
+        cut_batches += [{name: pieces[i] for name, pieces in cut.items()} for i in range(count)]
     if len(shapes) > 1:
-        random.Random(0).shuffle(found)  # the last are held out of a refit, and should be like the others
-    return found
+        random.Random(0).shuffle(cut_batches)  # the last are held out of a refit, and should be like the others
+    return cut_batches
 
 
 SHORTEST = 4

@@ -166,16 +166,16 @@ def _check_density(text: bytes) -> None:
         raise ValueError("it describes something else than tensors")
 
 
-def _metadata(path: Path, found: Any) -> dict[str, str]:
-    if found is None:
+def _metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if metadata is None:
         return {}
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise CheckpointError(f"{path}: `__metadata__` in its header is not a table of text: {str(found)[:80]!a}.")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: `__metadata__` in its header is not a table of text: {str(metadata)[:80]!a}.")
     try:
-        "".join([*found, *found.values()]).encode()
+        "".join([*metadata, *metadata.values()]).encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(f"{path}: `__metadata__` in its header holds half a surrogate pair, no text.") from error
-    return found
+    return metadata
 
 
 def _tensor(path: Path, key: str, entry: Any, start: int) -> TensorInfo:

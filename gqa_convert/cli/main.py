@@ -141,7 +141,7 @@ def convert_command(
         refit_lr=refit_lr,
         seed=seed,
     )
-    made = plan.plan(
+    planned = plan.plan(
         model,
         groups=groups,
         cross_groups=cross_groups,
@@ -153,14 +153,14 @@ def convert_command(
         revision=revision,
     )
     if dry_run:
-        _emit_plan(made, json)
+        _emit_plan(planned, json)
         return
-    cost = forecast(made)
+    cost = forecast(planned)
     if cost is not None and not json:
         typer.echo(f"solving attention blocks: {show_conversion.solving_words(cost)}", err=True)
     if healing is not None:
         convert_healed(
-            made,
+            planned,
             healing,
             work=work,
             force=force,
@@ -170,9 +170,9 @@ def convert_command(
             json=json,
         )
         return
-    with stopped_by_signals(), conversion_progress(made.bytes_out, quiet=json) as (on_bytes, on_layer):
+    with stopped_by_signals(), conversion_progress(planned.bytes_out, quiet=json) as (on_bytes, on_layer):
         result = execute.execute(
-            made,
+            planned,
             verify=verify,
             force=force,
             work=work,
@@ -185,12 +185,12 @@ def convert_command(
         from gqa_convert.evaluate.quality import measure_conversion
 
         insist = bool(measure) or data is not None
-        quality = measure_conversion(made, result.out, data=data, insist=insist)
+        quality = measure_conversion(planned, result.out, data=data, insist=insist)
     described: dict[str, Any] = {
         "out": str(result.out),
         "verified": result.verified,
         "checks": result.checks,
-        "plan": made.to_json(),
+        "plan": planned.to_json(),
     }
     described["quality"] = None if quality is None else quality.to_json()
     emit(described, json, lambda: show_conversion.show_result(result, quality))
@@ -217,7 +217,7 @@ def plan_command(
     from gqa_convert.conversion import plan
 
     recipe = make_recipe("best" if preset == HEAL else preset, method=method)
-    made = plan.plan(
+    planned = plan.plan(
         model,
         groups=groups,
         cross_groups=cross_groups,
@@ -228,15 +228,15 @@ def plan_command(
         trust_remote_code=trust_remote_code,
         revision=revision,
     )
-    _emit_plan(made, json)
+    _emit_plan(planned, json)
 
 
-def _emit_plan(made: ConvertPlan, json: bool) -> None:
+def _emit_plan(planned: ConvertPlan, json: bool) -> None:
     from gqa_convert.conversion.forecast import forecast
 
-    cost = forecast(made)
-    described = made.to_json() | {"forecast": None if cost is None else asdict(cost)}
-    emit(described, json, lambda: show_conversion.show_plan(made, cost))
+    cost = forecast(planned)
+    described = planned.to_json() | {"forecast": None if cost is None else asdict(cost)}
+    emit(described, json, lambda: show_conversion.show_plan(planned, cost))
 
 
 @app.command("inspect")
@@ -246,8 +246,8 @@ def inspect_command(
     """Say what a checkpoint is: head layout, legal group counts, cache cost."""
     from gqa_convert.conversion import inspect
 
-    found = inspect.inspect(model, trust_remote_code=trust_remote_code, revision=revision)
-    emit(found.to_json(), json, lambda: show_conversion.show_inspection(found))
+    inspection = inspect.inspect(model, trust_remote_code=trust_remote_code, revision=revision)
+    emit(inspection.to_json(), json, lambda: show_conversion.show_inspection(inspection))
 
 
 @app.command("verify")
@@ -273,8 +273,8 @@ def families_command(
     """List every model type of the installed transformers: whether it converts, and why not where it does not."""
     from gqa_convert.anatomy import families
 
-    found = [family for family in families.families() if name is None or name in family.model_type]
-    emit([family.to_json() for family in found], json, lambda: show_conversion.show_families(found))
+    listed = [family for family in families.families() if name is None or name in family.model_type]
+    emit([family.to_json() for family in listed], json, lambda: show_conversion.show_families(listed))
 
 
 @app.command("methods")
@@ -282,9 +282,9 @@ def methods_command(json: AsJson = False) -> None:
     """List the merge methods."""
     from gqa_convert.merge.registry import all_methods
 
-    found = list(all_methods().values())
-    described = [{"name": m.name, "title": m.title, "reference": m.reference} for m in found]
-    emit(described, json, lambda: show_conversion.show_methods(found))
+    listed = list(all_methods().values())
+    described = [{"name": m.name, "title": m.title, "reference": m.reference} for m in listed]
+    emit(described, json, lambda: show_conversion.show_methods(listed))
 
 
 @app.command("demo")

@@ -35,9 +35,9 @@ def _cache(before: int, after: int) -> str:
     return f"{size(before)} -> {size(after)} per token ({after / before:.3g} of the source)"
 
 
-def recipe_words(made: ConvertPlan) -> str:
+def recipe_words(planned: ConvertPlan) -> str:
     """The recipe in words: `pca of searched groups, calibrated on self, folded, refitted`."""
-    recipe = made.recipe
+    recipe = planned.recipe
     words = recipe.method + (" of searched groups" if recipe.grouping == "search" else "")
     if recipe.calibrate is not None:
         words += f", calibrated on {recipe.calibrate} ({recipe.sequences} x {recipe.length} tokens)"
@@ -69,45 +69,45 @@ def solving_words(cost: Forecast) -> str:
     return f"about {duration(cost.seconds)} and {size(cost.memory_bytes)} on this machine"
 
 
-def plan_rows(made: ConvertPlan, cost: Forecast | None = None) -> list[tuple[str, str]]:
+def plan_rows(planned: ConvertPlan, cost: Forecast | None = None) -> list[tuple[str, str]]:
     """The plan as label and value, for a table; with what solving it will take, where that was estimated."""
     rows = [
-        ("source", str(made.source)),
-        ("target", str(made.target)),
-        ("model", f"{made.model_type} ({made.class_name})"),
-        *([("becomes", made.becomes)] if made.becomes else []),
+        ("source", str(planned.source)),
+        ("target", str(planned.target)),
+        ("model", f"{planned.model_type} ({planned.class_name})"),
+        *([("becomes", planned.becomes)] if planned.becomes else []),
         (
             "heads",
-            f"{layout(made.layout_before)} -> {layout(made.layout_after)}"
-            + (f"; {made.cross_groups} KV heads in cross-attention" if made.cross_groups else ""),
+            f"{layout(planned.layout_before)} -> {layout(planned.layout_after)}"
+            + (f"; {planned.cross_groups} KV heads in cross-attention" if planned.cross_groups else ""),
         ),
-        ("method", recipe_words(made)),
+        ("method", recipe_words(planned)),
         (
             "tensors",
-            f"{made.merged_tensors} merged, {made.copied_tensors} copied as they are"
-            + (f", {made.rewritten_tensors} rewritten" if made.rewritten_tensors else "")
-            + (f", {made.solved_tensors} q, k, v, o tensors solved layer by layer" if made.solved_tensors else "")
-            + (f", {made.dropped_tensors} dropped" if made.dropped_tensors else ""),
+            f"{planned.merged_tensors} merged, {planned.copied_tensors} copied as they are"
+            + (f", {planned.rewritten_tensors} rewritten" if planned.rewritten_tensors else "")
+            + (f", {planned.solved_tensors} q, k, v, o tensors solved layer by layer" if planned.solved_tensors else "")
+            + (f", {planned.dropped_tensors} dropped" if planned.dropped_tensors else ""),
         ),
-        ("config.json", ", ".join(f"{key} = {value}" for key, value in made.config_edits.items()) or "unchanged"),
-        ("parameters", f"{made.parameters_in:,} -> {made.parameters_out:,}"),
-        ("weights", f"{size(made.bytes_in)} -> {size(made.bytes_out)}"),
+        ("config.json", ", ".join(f"{key} = {value}" for key, value in planned.config_edits.items()) or "unchanged"),
+        ("parameters", f"{planned.parameters_in:,} -> {planned.parameters_out:,}"),
+        ("weights", f"{size(planned.bytes_in)} -> {size(planned.bytes_out)}"),
         (
             "KV cache",
-            _cache(made.kv_cache_bytes_per_token_before, made.kv_cache_bytes_per_token_after),
+            _cache(planned.kv_cache_bytes_per_token_before, planned.kv_cache_bytes_per_token_after),
         ),
-        ("tensor parallel", f"up to {made.max_tensor_parallel} without replicating KV heads"),
+        ("tensor parallel", f"up to {planned.max_tensor_parallel} without replicating KV heads"),
         *([("solving", solving_words(cost))] if cost is not None else []),
-        *([("usual loss", usual_loss(made.recipe))] if made.groups < made.layout_before.num_kv_heads else []),
-        ("working memory", f"{size(made.working_bytes)} at most beyond the libraries'"),
+        *([("usual loss", usual_loss(planned.recipe))] if planned.groups < planned.layout_before.num_kv_heads else []),
+        ("working memory", f"{size(planned.working_bytes)} at most beyond the libraries'"),
     ]
-    rows += [("where it runs", line) for line in made.where_it_runs]
-    return rows + [("note", note) for note in made.notes]
+    rows += [("where it runs", line) for line in planned.where_it_runs]
+    return rows + [("note", note) for note in planned.notes]
 
 
-def show_plan(made: ConvertPlan, cost: Forecast | None = None) -> None:
+def show_plan(planned: ConvertPlan, cost: Forecast | None = None) -> None:
     """Print a plan."""
-    console().print(key_value_table(plan_rows(made, cost)))
+    console().print(key_value_table(plan_rows(planned, cost)))
 
 
 def show_result(result: ConvertResult, quality: Quality | None = None) -> None:
@@ -152,27 +152,27 @@ def quality_lines(result: ConvertResult, quality: Quality | None) -> list[str]:
     return lines
 
 
-def show_inspection(found: Inspection) -> None:
+def show_inspection(inspection: Inspection) -> None:
     """Print what a checkpoint is."""
     rows = [
-        ("model", f"{found.model_type} ({found.class_name})"),
-        *([("becomes", found.becomes)] if found.becomes else []),
-        ("heads", layout(found.layout)),
-        ("parameters", f"{found.parameters:,}"),
-        ("weights", size(found.bytes)),
-        ("legal groups", ", ".join(map(str, found.legal_groups))),
+        ("model", f"{inspection.model_type} ({inspection.class_name})"),
+        *([("becomes", inspection.becomes)] if inspection.becomes else []),
+        ("heads", layout(inspection.layout)),
+        ("parameters", f"{inspection.parameters:,}"),
+        ("weights", size(inspection.bytes)),
+        ("legal groups", ", ".join(map(str, inspection.legal_groups))),
     ]
     rows += [
         (f"KV cache, {groups} groups", f"{size(cost)} per token" if cost is not None else f"refused: {reason}")
-        for groups, cost, reason in found.cache
+        for groups, cost, reason in inspection.cache
     ]
-    rows += [("note", note) for note in found.notes]
-    if found.slow:
+    rows += [("note", note) for note in inspection.notes]
+    if inspection.slow:
         rows.append(
             ("note", "fewer groups make the KV cache smaller but decoding no faster: convert with --allow-slow")
         )
-    if found.converted_from:
-        rows.append(("converted", f"by {found.converted_from}"))
+    if inspection.converted_from:
+        rows.append(("converted", f"by {inspection.converted_from}"))
     console().print(key_value_table(rows))
 
 
@@ -199,22 +199,22 @@ def show_checks(folder: Path, checks: Mapping[str, Any]) -> None:
     console().print(key_value_table(rows, title=f"{folder}"))
 
 
-def show_families(found: Sequence[Family]) -> None:
+def show_families(listed: Sequence[Family]) -> None:
     """Print model types with their class and reason."""
     table = Table("model type", "class", "converts", "why", box=None, pad_edge=False)
-    for family in found:
+    for family in listed:
         table.add_row(family.model_type, family.kind, family.status, family.reason)
     out = console()
     out.print(table)
     counts: dict[str, int] = {}
-    for family in found:
+    for family in listed:
         counts[family.status] = counts.get(family.status, 0) + 1
     out.print(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
 
 
-def show_methods(found: Sequence[MergeMethod]) -> None:
+def show_methods(methods: Sequence[MergeMethod]) -> None:
     """Print the merge methods."""
     table = Table("method", "what", "source", box=None, pad_edge=False)
-    for method in found:
+    for method in methods:
         table.add_row(method.name, method.title, method.reference)
     console().print(table)

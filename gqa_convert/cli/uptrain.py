@@ -38,11 +38,11 @@ def uptrain_command(
         from gqa_convert.console import console, key_value_table
         from gqa_convert.uptrain.plan import plan_rows, resolve
 
-        made = resolve(settings)
+        planned = resolve(settings)
         if json:
-            typer.echo(jsonlib.dumps(made.to_json(), indent=2))
+            typer.echo(jsonlib.dumps(planned.to_json(), indent=2))
         else:
-            console().print(key_value_table(plan_rows(made)))
+            console().print(key_value_table(plan_rows(planned)))
         return
     from gqa_convert.uptrain.loop import uptrain
 

@@ -156,9 +156,9 @@ def encoder_output(model: Any, batch: int, length: int) -> Any:
     generator = torch.Generator(parameter.device).manual_seed(0)
     shape = (batch, length, encoder_width(model.config))
     states = torch.randn(*shape, dtype=parameter.dtype, device=parameter.device, generator=generator)
-    found: Any = BaseModelOutput(last_hidden_state=states)
-    found.attention_mask = found.router_logits = None  # which some families look for
-    return found
+    output: Any = BaseModelOutput(last_hidden_state=states)
+    output.attention_mask = output.router_logits = None  # which some families look for
+    return output
 
 
 def decoder_inputs(ids: Tensor, encoded: Any) -> dict[str, Any]:

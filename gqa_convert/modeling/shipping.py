@@ -179,11 +179,11 @@ def class_named(name: str, folder: Path | None = None) -> Any:
 
     from gqa_convert.modeling import modeling_gqa
 
-    found = getattr(modeling_gqa, name, None) if isinstance(name, str) else None
-    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+    cls = getattr(modeling_gqa, name, None) if isinstance(name, str) else None
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
         where = f"{folder / 'config.json'}: " if folder else ""
         raise UnsupportedModelError(f"{where}architectures names {name!r}, which is no GQA class.")
-    return found
+    return cls
 
 
 def field_names() -> tuple[str, str]:
