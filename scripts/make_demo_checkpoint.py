@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -75,6 +76,7 @@ def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Build the untrained model: as many KV heads as query heads."""
+    inherited: dict[str, Any] = {"rope_theta": 10000.0, "tie_word_embeddings": True}  # not among the typed ones
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -85,10 +87,9 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
             num_key_value_heads=args.heads,
             head_dim=args.width // args.heads,
             max_position_embeddings=args.context,
-            rope_theta=10000.0,
-            tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            **inherited,
         )
     )
 
@@ -205,7 +206,8 @@ def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         fresh = Path(name)
-        half = LlamaForCausalLM(model.config).to(torch.bfloat16)
+        half: Any = LlamaForCausalLM(model.config)
+        half.to(torch.bfloat16)
         half.load_state_dict(model.state_dict())
         half.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)

@@ -9,5 +9,9 @@ venv=${VENV:-.venv}
 "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-"$venv/bin/mypy"
+"$venv/bin/mypy" # the package and its tests
+for folder in bench clients reproduce; do # each folder's files import one another by name
+  MYPYPATH="scripts/$folder" "$venv/bin/mypy" "scripts/$folder"
+done
+"$venv/bin/mypy" scripts/make_demo_checkpoint.py
 "$venv/bin/python" -m pytest "$@"

@@ -126,7 +126,7 @@ def _yaml_of(path: Path) -> Any:
 def _fields() -> list[tuple[str, str]]:
     from gqa_convert.uptrain.config import UptrainConfig
 
-    found = []
+    found: list[Any] = []
     for name, field in UptrainConfig.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
         found += [("", name)] if inner is None else [(name, key) for key in inner]
@@ -137,7 +137,7 @@ _FIELDS = _fields()
 
 
 def _places(values: dict[str, Any], prefix: str = "") -> list[tuple[dict[str, Any], str, str]]:
-    found = []
+    found: list[Any] = []
     for key, value in values.items():
         found.append((values, key, f"{prefix}{key}"))
         if isinstance(value, dict):

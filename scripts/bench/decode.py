@@ -24,12 +24,13 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from gqa_convert.budget.counts import parse_bytes, parse_counts, parse_single
+from gqa_convert.checkpoint.dtypes import FLOAT_NAMES
 from gqa_convert.cli.show_bench import point_line, show_bench
 from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.contender import Contender
 from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.files import write_json
-from gqa_convert.hf.loading import DTYPES, pick_device
+from gqa_convert.hf.loading import pick_device, pick_dtype
 from gqa_convert.modeling import shipping
 
 
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prefill-tokens", type=int, default=512)
     parser.add_argument("--memory", default="16GiB", help="say how many sequences fit in this much")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--dtype", default="bfloat16", choices=FLOAT_NAMES)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads [default: torch's own choice]")
     return parser.parse_args()
@@ -74,6 +75,7 @@ def llama(args: argparse.Namespace, kv_heads: int) -> tuple[Any, Any]:
 
 def t5(args: argparse.Namespace, kv_heads: int) -> tuple[Any, Any]:
     """The class and configuration of a model with the proportions of T5.1.1: stock, or as converted."""
+    settings: dict[str, Any] = {"tie_word_embeddings": False}
     config = T5Config(
         vocab_size=args.vocab,
         d_model=args.width,
@@ -82,7 +84,7 @@ def t5(args: argparse.Namespace, kv_heads: int) -> tuple[Any, Any]:
         num_layers=args.layers,
         num_heads=args.heads,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
+        **settings,
     )
     if kv_heads == args.heads:
         return T5ForConditionalGeneration, config
@@ -96,8 +98,9 @@ def contender(args: argparse.Namespace, kv_heads: int) -> Contender:
     """Build a random model."""
     cls, config = SHAPES[args.shape](args, kv_heads)
     torch.manual_seed(0)
-    with torch.device(pick_device(args.device)):
-        model = cls._from_config(config, dtype=DTYPES[args.dtype]).eval()
+    device = pick_device(args.device)
+    with torch.device(device):
+        model = cls._from_config(config, dtype=pick_dtype(args.dtype, device)).eval()
     return Contender(name=f"{kv_heads} KV heads", query_heads=args.heads, kv_heads=kv_heads, model=model)
 
 

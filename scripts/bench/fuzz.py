@@ -63,8 +63,8 @@ def warm_up(bases: Path, short: bool = False) -> None:
         source, out = make(bases / name, name), bases / f"{name}-out"
         for method in ("mean",) if short else ("mean", "pca"):
             level = "structure" if short else "logits"
-            chosen = ("--groups", base.groups[-1], "--method", method, "--verify", level, "--no-flush", "--force")
-            chosen += ("--no-measure",)
+            chosen = ["--groups", base.groups[-1], "--method", method, "--verify", level]
+            chosen += ["--no-flush", "--force", "--no-measure"]
             code, _, said, escaped = case.command("convert", source, "--out", out, *chosen)
             if code:
                 raise SystemExit(f"the undamaged {name} does not convert: {said}{escaped}")

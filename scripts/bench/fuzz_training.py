@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import traceback
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,29 +78,37 @@ def make_bases(folder: Path) -> list[str]:
         make_model(base / "teacher", kv_heads=4, seed=1)
         make_text(base / "data")
         (base / "run.yaml").write_text(yaml.safe_dump(changes, sort_keys=False))
-        outcome = in_fork(lambda base=base, name=name: _half(base, name == "shards"), seconds=120)  # type: ignore[misc]
+        outcome = in_fork(partial(_half, base, name == "shards"), seconds=120)
         if outcome.fault or outcome.value is None:
             raise SystemExit(f"{name}: {outcome.fault}")
         modules = outcome.value
         whole = folder / f"{name}-whole"
         shutil.copytree(base, whole)
-        outcome = in_fork(lambda whole=whole: (os.chdir(whole), train())[1], seconds=120)  # type: ignore[misc]
+        outcome = in_fork(partial(_train_in, whole), seconds=120)
         if outcome.value is None or outcome.value[0] != 0:
             raise SystemExit(f"the undamaged run of {name} fails: {outcome}")
     return modules
+
+
+def _train_in(folder: Path) -> Any:
+    os.chdir(folder)
+    return train()
 
 
 def _half(base: Path, shards: bool) -> list[str]:
     from gqa_convert.uptrain import loop
 
     os.chdir(base)
-    real = loop.train_step
-    loop.train_step = lambda parts, guards, at, **rest: real(parts, guards, at, **{**rest, "stop": at + 1 == 4})
+    patched: Any = loop
+    real = patched.train_step
+    patched.train_step = lambda parts, guards, at, **rest: real(parts, guards, at, **{**rest, "stop": at + 1 == 4})
     if shards:
+        from gqa_convert.uptrain import shards as sharded
         from gqa_convert.uptrain import state
 
         # As a sharded engine writes them; one process is enough for torch's format.
-        state.save_whole = lambda folder, model, optimizer: state.save_shards(folder, model, optimizer)
+        writers: Any = state
+        writers.save_whole = sharded.save_shards
     code, said = train()
     if code != 75:
         raise SystemExit(f"{base.name} did not stop half way: {code} {said}")
@@ -154,7 +163,7 @@ def _same(one: Path, two: Path) -> bool:
 def judge(bases: Path, work: Path, seed: int, number: int) -> dict[str, Any]:
     """Run a case in a fork; what it does not come back with is its fault."""
     outcome = in_fork(lambda: run_case(bases, work, seed, number), seconds=SECONDS)
-    result = outcome.value
+    result: dict[str, Any] | None = outcome.value
     if result is None:
         done = work / "tmp" / "done"
         name, kind, damage = json.loads(done.read_text()) if done.is_file() else ("?", "?", [])

@@ -134,7 +134,12 @@ def main() -> None:
         work = Path(name)
         config, sets = prepare(options, work)
         undisturbed = work / "undisturbed"
-        outcome = in_fork(lambda: (train(config, undisturbed, sets), sorted(sys.modules))[1], seconds=3600)
+
+        def undisturbed_run() -> list[str]:
+            train(config, undisturbed, sets)
+            return sorted(sys.modules)
+
+        outcome = in_fork(undisturbed_run, seconds=3600)
         if outcome.value is None:
             raise SystemExit("the undisturbed run fails")
         import_all(outcome.value)

@@ -159,7 +159,8 @@ def main() -> None:
             case.command("convert", warm, "--out", Path(name) / f"warm-{number}", "--no-measure", *chosen)
         gc.collect()
         gc.freeze()
-        counts, started = {}, time.monotonic()
+        counts: dict[str, Any] = {}
+        started = time.monotonic()
         for kind, scenario in SCENARIOS.items():
             root = Path(name) / f"kills-{len(counts)}"
             root.mkdir()

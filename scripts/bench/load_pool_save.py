@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from copy import deepcopy
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -17,7 +18,7 @@ def main() -> None:
     source, target, groups = sys.argv[1], sys.argv[2], int(sys.argv[3])
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    config = deepcopy(model.config)
+    config: Any = deepcopy(model.config)
     config.num_key_value_heads = groups
     state = model.state_dict()
     for key in [key for key in state if key.endswith((".k_proj.weight", ".v_proj.weight"))]:

@@ -45,8 +45,7 @@ def learning_rate(factor: float) -> Iterator[None]:
 def inputs_of_the_original() -> Iterator[None]:
     """Fit each layer to what the original's layer is given, not to what the converted model gives it."""
     from gqa_convert.calibrate import session
-
-    real = session.refit_layer
+    from gqa_convert.calibrate.layer import refit_layer as real
 
     def refit_layer(
         blocks: Any, records: Any, source: Any, student: Any, shadow: Any, *args: Any, **kwargs: Any
@@ -62,8 +61,7 @@ def what_the_stream_lacks() -> Iterator[None]:
     """Fit each layer to the original's output plus what earlier layers lost."""
     from gqa_convert.calibrate import session
     from gqa_convert.calibrate.layer import corrected
-
-    real = session.refit_layer
+    from gqa_convert.calibrate.layer import refit_layer as real
 
     def refit_layer(
         blocks: Any, records: Any, source: Any, student: Any, shadow: Any, *args: Any, **kwargs: Any
@@ -107,7 +105,8 @@ def statistics_of_the_converted() -> Iterator[None]:
     """Take each layer's statistics on what the converted model gives it, not on what the original gives it."""
     from gqa_convert.calibrate.session import Session
 
-    one_layer, observe, shadows = Session._one_layer, Session._observe, []
+    one_layer, observe = Session._one_layer, Session._observe
+    shadows: list[Any] = []
 
     def with_shadow(self: Any, index: int, window: Any, student: Any, shadow: Any) -> None:
         shadows[:] = [shadow]

@@ -70,13 +70,13 @@ def arithmetic(size: Size) -> dict[str, float]:
     fitted = size.steps * STEP_TOKENS
     groups = max(1, size.heads // 4)
     sets = min(1000, size.heads * (size.heads - 1) // 2 + 600) if groups > 1 else 0
-    flops = {
+    flops: dict[str, float] = {
         "stream of the source": tokens * (2 * (source + mlp) + scores),
         "moments": tokens * 2 * d * d,
         "closed form": 8 * d**3,
         "search": sets * 10 * (4 * size.head_dim) ** 3,  # an eigenvalue problem of a group's values each
     }
-    held = {"moments": 8 * d * d, "layer": 4 * (source + mlp)}
+    held: dict[str, float] = {"moments": 8 * d * d, "layer": 4 * (source + mlp)}
     if size.preset == "best":
         flops["stream of the converted model"] = tokens * (2 * (target + mlp) + scores)
         flops["refit: steps"] = 3 * fitted * (2 * target + scores)

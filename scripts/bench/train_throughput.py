@@ -41,14 +41,15 @@ def ours(options: argparse.Namespace, work: Path, distil: str | None) -> dict[st
     from gqa_convert.uptrain.read_config import parse_config
 
     marks: list[tuple[float, float]] = []
-    real = loop.train_step
+    patched: Any = loop
+    real = patched.train_step
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
         found = real(*args, **kwargs)
         marks.append((time.perf_counter(), time.process_time()))
         return found
 
-    loop.train_step = train_step
+    patched.train_step = train_step
     settings = {
         "model": options.model,
         "output": str(work / "run"),
@@ -90,7 +91,7 @@ def theirs(options: argparse.Namespace, work: Path) -> dict[str, float]:
 
     class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:
-            return options.steps * options.batch * options.accumulation
+            return int(options.steps * options.batch * options.accumulation)
 
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             ids = torch.from_numpy(blocks.get(index).ids[:-1])
@@ -98,7 +99,7 @@ def theirs(options: argparse.Namespace, work: Path) -> dict[str, float]:
 
     marks: list[tuple[float, float]] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             marks.append((time.perf_counter(), time.process_time()))
 
@@ -137,7 +138,8 @@ def in_process(side: str) -> dict[str, float]:
     done = subprocess.run([sys.executable, *sys.argv, "--side", side], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
 
 
 def main() -> None:

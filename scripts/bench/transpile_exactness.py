@@ -82,7 +82,8 @@ def measure(name: str, model_type: str, fields: dict[str, Any]) -> dict[str, Any
     from gqa_convert.modeling.transpile.rule import rule_for
     from gqa_convert.tiny.model import tiny_model
 
-    config = CONFIG_MAPPING[model_type](**SMALL, **fields)
+    settings: dict[str, Any] = SMALL | fields
+    config = CONFIG_MAPPING[model_type](**settings)
     rule = rule_for(config)
     assert rule is not None
     heads = int(config.num_attention_heads)

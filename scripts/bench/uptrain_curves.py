@@ -66,7 +66,7 @@ def pretraining_tokens(options: argparse.Namespace) -> int:
 
     encoder = Encoder(AutoTokenizer.from_pretrained(options.model))
     corpus = open_corpus(SourceSpec(kind="jsonl", paths=(str(options.train),)))
-    return options.epochs * sum(len(ids) for ids in encoder.stream(corpus.all_documents()))
+    return int(options.epochs) * sum(len(ids) for ids in encoder.stream(corpus.all_documents()))
 
 
 def main() -> None:

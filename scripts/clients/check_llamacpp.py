@@ -82,7 +82,8 @@ def _convert(folder: Path, file: str) -> None:
 
 
 def _subclasses(cls: type) -> set[Any]:
-    return {cls}.union(*(_subclasses(each) for each in cls.__subclasses__()))
+    below: list[type] = cls.__subclasses__()
+    return {cls}.union(*(_subclasses(each) for each in below))
 
 
 def _set_vocab(self: Any) -> None:

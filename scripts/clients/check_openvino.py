@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def logits_of(folder: Path, ids: list[int]) -> Any:
 def _cache_bytes(model: Any, length: int) -> float | None:
     """Bytes of the states that the request holds, per token: (batch, KV heads, tokens, width), in float32."""
     states = model.request.query_state()
-    return sum(4.0 * np.prod(state.state.shape) for state in states if len(state.state.shape) == 4) / length
+    return sum(4.0 * int(math.prod(state.state.shape)) for state in states if len(state.state.shape) == 4) / length
 
 
 if __name__ == "__main__":

@@ -66,8 +66,11 @@ def _answer(values_of: Callable[[Path, list[int]], Any], folder: Path, logits: b
         values, more = values if isinstance(values, tuple) else (values, {})
         seen = np.asarray(values, dtype=np.float64)
         if "error" in more:
-            return dict(more)
-        return compare(log_softmax(seen) if logits else seen, log_softmax(reference["logits"])) | more
+            failure: dict[str, Any] = more
+            return failure
+        measured: dict[str, Any] = compare(log_softmax(seen) if logits else seen, log_softmax(reference["logits"]))
+        measured.update(more)
+        return measured
     except Exception as error:
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:TAIL]}"}
 

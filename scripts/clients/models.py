@@ -198,9 +198,9 @@ def written_type(folder: Path) -> str:
 def write_reference(folder: Path) -> None:
     """Save the logits that the installed transformers gives, in float32."""
     config = AutoConfig.from_pretrained(folder)
-    arrays = {"ids": np.array(IDS)}
+    arrays: dict[str, Any] = {"ids": np.array(IDS)}
     inputs = {"input_ids": torch.tensor([IDS]), "use_cache": False}
-    auto = AutoModelForCausalLM
+    auto: Any = AutoModelForCausalLM
     if config.is_encoder_decoder:
         arrays["source_ids"] = np.array(SOURCE_IDS)
         inputs = {"input_ids": torch.tensor([SOURCE_IDS]), "decoder_input_ids": torch.tensor([IDS]), "use_cache": False}

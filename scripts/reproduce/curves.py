@@ -91,4 +91,4 @@ def _share(before: float, after: float, tokens: float) -> float:
 def _tokens(before: float, after: float, share: float) -> float:
     if before <= 0:
         return after * share
-    return before * (after / before) ** share
+    return float(before * (after / before) ** share)

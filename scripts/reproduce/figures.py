@@ -7,7 +7,7 @@ from typing import Any
 
 from findings import CONTROL, FIGURE_4, FIGURE_5, Findings
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -121,7 +121,7 @@ def _t5(scale: Scale, shape: Shape, kv_heads: int) -> Any:
 
 
 def _place(scale: Scale) -> tuple[torch.device, torch.dtype]:
-    from gqa_convert.hf.loading import DTYPES, pick_device
+    from gqa_convert.hf.loading import pick_device
 
     device = pick_device("cpu" if scale.device == "cpu" else "auto")
-    return device, DTYPES["bfloat16" if device.type == "cuda" else "float32"]
+    return device, torch.bfloat16 if device.type == "cuda" else torch.float32

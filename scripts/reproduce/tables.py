@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import words
@@ -113,6 +114,10 @@ def table_1(name: str, found: Findings, speed: dict[str, Any]) -> str:
     return table(["model", "time per sample, ms", "held-out loss"], rows) + "\n\n" + note
 
 
+def _conversion_seconds(found: Findings, arm: str, seed: int) -> float:
+    return float(found.found[seed]["arms"][arm]["conversion_seconds"])
+
+
 def ours(found: Findings) -> str:
     """Every start and objective at a few alphas."""
     rows = []
@@ -121,7 +126,7 @@ def ours(found: Findings) -> str:
         settings = settings_of[arm]
         title = f"{settings['start']}, {settings['groups'].upper()}, "
         title += "cross-entropy" if settings["objective"] == "ce" else "distillation"
-        conversion = found.over_seeds(lambda seed, arm=arm: found.found[seed]["arms"][arm]["conversion_seconds"])
+        conversion = found.over_seeds(partial(_conversion_seconds, found, arm))
         rows.append(
             [
                 title,

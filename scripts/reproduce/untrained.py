@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.demo.run import CHECKPOINT
+from gqa_convert.checkpoint.embedded import CHECKPOINT
 
 if TYPE_CHECKING:
     from scales import Scale, Shape
@@ -109,7 +109,6 @@ def t5_config(shape: Shape, *, vocabulary: int, **more: Any) -> Any:
         num_decoder_layers=shape.layers,
         num_heads=shape.heads,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         dropout_rate=0.0,
-        **more,
+        **{"tie_word_embeddings": False, **more},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -58,14 +59,18 @@ def _sure(found: Interval) -> str:
     return "" if found.excludes_zero else " (the interval includes 0)"
 
 
+def _gained(found: Findings, arm: str, start: float, end: float, seed: int) -> float:
+    return found.at(seed, arm, start) - found.at(seed, arm, end)
+
+
 def shape_of_figure_5(found: Findings) -> list[str]:
     """Whether 5 % closes the gap, and what the second 5 % brings."""
     said = []
     for arm, name in (("mean-gqa-ce", "GQA"), ("mean-mqa-ce", "MQA")):
         closed, more = found.closed(arm, 0.05), found.closed(arm, 0.1)
         left = found.gap(arm, 0.05)
-        gain = found.over_seeds(lambda seed, arm=arm: found.at(seed, arm, 0.05) - found.at(seed, arm, 0.1))
-        first = found.over_seeds(lambda seed, arm=arm: found.at(seed, arm, 0.0) - found.at(seed, arm, 0.05))
+        gain = found.over_seeds(partial(_gained, found, arm, 0.05, 0.1))
+        first = found.over_seeds(partial(_gained, found, arm, 0.0, 0.05))
         diminishing = "as in the paper" if gain.mean < first.mean / 4 else "little"
         said.append(
             f"{name}: 5 % closes {percent(closed)} of the gap to the control, 10 % {percent(more)}; "

@@ -80,7 +80,7 @@ def command(*arguments: object) -> tuple[int, str, str, str]:
             code, escaped = -1, _where(error)
             if os.environ.get("FUZZ_TRACEBACKS"):
                 traceback.print_exc(file=sys.__stderr__)
-    texts = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]  # type: ignore[attr-defined]
+    texts = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]
     return code, texts[0], texts[1], escaped
 
 

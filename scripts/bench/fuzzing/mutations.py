@@ -139,7 +139,7 @@ def _damage(file: Path, rng: random.Random) -> str:
     data = file.read_bytes()
     at = rng.randrange(len(data) + 1)
     kind = rng.choice(("flip", "flips", "truncate", "cut", "insert", "double", "empty", "zeros", "extend", "line ends"))
-    new = {
+    changes: dict[str, Callable[[], bytes]] = {
         "flip": lambda: _flip(data, rng, 1),
         "flips": lambda: _flip(data, rng, rng.randrange(2, 40)),
         "truncate": lambda: data[:at],
@@ -152,8 +152,8 @@ def _damage(file: Path, rng: random.Random) -> str:
         "zeros": lambda: bytes(len(data)),
         "extend": lambda: data + rng.randbytes(rng.randrange(1, 100)),
         "line ends": lambda: data.replace(b"\n", b"\r\n"),
-    }[kind]()
-    file.write_bytes(new)
+    }
+    file.write_bytes(changes[kind]())
     return f"{file.name} {kind}"
 
 
@@ -271,8 +271,8 @@ def header(folder: Path, rng: random.Random) -> str:
         table[key]["dtype"] = rng.choice(("F16", "BF16", "I32", "F8_E4M3", "F4", "X9", "", None, 3, "\ud800"))
     elif kind == "offsets":
         begin, end = table[key]["data_offsets"]
-        choices = ([end, begin], [begin + 4, end], [begin, end - 4], [0, 2**63], [_value(rng), end], [begin], [-4, end])
-        table[key]["data_offsets"] = rng.choice(choices)
+        spans = ([end, begin], [begin + 4, end], [begin, end - 4], [0, 2**63], [_value(rng), end], [begin], [-4, end])
+        table[key]["data_offsets"] = rng.choice(spans)
     elif kind == "drop":
         del table[key]
     elif kind == "rename":
@@ -286,9 +286,9 @@ def header(folder: Path, rng: random.Random) -> str:
     elif kind == "many":
         for number in range(rng.choice((10, 3000))):
             table[f"extra.{number}"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    text = (text or json.dumps(table)).replace('"\\u0000raw:', "").encode()
-    size = rng.choice((0, 1, length - 1, len(text) + 8, 2**40, 2**63)) if kind == "length" else len(text)
-    file.write_bytes(size.to_bytes(8, "little") + text + body)
+    raw = (text or json.dumps(table)).replace('"\\u0000raw:', "").encode()
+    size = rng.choice((0, 1, length - 1, len(raw) + 8, 2**40, 2**63)) if kind == "length" else len(raw)
+    file.write_bytes(size.to_bytes(8, "little") + raw + body)
     return f"{file.name} header {kind}"
 
 
@@ -448,9 +448,9 @@ def index(folder: Path, rng: random.Random) -> str:
         (folder / f"linked{suffix}").symlink_to(f"../outside/secret{suffix}")
         weight_map[key] = f"linked{suffix}"
     else:
-        shard = folder / rng.choice(("zz-overlay", "aa-overlay"))
-        _save(shard.with_suffix(suffix), {key: torch.zeros(2, 2)})
-        weight_map[key] = shard.with_suffix(suffix).name
+        overlay = (folder / rng.choice(("zz-overlay", "aa-overlay"))).with_suffix(suffix)
+        _save(overlay, {key: torch.zeros(2, 2)})
+        weight_map[key] = overlay.name
     _write(folder, name, found)
     return f"index {kind}"
 
@@ -511,9 +511,9 @@ def stray(folder: Path, rng: random.Random) -> str:
     elif kind == "adapter":
         (folder / "adapter_config.json").write_text("{}")
     elif kind == "name":
-        name = os.fsencode(folder) + b"/" + rng.choice((b"caf\xe9.txt", b"a\nb.txt", b"\xff\xfe", b"[red]", b"x" * 255))
-        with open(name, "w") as file:
-            file.write("x")
+        odd = os.fsencode(folder) + b"/" + rng.choice((b"caf\xe9.txt", b"a\nb.txt", b"\xff\xfe", b"[red]", b"x" * 255))
+        with open(odd, "w") as stream:
+            stream.write("x")
     elif kind == "secret":
         name = rng.choice(("gqa_convert.json", "tokenizer.model", "notes.txt", "modeling_x.py", "docs"))
         (folder / name).unlink(missing_ok=True)
@@ -537,8 +537,8 @@ def stray(folder: Path, rng: random.Random) -> str:
         config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
         _write(folder, "config.json", config)
     elif kind == "dcp":
-        for file in _weight_files(folder):
-            file.unlink()
+        for weights in _weight_files(folder):
+            weights.unlink()
         (folder / rng.choice(("pytorch_model_fsdp_0", "global_step5"))).mkdir()
     return f"stray {kind} {fixed if kind in ('pipe', 'folder', 'device', 'dangling', 'loop', 'huge') else ''}".strip()
 
