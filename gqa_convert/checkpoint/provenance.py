@@ -118,3 +118,8 @@ def read_provenance(folder: Path) -> dict[str, Any]:
         CheckpointError: if it is damaged.
     """
     return read_record(folder) or {}
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Return the installed versions of packages, as records and results state them; by default of what computes."""
+    return {name: version(name) for name in names or ("gqa-convert", "torch", "transformers")}

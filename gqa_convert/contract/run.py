@@ -14,13 +14,13 @@ import shutil
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gqa_convert.checkpoint.provenance import versions
 from gqa_convert.contract.native import prove
 from gqa_convert.contract.records import Record
 from gqa_convert.contract.remote_code import meet_strangers
@@ -70,20 +70,16 @@ def _kept(out: Path, records: list[Record]) -> list[Record]:
     if not out.exists():
         return []
     earlier = json.loads(out.read_text(encoding="utf-8"))
-    if earlier["versions"] != _versions():
+    if earlier["versions"] != versions("torch", "transformers"):
         raise UsageError(f"{out}: was recorded with {earlier['versions']}. Run all families again.")
     new = {record.model_type for record in records}
     return [Record(**entry) for entry in earlier["families"] if entry["model_type"] not in new]
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers")}
-
-
 def document(records: list[Record]) -> dict[str, Any]:
     """Return the JSON of a run: the versions it holds for, counts, and a record for each family."""
     return {
-        "versions": _versions(),
+        "versions": versions("torch", "transformers"),
         "counts": {
             "model_types": len(records),
             "proven": sum(record.proven for record in records),

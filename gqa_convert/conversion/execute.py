@@ -17,7 +17,7 @@ from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.contents import bytes_digest
 from gqa_convert.checkpoint.dtypes import tensor_bytes, torch_dtype
 from gqa_convert.checkpoint.flushing import Flusher
-from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, write_provenance
+from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, versions, write_provenance
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.checkpoint.resolve import SAFE_INDEX
 from gqa_convert.checkpoint.side_files import copy_side_file, side_file_bytes
@@ -284,7 +284,7 @@ def provenance(
         "dropped": list(planned.anatomy.dropped),
         **({"solved": dict(digests)} if digests else {}),
         **({"blocks": [_block_record(report) for report in solved.reports]} if solved else {}),
-        "versions": {name: installed_version(name) for name in ("torch", "transformers", "safetensors")},
+        "versions": versions("torch", "transformers", "safetensors"),
     }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.checkpoint.provenance import versions
 from gqa_convert.data import reading
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import examples as ex
@@ -117,7 +117,7 @@ def evaluate(
         dtype=models.dtype_name(original),
         device=device_name(original),
         settings={name: getattr(settings, name) for name in ("field", "separator", "special", "eos", "max_windows")},
-        versions={name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
+        versions=versions(),
         base=original_result,
         converted=tuple(comparisons),
         date=datetime.now(timezone.utc).date().isoformat(),

@@ -7,7 +7,6 @@ both spellings of rotary settings and dtype, since readers of either kind fall b
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.contents import tensor_digest
 from gqa_convert.checkpoint.dtypes import FLOATS, torch_dtype
-from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
+from gqa_convert.checkpoint.provenance import PROVENANCE, versions, write_provenance
 from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
 from gqa_convert.checkpoint.side_files import copy_side_file
 from gqa_convert.checkpoint.staging import check_output, staged_output
@@ -277,5 +276,5 @@ def provenance(parts: Parts, losses: dict[str, float], seconds: float) -> dict[s
         "seconds": round(seconds, 1),
         "engine": parts.engine.name,
         "processes": parts.engine.processes,
-        "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers", "accelerate")},
+        "versions": versions("gqa-convert", "torch", "transformers", "accelerate"),
     }

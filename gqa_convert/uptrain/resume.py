@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.checkpoint.provenance import versions
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.uptrain.checkpoints import STATE, SavedCheckpoint
 from gqa_convert.uptrain.engine import Engine
@@ -58,7 +58,7 @@ def checkpoint_state(
         "seconds": seconds,
         "engine": engine.name,
         "processes": engine.processes,
-        "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers", "accelerate")},
+        "versions": versions("gqa-convert", "torch", "transformers", "accelerate"),
     }
 
 

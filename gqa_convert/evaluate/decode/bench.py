@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from importlib.metadata import version as installed_version
 
 import torch
 
+from gqa_convert.checkpoint.provenance import versions
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.decode.contender import Contender
 from gqa_convert.evaluate.decode.decoder import Decoder, prefill_seconds
@@ -63,7 +63,7 @@ def bench(
         bandwidth=bandwidth,
         steps=settings.steps,
         rounds=settings.rounds,
-        versions={name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
+        versions=versions(),
         weights={c.name: c.weight_bytes for c in contenders},
         weights_read={c.name: c.weight_bytes_read for c in contenders},
         points=tuple(points),

@@ -13,12 +13,11 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
 from gqa_convert.checkpoint.fingerprint import sampled_digest
-from gqa_convert.checkpoint.provenance import source_identity
+from gqa_convert.checkpoint.provenance import source_identity, versions
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.execute import execute
 from gqa_convert.conversion.plan import plan
@@ -62,7 +61,7 @@ class Sweep:
             "points": [point.to_json() for point in self.points],
             "frontier": frontiers(self.points),
             "recommendation": asdict(self.recommendation),
-            "versions": {name: installed_version(name) for name in ("gqa-convert", "torch", "transformers")},
+            "versions": versions(),
         }
 
 
@@ -119,8 +118,8 @@ def _summary(run: Path, base: dict[str, Any], points: Sequence[SweepPoint], sett
 
 
 def _fingerprint(*parts: Any) -> str:
-    versions = [installed_version(name) for name in ("gqa-convert", "torch", "transformers")]
-    return hashlib.sha256(json.dumps([versions, *parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    installed = list(versions().values())
+    return hashlib.sha256(json.dumps([installed, *parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _stamp(text: str | None) -> list[int]:
