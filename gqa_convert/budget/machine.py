@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 _SIZE = 1024
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def matmul_rate(dtype: torch.dtype | None = None) -> float:
@@ -36,7 +38,12 @@ def matmul_rate(dtype: torch.dtype | None = None) -> float:
 
 
 def free_memory() -> int:
-    """Bytes of memory that could be had without swapping."""
+    """Return the bytes this process could still take without swapping, a container's limit included."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return free  # no limit, or another system's control groups
+    return min(free, max(0, limit - used))

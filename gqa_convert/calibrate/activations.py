@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import torch
 
 _SMALL = 1 << 16  # bytes that are not worth a file
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -72,18 +71,3 @@ class Spill:
         mapped = torch.from_file(name, shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
         os.unlink(name)  # the mapping outlives the name
         return mapped.copy_(value)
-
-
-def free_memory() -> int | None:
-    """Return the bytes this process could still take, a container's limit included; None where it cannot be told."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        value = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    except (OSError, ValueError, IndexError):
-        return None
-    try:
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        value.append(max(0, limit - used))
-    except (OSError, ValueError):
-        pass  # no limit, or another system's control groups
-    return min(value, default=None)

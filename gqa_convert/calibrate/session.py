@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.blocks import rotary_layouts
-from gqa_convert.calibrate.activations import Spill, free_memory, to_device
+from gqa_convert.budget.machine import free_memory
+from gqa_convert.calibrate.activations import Spill, to_device
 from gqa_convert.calibrate.attention_received import Attended, attention_received
 from gqa_convert.calibrate.hooks import BlockRecord, part_of, watching
 from gqa_convert.calibrate.input_statistics import InputMoments, read_statistics, statistics_store, write_statistics
@@ -225,10 +226,7 @@ class Session:
     def _spill(self) -> Spill | None:
         budget = self.spill_limit
         if budget is None:
-            free = free_memory()
-            if free is None:
-                return None
-            budget = free // 2
+            budget = free_memory() // 2
         return Spill(self.work, budget // 4)  # two streams, each with what goes into a layer and what comes out
 
     def _keep(self, window: LayerWindow) -> Callable[[Any], Any]:
