@@ -64,11 +64,10 @@ def heal_settings(
     options: HealOptions, source: Path, teacher: Path, folder: Path, *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """The uptraining as `gqa uptrain` would read it from a file."""
-    from gqa_convert.hf import api
-    from gqa_convert.hf.loading import max_positions
+    from gqa_convert.hf.loading import Source, max_positions
     from gqa_convert.uptrain.forecast import training_precision
 
-    model = api.load_config(source, trust_remote_code=trust_remote_code)
+    model = Source.open(source, trust_remote_code=trust_remote_code).config
     text = model.get_text_config(decoder=True)
     longest = max_positions(model)
     context = options.context or min(CONTEXT, longest or CONTEXT)
