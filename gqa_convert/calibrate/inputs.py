@@ -79,12 +79,12 @@ def calibration_inputs(
         "seed": recipe.seed,
     }
     if rows is None:
-        found = [{"input_ids": self_tokens(stored, sequences=sequences, length=length, **writing)}]
+        batches = [{"input_ids": self_tokens(stored, sequences=sequences, length=length, **writing)}]
     else:
-        found = own_answers(stored, rows, **writing)
-    for number, parts in enumerate(found):
-        store.write(number, parts, {"shapes": len(found)})
-    return found
+        batches = own_answers(stored, rows, **writing)
+    for number, parts in enumerate(batches):
+        store.write(number, parts, {"shapes": len(batches)})
+    return batches
 
 
 def _kept(store: LayerStore) -> list[dict[str, Tensor]] | None:

@@ -58,7 +58,7 @@ class Merger:
         return frozenset(self.difference.rows) | frozenset(self.difference.stacks)
 
     def merge_layer(
-        self, layer: nn.Module, path: str, blocks: Sequence[BlockNames], found: Mapping[str, Statistics]
+        self, layer: nn.Module, path: str, blocks: Sequence[BlockNames], statistics: Mapping[str, Statistics]
     ) -> tuple[State, dict[str, BlockReport]]:
         """Return every tensor of one layer that depends on KV heads or moves with them, and a report per block.
 
@@ -73,7 +73,7 @@ class Merger:
             started = time.monotonic()
             rotary = layout_for(names, self.difference.source, self.layouts)
             block = read_block(tensors.get, names, self.freedom, rotary)
-            merged, report = self._merge(names, block, found.get(names.module))
+            merged, report = self._merge(names, block, statistics.get(names.module))
             state |= {name: tensor.float() for name, tensor in block_state(names, merged).items()}
             if self.recipe.grouping == "search":
                 grouping = Grouping(report.grouping)

@@ -147,10 +147,10 @@ def by_length(rows: Iterable[Sequence[int]]) -> list[Tensor]:
     """Stack rows of one length, shortest first."""
     import torch
 
-    found: dict[int, list[Sequence[int]]] = {}
+    rows_of_length: dict[int, list[Sequence[int]]] = {}
     for row in rows:
-        found.setdefault(len(row), []).append(row)
-    return [torch.tensor(found[length], dtype=torch.long) for length in sorted(found)]
+        rows_of_length.setdefault(len(row), []).append(row)
+    return [torch.tensor(rows_of_length[length], dtype=torch.long) for length in sorted(rows_of_length)]
 
 
 def _rows(tokenizer: Any, text: str, length: int) -> Iterator[list[int]]:

@@ -100,11 +100,11 @@ def _list(json: bool) -> None:
 
     models, hardware = known_models(), devices()
     if json:
-        found = {
+        described = {
             name: {"tokens": m.tokens, "batch_tokens": m.batch_tokens, "steps": m.steps, "source": m.source}
             for name, m in models.items()
         }
-        typer.echo(jsonlib.dumps({"models": found, "devices": hardware}, indent=2))
+        typer.echo(jsonlib.dumps({"models": described, "devices": hardware}, indent=2))
         return
     table = Table("model", "parameters", "tokens", "source", box=None, pad_edge=False)
     for name, m in models.items():

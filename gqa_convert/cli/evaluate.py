@@ -29,7 +29,7 @@ from gqa_convert.cli.options import (
     emit,
     save,
 )
-from gqa_convert.progress import counting
+from gqa_convert.progress import Counter
 
 
 def eval_command(
@@ -70,7 +70,7 @@ def eval_command(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    with counting("windows", quiet=json) as progress:
+    with Counter("windows", quiet=json) as progress:
         evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
     if tasks:
         evaluation = with_tasks(evaluation, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
@@ -124,7 +124,7 @@ def bench_command(
     contenders = load_contenders(
         [base, *(converted or [])], dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    with counting("points", quiet=json) as progress:
+    with Counter("points", quiet=json) as progress:
         progress.total(len(settings.batches) * len(settings.contexts) * len(settings.caches))
         measured = bench(contenders, settings, on_point=lambda point: progress.advance())
     save(measured.to_json(), out)
@@ -209,7 +209,7 @@ def sweep_command(
         uptrain_config=uptrain_config,
     )
     folder = run or Path(f"{Path(model).name}-sweep")
-    with counting("points", quiet=json) as progress:
+    with Counter("points", quiet=json) as progress:
 
         def report(point: Any, known: bool) -> None:
             progress.advance()

@@ -61,10 +61,10 @@ def export_command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Make a plain transformers folder of a checkpoint, whichever engine and however many processes saved it."""
-    from gqa_convert.console import console
+    from gqa_convert.console import console, show_written
     from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 
-    folder, found = export_checkpoint(
+    folder, saved_step = export_checkpoint(
         run,
         out,
         step=step,
@@ -74,9 +74,9 @@ def export_command(
         tell=lambda text: typer.echo(text, err=True),
     )
     if json:
-        typer.echo(jsonlib.dumps({"folder": str(folder), "step": found}, indent=2))
+        typer.echo(jsonlib.dumps({"folder": str(folder), "step": saved_step}, indent=2))
     else:
-        console().print(f"[bold green]wrote[/] {folder} (step {found:,})", highlight=False)
+        show_written(console(), f"{folder} (step {saved_step:,})")
 
 
 class _RunOrExport(TyperGroup):

@@ -23,6 +23,7 @@ from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.errors import VerificationError
 from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain import parameters
 from gqa_convert.uptrain.build import Parts
 from gqa_convert.uptrain.config import UptrainConfig
@@ -60,18 +61,19 @@ def write_final(
         OutputError: if it cannot be written.
         VerificationError: if keys or shapes are not those of the source.
     """
-    checkpoint = Checkpoint.open(source)
+    origin = Source.open(source, trust_remote_code=trust_remote_code)
+    checkpoint = origin.checkpoint
     needed = checkpoint.total_bytes
     with staged_output(target, force=force, source=source, needed_bytes=needed) as stage:
         with api.quiet():
             model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
-        restore_keys(stage, checkpoint, _key_map(source, trust_remote_code))
+        restore_keys(stage, checkpoint, _key_map(origin))
         for relative in checkpoint.side_files:
             copy_side_file(source, relative, stage)
         write_text(stage / CONFIG, checkpoint.config_text)
         _check(checkpoint, Checkpoint.open(stage))
-        write_text(stage / CONFIG, both_spellings(source, checkpoint.config_text, trust_remote_code=trust_remote_code))
-        if not _same_settings(source, stage, trust_remote_code):
+        write_text(stage / CONFIG, _both_spellings(checkpoint.config_text, origin.config))
+        if not _same_settings(origin, Source.open(stage, trust_remote_code=trust_remote_code)):
             write_text(stage / CONFIG, checkpoint.config_text)
         _readable(stage)
         digests = {key: tensor_digest(info) for key, info in Checkpoint.open(stage).tensors.items()}
@@ -86,11 +88,9 @@ def _readable(folder: Path) -> None:
         path.chmod(mode & 0o777)
 
 
-def _key_map(source: Path, trust_remote_code: bool) -> api.KeyMap:
+def _key_map(source: Source) -> api.KeyMap:
     """Of the source's model, built anew: an engine may have replaced the class and shapes of the trained one."""
-    config = api.load_config(source, trust_remote_code=trust_remote_code)
-    cls = api.model_class(config, folder=source, trust_remote_code=trust_remote_code)
-    return api.KeyMap(api.build_on_meta(cls, config))
+    return api.KeyMap(source.meta_model)
 
 
 def _tied(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -143,11 +143,20 @@ def _is_table(key: str) -> bool:
 
 
 def both_spellings(folder: Path, text: str, *, trust_remote_code: bool = False) -> str:
-    """Add to a config.json the spelling of rotary settings and dtype that it lacks; nothing else changes."""
+    """Add to a config.json the spelling of rotary settings and dtype that it lacks; nothing else changes.
+
+    Args:
+        folder: that holds it, perhaps without weights as yet.
+        text: what it says.
+        trust_remote_code: whether the folder's own code may run.
+    """
+    return _both_spellings(text, api.load_config(folder, trust_remote_code=trust_remote_code))
+
+
+def _both_spellings(text: str, known: Any) -> str:
     settings = json.loads(text.removeprefix("\ufeff"))
     edits: dict[tuple[str, ...], Any] = {}
     after: dict[tuple[str, ...], str] = {}
-    known = api.load_config(folder, trust_remote_code=trust_remote_code)
     for path, section, config in _sections(settings, known):
         for new, old in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
             if old in section and new not in section and isinstance(section[old], str):
@@ -180,10 +189,9 @@ def _sections(settings: dict[str, Any], known: Any) -> list[tuple[tuple[str, ...
     return sections
 
 
-def _same_settings(source: Path, stage: Path, trust_remote_code: bool) -> bool:
+def _same_settings(source: Source, written: Source) -> bool:
     """Whether transformers reads the same configuration from both folders."""
-    before = api.load_config(source, trust_remote_code=trust_remote_code).to_dict()
-    after = api.load_config(stage, trust_remote_code=trust_remote_code).to_dict()
+    before, after = source.config.to_dict(), written.config.to_dict()
     ignored = {"_name_or_path", *_OLD_ROTARY, "rope_scaling", "torch_dtype"}
 
     def plain(values: Any) -> Any:

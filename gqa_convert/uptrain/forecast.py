@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gqa_convert.budget.machine import matmul_rate
 from gqa_convert.budget.shape import shape_of_folder
-from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.model import attention_linears, attention_norms
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     import torch
 
     shape, taught = shape_of_folder(source), shape_of_folder(teacher)
-    known = api.load_config(source, trust_remote_code=config.trust_remote_code)
-    model = api.build_on_meta(api.model_class(known, folder=source, trust_remote_code=config.trust_remote_code), known)
+    converted = Source.open(source, trust_remote_code=config.trust_remote_code)
+    model = converted.meta_model
     parts = (*attention_linears(model).values(), *attention_norms(model).values())
     trained = sum(p.numel() for part in parts for p in part.parameters())
     context = config.data.context
     backward_and_forward = shape.training_flops_per_token(context) * 2 / 3
     per_token = backward_and_forward + 2 * trained + taught.training_flops_per_token(context) / 3
-    text = known.get_text_config(decoder=True)
+    text = converted.config.get_text_config(decoder=True)
     narrow = config.train.precision != "float32"
     micro_tokens = config.train.micro_batch * context
     width, layers = int(getattr(text, "hidden_size", 0)), shape.layers

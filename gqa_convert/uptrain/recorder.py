@@ -39,7 +39,7 @@ class Recorder:
             project=log.project,
             resumed=resumed,
             settings=flat_config(parts.plan.config.model_dump(mode="json")),
-            tell=display.tell,
+            tell=display.say,
         )
 
     def rewind(self, step: int) -> None:
@@ -68,7 +68,7 @@ class Recorder:
             values["mfu"] = rate * self._flops / self._peak
         if not result.taken:
             values["skipped"] = 1
-            self._display.tell(f"step {step:,}: skipped as a spike (loss {result.loss:.3g}, norm {result.norm:.3g})")
+            self._display.say(f"step {step:,}: skipped as a spike (loss {result.loss:.3g}, norm {result.norm:.3g})")
         self._write("train", step, values)
         left = (plan.horizon.steps - step) * plan.horizon.batch_tokens
         self._display.step(step, {**values, "tokens_left": left})
@@ -80,7 +80,7 @@ class Recorder:
             values["reference_loss"] = reference
         self._write("evaluation", step, values)
         beside = "" if reference is None else f" (the original's: {reference:.4f})"
-        self._display.tell(f"step {step:,}: held-out loss {losses['loss']:.4f}{beside}")
+        self._display.say(f"step {step:,}: held-out loss {losses['loss']:.4f}{beside}")
 
     def event(self, step: int, what: str, **values: Any) -> None:
         """Record that something happened."""
