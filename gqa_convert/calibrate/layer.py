@@ -66,7 +66,7 @@ class Merger:
             CheckpointError: if a weight of the layer, or a statistic of what goes into it, is not finite.
         """
         tensors = {f"{path}.{name}": tensor.cpu() for name, tensor in layer.state_dict().items()}
-        _check_finite(tensors, path, found)
+        _check_finite(tensors, path, statistics)
         state: State = {}
         reports = {}
         for names in blocks:
@@ -110,7 +110,7 @@ class Merger:
         return merged.block, report
 
 
-def _check_finite(tensors: Mapping[str, Tensor], path: str, found: Mapping[str, Statistics]) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], path: str, statistics_of: Mapping[str, Statistics]) -> None:
     """Refuse what no merge can be computed from, before a decomposition fails on it."""
     for name, tensor in tensors.items():
         wrong = 0 if bool(tensor.sum().isfinite()) else int((~tensor.isfinite()).sum())  # a large sum may overflow
@@ -119,7 +119,7 @@ def _check_finite(tensors: Mapping[str, Tensor], path: str, found: Mapping[str, 
                 f"{name}: {wrong:,} of {tensor.numel():,} values are not finite (NaN or infinity), so {path} cannot be "
                 "merged. Repair or re-download the checkpoint."
             )
-    for module, statistics in found.items():
+    for module, statistics in statistics_of.items():
         if not bool(statistics.moment.isfinite().all()):
             raise CheckpointError(
                 f"{module}: what goes into it when the model reads the calibration text is not finite (NaN, infinity). "

@@ -55,9 +55,10 @@ class OptimizerSection(Section):
     """The optimiser, see `optim`."""
 
     kind: Annotated[str, AfterValidator(_optimizer)] = "adamw"
-    """adamw or adafactor, which is that of T5: updates scaled by the size of each parameter."""
+    """adamw; adafactor, which is that of T5: updates scaled by the size of each parameter; or muon, for the matrices
+    inside the model (AdamW for the rest), at AdamW's learning rates."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW."""
+    """AdamW (of muon: its AdamW part)."""
     eps: Positive = 1e-8
     """AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
