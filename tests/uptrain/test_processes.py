@@ -116,7 +116,10 @@ def final_weights(folder):
 
 
 @pytest.mark.slow
-def test_sharded_training_matches_and_resumes(settings, single, write_config) -> None:
+@pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3)])  # muon computes in bf16
+def test_sharded_training_matches_and_resumes(kind, tolerance, settings, request, write_config) -> None:
+    settings["optimizer"] = {"kind": kind}
+    single = request.getfixturevalue("single")
     settings["train"]["micro_batch"] = 1
     path = write_config(settings)
     launch_sharded(path, stop=10)
@@ -126,10 +129,11 @@ def test_sharded_training_matches_and_resumes(settings, single, write_config) ->
     trained, expected = (
         [r for r in found if r["kind"] == "train"] for found in (read_metrics(output / "metrics.jsonl"), single[1])
     )
-    assert close(trained, expected)
-    assert all(abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 for a, b in zip(trained, expected, strict=True))
+    assert close(trained, expected, tolerance)
+    pairs = zip(trained, expected, strict=True)
+    assert all(abs(a["grad_norm"] - b["grad_norm"]) < 10 * tolerance for a, b in pairs)
     ours, theirs = final_weights(output), final_weights(single[0].folder.parent)
-    assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
+    assert all(torch.allclose(ours[key], theirs[key], atol=20 * tolerance) for key in theirs)
     _, info = load_with_info(output / "final")
     assert not info["missing_keys"]
 
