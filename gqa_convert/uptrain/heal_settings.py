@@ -88,7 +88,7 @@ def heal_settings(
         "objective": {
             "kind": "span_corruption" if encodes else "causal_lm",
             "distillation": {"teacher": str(teacher)},
-            "loss_chunk": 512,
+            "loss_chunk": 256,
         },
         "schedule": {
             "kind": "cosine",
