@@ -83,7 +83,8 @@ def test_a_hub_models_card_names_its_relation(tmp_path: Path) -> None:
     factories.make(snapshot)
     out = convert(snapshot, groups=2, out=tmp_path / "out").out
     data = data_of(out)
-    assert (data.base_model, data.base_model_relation) == ("someone/tiny", "finetune")
+    values = data.to_dict()
+    assert (values["base_model"], values["base_model_relation"]) == ("someone/tiny", "finetune")
 
 
 def test_what_was_measured_is_in_the_card(source: Path) -> None:
