@@ -52,6 +52,7 @@ def test_side_files_go_along_and_strangers_do_not(tmp_path: Path) -> None:
     out = convert(source, groups=4).out
     found = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     own = {"config.json", "generation_config.json", "gqa_convert.json", "model.safetensors", "tokenizer.json"}
+    own |= {"README.md"}
     assert found == own | taken.keys()
     assert all((out / name).read_text() == text for name, text in taken.items())
 

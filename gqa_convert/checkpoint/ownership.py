@@ -24,8 +24,10 @@ LOCK = ".lock"
 
 TOOL = "gqa-convert"
 
-CARD_MARK = "<!-- written by gqa report -->"
-"""What a README.md says that `gqa report` wrote into a converted folder later."""
+CARD, SOURCE_CARD = "README.md", "README-source.md"
+"""The card that a conversion writes, and the name under which the original's goes along."""
+
+_MARK = "<!-- written by gqa-convert; sha256 of what stands above: {} -->\n"
 
 _UNLISTED = (PROVENANCE, LOCK)
 _HASHED_BYTES = 16 << 20
@@ -45,7 +47,7 @@ _KINDS = (
     "*.model",
     "chat_template.*",
     "*processor_config.json",
-    "README.md",
+    "README*.md",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -89,7 +91,7 @@ def check_replaceable(folder: Path) -> None:
             continue
         if not stat.S_ISREG(status.st_mode):
             _refuse(folder, f"{relative} in it was not written by a conversion")
-        if relative == "README.md" and _is_our_card(folder / relative):
+        if relative == CARD and _is_our_card(folder / relative):
             continue
         if not isinstance(listed, dict):
             if not any(fnmatchcase(relative, kind) for kind in _KINDS):
@@ -146,9 +148,21 @@ def _entries(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
             yield str(base), os.lstat(root)
 
 
+def sign_card(text: str) -> str:
+    """A card with our mark as its last line: the hash of what stands above it, so that an edited card is not ours."""
+    text = text.rstrip("\n") + "\n\n"
+    return text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_signed(content: bytes) -> bool:
+    """Whether a card is as we wrote it, by the mark that it ends with."""
+    above, newline, _ = content.rstrip(b"\n").rpartition(b"\n")
+    return content == above + newline + _MARK.format(hashlib.sha256(above + newline).hexdigest()).encode()
+
+
 def _is_our_card(file: Path) -> bool:
     try:
-        with open(file, encoding="utf-8", errors="replace") as text:
-            return CARD_MARK in text.read(_MAX_CARD_BYTES)
+        with open(file, "rb") as card:
+            return is_signed(card.read(_MAX_CARD_BYTES))
     except OSError:
         return False

@@ -117,19 +117,22 @@ def side_file_bytes(folder: Path, relative: Path) -> int:
         raise CheckpointError(f"{folder / relative}: can no longer be read ({error.strerror}).") from error
 
 
-def copy_side_file(folder: Path, relative: Path, target: Path) -> None:
+def copy_side_file(folder: Path, relative: Path, target: Path, *, name: str = "") -> None:
     """Copy one side file of `folder` to the same place below `target`, unless it has become a link out of the folder.
+
+    `name` is where it goes below `target` instead, if it goes elsewhere.
 
     Raises:
         CheckpointError: if it is gone, no regular file any more, or leads out of the folder now.
         OSError: if it cannot be written.
     """
-    (target / relative).parent.mkdir(parents=True, exist_ok=True)
+    copied = target / (name or relative)
+    copied.parent.mkdir(parents=True, exist_ok=True)
     try:
         source = open_inside(folder, folder / relative)
     except OSError as error:
         raise CheckpointError(f"{folder / relative}: can no longer be read ({error.strerror}).") from error
-    with source, open(target / relative, "wb") as copy:
+    with source, open(copied, "wb") as copy:
         shutil.copyfileobj(source, copy, 1 << 20)
 
 

@@ -186,6 +186,10 @@ def convert_command(
 
         insist = bool(measure) or data is not None
         quality = measure_conversion(planned, result.out, data=data, insist=insist)
+        if quality.rise is not None:
+            from gqa_convert.conversion.card import refresh_card
+
+            refresh_card(result.out, quality.to_json())
     described: dict[str, Any] = {
         "out": str(result.out),
         "verified": result.verified,

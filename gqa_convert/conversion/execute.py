@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from gqa_convert.checkpoint.resolve import SAFE_INDEX
 from gqa_convert.checkpoint.side_files import copy_side_file, side_file_bytes
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import TargetTensor, write_index, write_shard
+from gqa_convert.conversion.card import carried_cards, read_card, write_card
 from gqa_convert.conversion.operations import Operation, Pool, Solve
 from gqa_convert.conversion.plan import ConvertPlan, plan
 from gqa_convert.conversion.prefetch import computed_ahead, computed_together
@@ -172,13 +173,22 @@ def _write(
         _write_config(planned, folder)
         for file in planned.anatomy.files:
             shutil.copyfile(file, folder / file.name)
-        for path in checkpoint.side_files:
-            if path.name in {file.name for file in planned.anatomy.files}:
-                continue
-            copy_side_file(checkpoint.folder, path, folder)
+        shipped = {file.name for file in planned.anatomy.files}
+        _copy_side_files(checkpoint, [path for path in checkpoint.side_files if path.name not in shipped], folder)
         checks = verify_output(planned, folder, level=verify)
-        write_provenance(folder / PROVENANCE, provenance(planned, solved, digests))
+        record = provenance(planned, solved, digests)
+        write_card(folder, record)
+        write_provenance(folder / PROVENANCE, record)
     return checks
+
+
+def _copy_side_files(checkpoint: Checkpoint, files: Sequence[Path], folder: Path) -> None:
+    """Copy what goes along; the original's card under another name, as the output has its own."""
+    cards = carried_cards(map(str, files), read_card(checkpoint.folder))
+    for path in files:
+        name = cards.get(str(path), str(path))
+        if name:
+            copy_side_file(checkpoint.folder, path, folder, name=name)
 
 
 def _write_weights(

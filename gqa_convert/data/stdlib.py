@@ -6,6 +6,7 @@ next, whatever else comes or goes.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import sysconfig
 import tokenize
@@ -115,3 +116,28 @@ def some_held_out_texts() -> Iterator[str]:
 
 def _sample(texts: Iterator[str], every: int) -> Iterator[str]:
     return islice(texts, 0, None, every)
+
+
+def documentation_texts() -> Iterator[str]:
+    """English prose that every Python brings along: the language reference's topics, and the modules' docstrings.
+
+    The docstrings are those of the modules that `training_texts` gives, a document per module.
+    """
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+    for text in _texts(0):
+        documented = docstrings(text)
+        if documented:
+            yield documented
+
+
+def docstrings(source: str) -> str:
+    """The docstrings of a module's source, in its order, with an empty line between them; empty if it has none."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # templates that carry a .py name
+        return ""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners))
+    return "\n\n".join(text for text in texts if text)

@@ -16,11 +16,13 @@ from torch import Tensor
 from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.contents import tensor_digest
 from gqa_convert.checkpoint.dtypes import FLOATS, torch_dtype
+from gqa_convert.checkpoint.ownership import is_signed
 from gqa_convert.checkpoint.provenance import PROVENANCE, versions, write_provenance
 from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
 from gqa_convert.checkpoint.side_files import copy_side_file
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.checkpoint.writer import write_text
+from gqa_convert.conversion.card import read_card, write_card
 from gqa_convert.errors import VerificationError
 from gqa_convert.hf import api
 from gqa_convert.hf.loading import Source
@@ -70,6 +72,7 @@ def write_final(
         restore_keys(stage, checkpoint, _key_map(origin))
         for relative in checkpoint.side_files:
             copy_side_file(source, relative, stage)
+        card = read_card(stage)
         write_text(stage / CONFIG, checkpoint.config_text)
         _check(checkpoint, Checkpoint.open(stage))
         write_text(stage / CONFIG, _both_spellings(checkpoint.config_text, origin.config))
@@ -78,6 +81,8 @@ def write_final(
         _readable(stage)
         digests = {key: tensor_digest(info) for key, info in Checkpoint.open(stage).tensors.items()}
         record = {**(checkpoint.provenance or {}), "uptraining": uptraining, "tensors": digests}
+        if card is None or is_signed(card):  # the conversion's own; what it says was true before the training
+            write_card(stage, record)
         write_provenance(stage / PROVENANCE, record)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gqa_convert.checkpoint.ownership import CARD_MARK, check_replaceable
+from gqa_convert.checkpoint.ownership import check_replaceable, sign_card
 from gqa_convert.checkpoint.provenance import PROVENANCE, write_provenance
 from gqa_convert.errors import OutputError
 
@@ -38,7 +38,7 @@ def test_an_empty_folder_may_be_replaced(tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_report_is_ours_too(ours: Path) -> None:
-    (ours / "README.md").write_text(f"---\n---\n\n{CARD_MARK}\n\n# A model\n")
+    (ours / "README.md").write_text(sign_card("---\n---\n\n# A model\n"))
     check_replaceable(ours)
     (ours / "README.md").write_text("my own words")
     with pytest.raises(OutputError, match=r"README\.md"):

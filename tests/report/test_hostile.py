@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from gqa_convert.checkpoint.ownership import sign_card
 from gqa_convert.errors import GQAConvertError, UsageError
 from gqa_convert.report import writing
 from gqa_convert.report.card import card
@@ -79,7 +80,7 @@ def test_files_that_are_links_are_replaced_and_not_followed(tmp_path: Path) -> N
         (run / name).symlink_to(victims[name])
     readme = run / "points" / "pca-g2" / "model" / "README.md"
     victims["README.md"] = tmp_path / "README.md"
-    victims["README.md"].write_text("mine <!-- written by gqa report -->")
+    victims["README.md"].write_text(sign_card("mine"))
     readme.symlink_to(victims["README.md"])
     report = write_report(run)
     assert readme in report.kept
