@@ -43,6 +43,9 @@ def eval_command(
     max_windows: MaxWindows = None,
     special: Special = True,
     eos: Eos = True,
+    loss_on: Annotated[
+        str, typer.Option(help="Of conversations (rows of messages): score the assistant's turns, or all.")
+    ] = "assistant",
     batch_size: BatchSize = 8,
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
@@ -65,6 +68,7 @@ def eval_command(
         max_windows=max_windows,
         special=special,
         eos=eos,
+        loss_on=loss_on,
         batch_size=batch_size,
         dtype=dtype,
         device=device,

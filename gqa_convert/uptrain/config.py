@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gqa_convert.uptrain.config_data import BudgetSection, Count, DataSection, Place, Positive, Section, Share
+from gqa_convert.uptrain.config_data import (
+    BudgetSection,
+    Count,
+    DataSection,
+    Place,
+    Positive,
+    Section,
+    Share,
+    Source,
+)
 from gqa_convert.uptrain.optim import get_optimizer
 
 
@@ -152,6 +161,9 @@ class CheckpointSection(Section):
     """Saves in a row that may fail (disk full) before the run stops."""
 
 
+SetName = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/\s]+$")]
+
+
 class EvaluationSection(Section):
     """Held-out loss at the start, every so often, and at the end."""
 
@@ -160,7 +172,9 @@ class EvaluationSection(Section):
     at_tokens: tuple[Count, ...] = ()
     """And when these many were seen: a curve is best resolved where it falls fastest, near the start."""
     tokens: Count | None = 1_000_000
-    """Held-out tokens to score; null for all."""
+    """Held-out tokens to score, of each set; null for all. Of a mixture's own, shared out by weight."""
+    sets: dict[SetName, Source] = Field(default_factory=dict)
+    """More documents to evaluate on, by name: each has its own curve, beside the one of what is held out."""
     reference: Place | None = None
     """Folder or hub id of the original, scored once as the line to reach; default: the teacher, if there is one."""
     target: Positive | None = None
@@ -243,6 +257,13 @@ def _conflicts(config: UptrainConfig) -> list[str]:
             "data.separate_documents: span corruption packs documents together as T5 does (its relative positions "
             "cannot restart). Set it to false or auto."
         )
+    if (config.data.source is None) == (not config.data.sources):
+        problems.append("data: give one `source`, or several `sources` with weights.")
+    taken = {name for name, _, _ in config.data.named} & set(config.evaluation.sets)
+    if taken and config.data.sources:
+        problems.append(f"evaluation.sets: {', '.join(sorted(taken))} is the name of a source too. Choose another.")
+    if config.objective.kind == "span_corruption" and config.data.packing == "whole":
+        problems.append("data.packing=whole: span corruption packs documents together. Set it to cut or auto.")
     if config.train.batch_sequences % config.train.micro_batch:
         problems.append(
             f"train.batch_sequences={config.train.batch_sequences} is no multiple of "

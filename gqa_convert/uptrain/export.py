@@ -29,6 +29,7 @@ from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain import parameters
 from gqa_convert.uptrain.build import Parts
 from gqa_convert.uptrain.config import UptrainConfig
+from gqa_convert.uptrain.config_data import SourceSection
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.source_keys import restore_keys
 from gqa_convert.uptrain.state import gather_weights
@@ -262,18 +263,27 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
 def told_config(run: UptrainConfig) -> dict[str, Any]:
     """A run's settings as `gqa_convert.json` tells them: without paths, which mean nothing elsewhere."""
     config = run.model_dump(mode="json")
-    for section, key in (("data", "cache"), ("data", "source"), ("data", "held_out_source"), ("log", "project")):
-        config[section].pop(key, None)
-    source = run.data.source
-    config["data"]["source"] = {"kind": source.kind, "names": [Path(path).name for path in source.paths]}
-    if source.kind == "hub":
-        config["data"]["source"] = source.model_dump(mode="json")
+    for key in ("cache", "source", "sources", "held_out_source"):
+        config["data"].pop(key, None)
+    config["log"].pop("project", None)
+    if run.data.source is not None:
+        config["data"]["source"] = _told_source(run.data.source)
+    else:
+        config["data"]["sources"] = [
+            {"name": name, "weight": weight, "source": _told_source(source)} for name, source, weight in run.data.named
+        ]
     for key in ("model", "output", "expect", "checkpoints", "log", "evaluation"):
         config.pop(key, None)
     distillation = config["objective"].get("distillation")
     if distillation:
         distillation["teacher"] = Path(distillation["teacher"]).name
     return config
+
+
+def _told_source(source: SourceSection) -> dict[str, Any]:
+    if source.kind == "hub":
+        return source.model_dump(mode="json")
+    return {"kind": source.kind, "names": [Path(path).name for path in source.paths]}
 
 
 def provenance(parts: Parts, losses: dict[str, float], seconds: float) -> dict[str, Any]:

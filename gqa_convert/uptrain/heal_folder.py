@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.conversion.recipe import SELF
 from gqa_convert.errors import OutputError, UsageError
-from gqa_convert.uptrain.heal_settings import CONTEXT, OWN_TEXT, OWN_TOKENS, HealOptions, heal_settings
+from gqa_convert.uptrain.heal_settings import (
+    CONTEXT,
+    OWN_TEXT,
+    OWN_TOKENS,
+    HealOptions,
+    heal_settings,
+    weighted_texts,
+)
 
 if TYPE_CHECKING:
     from gqa_convert.uptrain.config import UptrainConfig
@@ -61,7 +68,8 @@ def settled(
     from gqa_convert.uptrain.read_config import load_config, parse_config
 
     say = tell or (lambda _: None)
-    wanted = {"options": asdict(options), "converted": str(source.resolve()), "original": str(teacher.resolve())}
+    given = {"options": asdict(options), "converted": str(source.resolve()), "original": str(teacher.resolve())}
+    wanted = json.loads(json.dumps(given))
     kept = folder / _SETTINGS
     while not is_main() and not kept.is_file():
         time.sleep(1.0)  # the first process writes it, perhaps after the original has written its text
@@ -74,7 +82,7 @@ def settled(
                 "another --work, or remove the folder."
             )
         return load_config(folder / _RUN)
-    if options.text == SELF and is_main():
+    if SELF in [name for name, _ in weighted_texts(options.text)] and is_main():
         write_own_text(options, teacher, folder / OWN_TEXT, trust_remote_code=trust_remote_code, tell=say)
     values = heal_settings(options, source, teacher, folder, trust_remote_code=trust_remote_code)
     config = parse_config(values, where="heal")

@@ -32,8 +32,9 @@ class HealOptions:
         UsageError: for values that mean nothing.
     """
 
-    text: str = SELF
-    """A file, a folder, a hub dataset, `demo` (this Python's own modules), or `self`: the original writes it."""
+    text: str | tuple[str, ...] = SELF
+    """A file, a folder, a hub dataset, `demo` (this Python's own modules), or `self`: the original writes it. Several
+    are mixed, evenly or by weight: `a.jsonl=0.7`, `b.jsonl=0.3`."""
     held_out: str | None = None
     """Text to measure on; by default a fiftieth of the documents of `text`, which is then not trained on."""
     tokens: int = 500_000
@@ -75,7 +76,7 @@ def heal_settings(
     sequences = max(1, BATCH_TOKENS // context)
     batch_tokens = sequences * context
     tokens = max(options.tokens, batch_tokens)
-    data: dict[str, Any] = {"source": _source(options.text, folder), "context": context}
+    data: dict[str, Any] = {**_sources(options.text, folder), "context": context}
     if options.held_out is None:
         data["held_out_fraction"] = 0.02
     else:
@@ -112,6 +113,37 @@ def heal_settings(
         },
         "trust_remote_code": trust_remote_code,
     }
+
+
+def weighted_texts(text: str | tuple[str, ...]) -> list[tuple[str, float]]:
+    """What to heal on, each with its weight.
+
+    Raises:
+        UsageError: for a weight that is none.
+    """
+    if isinstance(text, str):
+        return [(text, 1.0)]
+    named = []
+    for entry in text:
+        name, equals, weight = entry.rpartition("=")
+        if not equals or Path(entry).exists():
+            named.append((entry, 1.0))
+            continue
+        try:
+            share = float(weight)
+        except ValueError:
+            share = math.nan
+        if not name or not 0 < share < math.inf:
+            raise UsageError(f"--text {entry}: write a weight above 0 behind the last `=`, as in {name or 'DATA'}=0.7.")
+        named.append((name, share))
+    return named
+
+
+def _sources(text: str | tuple[str, ...], folder: Path) -> dict[str, Any]:
+    named = weighted_texts(text)
+    if len(named) == 1:
+        return {"source": _source(named[0][0], folder)}
+    return {"sources": [{"source": _source(name, folder), "weight": weight} for name, weight in named]}
 
 
 def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[str, Any]:

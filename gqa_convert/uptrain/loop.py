@@ -159,9 +159,10 @@ class _Run:
         if reference is None and self.parts.teacher is not None:
             reference = self.parts.teacher.model
         if reference is not None:
-            self.losses["reference"] = evaluate_plain(
-                reference, self.parts.data, self.engine, micro=self.config.train.micro_batch
-            )
+            scored = evaluate_plain(reference, self.parts.data, self.engine, micro=self.config.train.micro_batch)
+            self.losses["reference"] = scored["loss"]
+            named = {name: loss for name, loss in scored.items() if name.startswith("loss/")}
+            self.losses |= {name.replace("loss/", "reference/"): loss for name, loss in named.items()}
             self.display.say(f"held-out loss of the original: {self.losses['reference']:.4f}")
         del reference
         self.losses["before"] = self._evaluate()
@@ -177,7 +178,9 @@ class _Run:
             micro=self.config.train.micro_batch,
             teacher=self.parts.teacher,
         )
-        self.recorder.evaluation(self.step, losses, self.losses.get("reference"))
+        self.recorder.evaluation(
+            self.step, losses, {name: loss for name, loss in self.losses.items() if name.startswith("reference")}
+        )
         return losses["loss"]
 
     def _train(self) -> None:

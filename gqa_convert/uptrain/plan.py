@@ -71,8 +71,7 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
         raise UsageError(f"output={config.output}: must lie apart from the model folder {config.model}.")
     shape = shape_of_folder(source)
     check_loads(Source.open(source, trust_remote_code=config.trust_remote_code))
-    if config.data.source.kind not in ("hub", "python"):
-        open_corpus_of(config)
+    open_corpus_of(config)
     chosen_trackers(config.log)
     length = resolve_horizon(config)
     distillation = config.objective.distillation
@@ -96,12 +95,14 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
 
 
 def open_corpus_of(config: UptrainConfig) -> None:
-    """Make sure that the sources are there."""
+    """Make sure that the sources on this machine are there."""
     from gqa_convert.uptrain.corpus import source_spec
 
-    open_corpus(source_spec(config.data.source))
-    if config.data.held_out_source is not None and config.data.held_out_source.kind != "hub":
-        open_corpus(source_spec(config.data.held_out_source))
+    sections = [section for _, section, _ in config.data.named]
+    sections += [section for section in (config.data.held_out_source, *config.evaluation.sets.values()) if section]
+    for section in sections:
+        if section.kind not in ("hub", "python"):
+            open_corpus(source_spec(section))
 
 
 def resolve_horizon(config: UptrainConfig) -> Horizon:
@@ -125,7 +126,6 @@ def resolve_horizon(config: UptrainConfig) -> Horizon:
 def plan_rows(plan: UptrainPlan) -> list[tuple[str, str]]:
     """The plan as label and value, for a table."""
     config = plan.config
-    source = config.data.source
     rows = [
         ("model", f"{config.model} ({plan.shape.parameters:,} parameters)"),
         ("output", config.output),
@@ -134,7 +134,7 @@ def plan_rows(plan: UptrainPlan) -> list[tuple[str, str]]:
             "batch",
             f"{config.train.batch_sequences:,} sequences of {config.data.context:,} tokens, any number of devices",
         ),
-        ("data", f"{source.kind} {', '.join(source.paths)}" + (", streaming" if config.data.streaming else "")),
+        ("data", _sources(config) + (", streaming" if config.data.streaming else "")),
         (
             "documents",
             "kept apart (positions restart, no attention across)" if config.separate_documents else "packed together",
@@ -158,6 +158,17 @@ def plan_rows(plan: UptrainPlan) -> list[tuple[str, str]]:
     return rows
 
 
+def _sources(config: UptrainConfig) -> str:
+    named = config.data.named
+    places = [f"{source.kind} {', '.join(source.paths)}" for _, source, _ in named]
+    if len(named) == 1:
+        return places[0]
+    whole = sum(weight for _, _, weight in named)
+    return "; ".join(
+        f"{weight / whole:.4g} {name} ({place})" for (name, _, weight), place in zip(named, places, strict=True)
+    )
+
+
 def _held_out(config: UptrainConfig) -> str:
     amount = "all" if config.evaluation.tokens is None else f"{format_count(config.evaluation.tokens)} tokens at most"
     apart = config.data.held_out_source
@@ -166,7 +177,8 @@ def _held_out(config: UptrainConfig) -> str:
     between = [f"every {format_count(every)} tokens"] if every else []
     between += [f"at {', '.join(map(format_count, at))} tokens"] if at else []
     when = ", ".join(["start", *between, "end"])
-    return f"{where}; {amount}; scored at {when}"
+    more = f"; also {', '.join(config.evaluation.sets)}" if config.evaluation.sets else ""
+    return f"{where}{more}; {amount}; scored at {when}"
 
 
 def _objective(config: UptrainConfig) -> str:

@@ -73,14 +73,22 @@ class Recorder:
         left = (plan.horizon.steps - step) * plan.horizon.batch_tokens
         self._display.step(step, {**values, "tokens_left": left})
 
-    def evaluation(self, step: int, losses: dict[str, float], reference: float | None) -> None:
-        """Record a held-out loss."""
+    def evaluation(self, step: int, losses: dict[str, float], reference: dict[str, float]) -> None:
+        """Record a held-out loss, and those of single sets.
+
+        Args:
+            step: after which it was measured.
+            losses: see `gqa_convert.uptrain.evaluation.evaluate`.
+            reference: the original's, as `reference` and `reference/NAME`.
+        """
         values = {f"held_out_{name}": value for name, value in losses.items()}
-        if reference is not None:
-            values["reference_loss"] = reference
+        values |= {name.replace("reference", "reference_loss", 1): loss for name, loss in reference.items()}
         self._write("evaluation", step, values)
-        beside = "" if reference is None else f" (the original's: {reference:.4f})"
-        self._display.say(f"step {step:,}: held-out loss {losses['loss']:.4f}{beside}")
+        self._display.say(f"step {step:,}: held-out loss {_beside(losses['loss'], reference.get('reference'))}")
+        for name, loss in losses.items():
+            if name.startswith("loss/"):
+                one = name.removeprefix("loss/")
+                self._display.say(f"  {one}: {_beside(loss, reference.get(f'reference/{one}'))}")
 
     def event(self, step: int, what: str, **values: Any) -> None:
         """Record that something happened."""
@@ -119,3 +127,7 @@ class Recorder:
     def close(self) -> None:
         """Flush the trackers."""
         self._trackers.close()
+
+
+def _beside(loss: float, reference: float | None) -> str:
+    return f"{loss:.4f}" if reference is None else f"{loss:.4f} (the original's: {reference:.4f})"
