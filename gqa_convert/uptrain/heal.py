@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.heal_folder import Tell, heal_folder, is_main, settled
-from gqa_convert.uptrain.heal_settings import PEAK, HealOptions, heal_rate, heal_settings
+from gqa_convert.uptrain.heal_settings import HealOptions, heal_rate, heal_settings
 
 if TYPE_CHECKING:
     from gqa_convert.conversion.plan import ConvertPlan
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from gqa_convert.uptrain.loop import UptrainResult
 
 __all__ = [
-    "PEAK",
     "HealOptions",
     "HealResult",
     "convert_and_heal",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from gqa_convert.errors import UsageError
 CONTEXT = 512
 """Tokens of a sequence, where the model reads as many."""
 BATCH_TOKENS = 1024
-PEAK = 6e-4
-"""Peak learning rate."""
+RATE_TIMES_WIDTH = 0.9
+"""Peak learning rate times hidden size; `docs/healing.md` has the trials."""
+MOST = 4e-3
+"""Highest peak learning rate."""
+HIDDEN_WEIGHT = 10.0
+"""Weight of the distance between both models' hidden states (1 - cosine, mean over layers) beside the KL."""
 OWN_TOKENS = 131_072
 """Most tokens that the original writes; they are then met more than once."""
-FULL_WIDTH = 1024
-"""Above this hidden size the learning rate falls with the square root of the width, as that of the refit does."""
+USUAL_WIDTH = 1024
+"""Hidden size that is assumed where a configuration states none."""
 OWN_TEXT = "original-wrote.jsonl"
 """Name of the file, in the run's folder, that holds what the original wrote."""
 
@@ -88,12 +93,13 @@ def heal_settings(
         "data": data,
         "objective": {
             "kind": "span_corruption" if encodes else "causal_lm",
-            "distillation": {"teacher": str(teacher)},
+            "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT},
             "loss_chunk": 256,
         },
+        "optimizer": {"kind": heal_optimizer()},
         "schedule": {
             "kind": "cosine",
-            "peak": options.rate or heal_rate(int(getattr(text, "hidden_size", FULL_WIDTH))),
+            "peak": options.rate or heal_rate(int(getattr(text, "hidden_size", None) or USUAL_WIDTH)),
             "final_fraction": 0.0,
             "warmup_fraction": 0.1,
         },
@@ -158,4 +164,12 @@ def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[st
 
 def heal_rate(width: int) -> float:
     """Peak learning rate for a model of this hidden size."""
-    return PEAK * min(1.0, math.sqrt(FULL_WIDTH / width))
+    return min(MOST, RATE_TIMES_WIDTH / width)
+
+
+def heal_optimizer() -> str:
+    """Muon where it can be had: older releases of torch have none, and ZeRO-3 cuts up the matrices it needs."""
+    import torch
+
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return "adamw" if zero or not hasattr(torch.optim, "Muon") else "muon"
