@@ -30,11 +30,17 @@ def parser(description: str | None, *, cases: int) -> argparse.ArgumentParser:
 
 
 def run_cases(options: argparse.Namespace, judge: Callable[[int], Case]) -> tuple[list[Case], float]:
-    """Judge the cases that the options name, and print those with a fault; returns them and the seconds it took."""
+    """Judge the cases that the options name, and print those with a fault; returns them and the seconds it took.
+
+    Interrupted (Ctrl-C), it ends with the cases so far.
+    """
     alone = options.case is not None
     started, results = time.monotonic(), []
     for number in [options.case] if alone else range(options.first, options.first + options.cases):
-        result = judge(number)
+        try:
+            result = judge(number)
+        except KeyboardInterrupt:
+            break
         results.append(result)
         if result["faults"] or alone:
             print(json.dumps(result), flush=True)
