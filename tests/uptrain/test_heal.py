@@ -243,7 +243,7 @@ def test_several_texts_are_mixed_by_weight_and_an_interrupted_run_knows_them_aga
     texts = (f"{text_file}=0.75", "demo=0.25")
     values = healing.heal_settings(HealOptions(text=texts), converted, original, tmp_path)
     assert [entry["weight"] for entry in values["data"]["sources"]] == [0.75, 0.25]
-    assert [name for name, _, _ in parse_config(values).data.named] == [text_file.stem, "stdlib"]
+    assert [name for name, _, _ in parse_config(values).data.named] == [text_file.stem, "training_texts"]
     work = tmp_path / "work"
     work.mkdir()
     settle = {"trust_remote_code": False}
