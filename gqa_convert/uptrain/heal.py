@@ -9,7 +9,6 @@ settings chosen for this start; `docs/healing.md` has what was measured.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.heal_folder import Tell, heal_folder, is_main, settled
-from gqa_convert.uptrain.heal_settings import HealOptions, heal_rate, heal_settings
+from gqa_convert.uptrain.heal_settings import HealOptions, heal_rate, heal_settings, processes
 
 if TYPE_CHECKING:
     from gqa_convert.conversion.plan import ConvertPlan
@@ -236,8 +235,3 @@ def told(cost: Forecast) -> str:
         f"{cost.trained:,} parameters are trained; {cost.flops:.2g} operations, about {cost.hours:.2g} hours on this "
         f"machine, {cost.memory_bytes / 1e9:.1f} GB of memory"
     )
-
-
-def processes() -> int:
-    """How many processes a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

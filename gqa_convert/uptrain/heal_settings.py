@@ -14,7 +14,8 @@ from gqa_convert.errors import UsageError
 
 CONTEXT = 512
 """Tokens of a sequence, where the model reads as many."""
-BATCH_TOKENS = 1024
+SEQUENCES = 2
+"""Of a step, or one for each process. More and smaller steps came closer on the same tokens."""
 RATE_TIMES_WIDTH = 0.9
 """Peak learning rate times hidden size; `docs/healing.md` has the trials."""
 MOST = 4e-3
@@ -78,8 +79,8 @@ def heal_settings(
     longest = max_positions(model)
     context = options.context or min(CONTEXT, longest or CONTEXT)
     encodes = bool(getattr(model, "is_encoder_decoder", False))
-    sequences = max(1, BATCH_TOKENS // context)
-    batch_tokens = sequences * context
+    micro_batch = -(-SEQUENCES // processes())
+    batch_tokens = micro_batch * processes() * context
     tokens = max(options.tokens, batch_tokens)
     data: dict[str, Any] = {**_sources(options.text, folder), "context": context}
     if options.held_out is None:
@@ -104,8 +105,8 @@ def heal_settings(
             "warmup_fraction": 0.1,
         },
         "train": {
-            "batch_sequences": sequences,
-            "micro_batch": sequences,
+            "batch_sequences": micro_batch * processes(),
+            "micro_batch": micro_batch,
             "precision": training_precision(),
             "parameters": "attention",
             "dropout": 0.0,
@@ -160,6 +161,11 @@ def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[st
         which = "held_out_texts" if held_out else "training_texts"
         return {"kind": "python", "paths": [f"gqa_convert.data.stdlib:{which}"]}
     return text
+
+
+def processes() -> int:
+    """How many processes a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def heal_rate(width: int) -> float:

@@ -184,6 +184,13 @@ def parse_config_section():
     return TrainSection(batch_sequences=1, parameters="attention")
 
 
+@pytest.mark.parametrize(("world", "sequences", "micro"), [(1, 2, 2), (2, 2, 1), (3, 3, 1), (8, 8, 1)])
+def test_every_process_has_a_sequence(world, sequences, micro, converted, original, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    train = healing.heal_settings(HealOptions(tokens=1000), converted, original, tmp_path)["train"]
+    assert (train["batch_sequences"], train["micro_batch"]) == (sequences, micro)
+
+
 def test_wide_models_move_less() -> None:
     assert heal_rate(576) == pytest.approx(2 * heal_rate(1152))
     assert heal_rate(4096) < 3e-4
