@@ -123,6 +123,9 @@ class TrainSection(Section):
     """Attention implementation of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    fsdp_sync: Literal["micro_batch", "step"] = "micro_batch"
+    """FSDP2: sum gradients over the processes after each micro-batch; step: once a step, which sends less and keeps
+    whole float32 gradients on every device in between."""
     compile: bool = False
     """torch.compile the model in place."""
     dropout: Share | None = None

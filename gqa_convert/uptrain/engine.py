@@ -39,6 +39,7 @@ class Engine:
         load_whole_models_everywhere()
         plugin = zero.zero_plugin(config)
         self._bf16 = config.train.precision == "bf16"
+        self._sync = config.train.fsdp_sync
         # Of DeepSpeed accelerate would make bf16 weights; its autocast is asked for in the plugin.
         precision = "bf16" if self._bf16 and plugin is None else "no"
         # accelerate knows no backend for DeepSpeed without a GPU.
@@ -72,6 +73,8 @@ class Engine:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Hand model and optimiser to the engine."""
+        if self.name == "fsdp2":
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision(self._bf16)
         prepared = self.accelerator.prepare(model, optimizer)
         if self.name == "deepspeed":
             zero.announce_head(model)
@@ -84,9 +87,14 @@ class Engine:
         return self.accelerator.autocast()
 
     def accumulating(self, model: nn.Module, *, last: bool) -> Any:
-        """Around a forward and backward pass; gradients are exchanged in the last one of a step only."""
+        """Around a forward and backward pass; DDP exchanges gradients in the last one of a step only.
+
+        FSDP2 does so in each: gradients that wait are whole on every process, which is what sharding was to avoid.
+        """
         alone = last or self.processes == 1 or self.name == "deepspeed"
-        return nullcontext() if alone else self.accelerator.no_sync(model)
+        if alone or (self.name == "fsdp2" and self._sync == "micro_batch"):
+            return nullcontext()
+        return self.accelerator.no_sync(model)
 
     def backward(self, model: nn.Module, loss: Tensor, *, last: bool) -> None:
         """Add to the gradients; `last` says that the step's are then complete."""
@@ -188,6 +196,19 @@ class Engine:
         for failure in problems:
             if failure is not None:
                 raise failure
+
+
+def sharded_precision(bf16: bool) -> Any:
+    """What FSDP2 computes in: weights in bf16 if asked for, gradients summed over processes in float32.
+
+    Outputs stay as they are: accelerate's own policy makes them bf16, the loss and the sums of the evaluation too.
+
+    Returns:
+        torch's `MixedPrecisionPolicy`.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
 
 
 def load_whole_models_everywhere() -> None:

@@ -111,6 +111,34 @@ def launch_sharded(path, stop, engine="fsdp2") -> None:
     assert ("stopped" in done.stdout) == (stop > 0)
 
 
+def test_sharded_gradients_are_those_of_one_process(settings, write_config, tmp_path) -> None:
+    """FSDP2 set up as on GPUs, gradients summed in float32, at 1, 8 and 64 micro-batches a step."""
+    path, worker = write_config(settings), Path(__file__).with_name("gradient_worker.py")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
+        script = '. "$1"; shift; exec "$PYTHON" "$@"'
+        engine = "fsdp2" if processes > 1 else "ddp"
+        command = ["bash", "-c", script, "start", LAUNCH / "engine.sh", *launcher, worker, out, path]
+        done = subprocess.run(command, env={**environment, "ENGINE": engine}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = torch.load(out)
+    for (precision, sync, accumulations), sharded in found[2].items():
+        single = found[1][precision, sync, accumulations]
+        names = list(single["gradient"])
+        one, two = (
+            torch.cat([side["gradient"][name].flatten() for name in names]) for side in (single, sharded)
+        )
+        error = float((one - two).norm() / one.norm())
+        # In bf16 each micro-batch's gradient is rounded, and that is all: no sum of them is.
+        assert error < (1e-6 if precision == "float32" else 2e-3), (precision, sync, accumulations, error)
+        assert torch.allclose(single["losses"], sharded["losses"], rtol=1e-6 if precision == "float32" else 1e-3)
+        groups = sharded["reductions"] / (accumulations if sync == "micro_batch" else 1)
+        assert groups == found[2][precision, sync, 1]["reductions"] > 0
+
+
 def final_weights(folder):
     return load_file(Path(folder) / "final" / "model.safetensors")
 
