@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from gqa_convert.budget.machine import matmul_rate
 from gqa_convert.budget.shape import shape_of_folder
 from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.model import attention_linears, attention_norms
+from gqa_convert.uptrain.optim import get_optimizer
 
 if TYPE_CHECKING:
     from gqa_convert.uptrain.config import UptrainConfig
@@ -28,7 +30,8 @@ class Forecast:
 
     Attributes:
         trained: parameters that change.
-        flops: operations of the whole run: both models' forward passes and the backward pass through the frozen parts.
+        flops: operations of the whole run: both models' forward passes, the backward pass through the frozen parts, and
+            the optimiser's where they are many.
         hours: of training on this machine, evaluation and loading left out.
         memory_bytes: weights of both models, gradients, moments, activations of a micro-batch, logits of a chunk.
     """
@@ -55,7 +58,9 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     converted = Source.open(source, trust_remote_code=config.trust_remote_code)
     model = converted.meta_model
     parts = (*attention_linears(model).values(), *attention_norms(model).values())
-    trained = sum(p.numel() for part in parts for p in part.parameters())
+    shapes = [tuple(p.shape) for part in parts for p in part.parameters()]
+    trained = sum(math.prod(shape) for shape in shapes)
+    optimizer = get_optimizer(config.optimizer.kind)
     context = config.data.context
     backward_and_forward = shape.training_flops_per_token(context) * 2 / 3
     per_token = backward_and_forward + 2 * trained + taught.training_flops_per_token(context) / 3
@@ -66,10 +71,18 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     activations = micro_tokens * layers * width * _ACTIVATIONS * (2 if narrow else 4)
     logits = min(config.objective.loss_chunk, micro_tokens) * int(text.vocab_size) * 4 * _LOGIT_COPIES
     teacher_bytes = 2 if config.objective.distillation and config.objective.distillation.dtype == "bfloat16" else 4
-    held = 4 * shape.parameters + teacher_bytes * taught.parameters + 12 * trained + activations + logits
+    held = (
+        4 * shape.parameters
+        + teacher_bytes * taught.parameters
+        + (4 + optimizer.state_bytes) * trained
+        + activations
+        + logits
+    )
     rate = matmul_rate(torch.bfloat16 if narrow else torch.float32)
-    flops = tokens * per_token
-    return Forecast(trained=trained, flops=flops, hours=flops / (REACHED * rate * processes) / 3600, memory_bytes=held)
+    steps = tokens / (config.train.batch_sequences * context)
+    shared, repeated = tokens * per_token, steps * optimizer.step_flops(shapes)  # every process steps for itself
+    hours = (shared / processes + repeated) / (REACHED * rate) / 3600
+    return Forecast(trained=trained, flops=shared + repeated, hours=hours, memory_bytes=held)
 
 
 def training_precision() -> str:

@@ -6,7 +6,7 @@ training loop read the rows: a new optimiser is one more call of `register` belo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ class Optimizer:
         name: `optimizer.kind` of the configuration.
         make: makes it over groups of parameters; the learning rate is set before every step.
         state_bytes: bytes of state for each trained parameter, in training checkpoints and memory.
+        step_flops: operations of one step over parameters of these shapes, where they are worth counting.
         inner_matrices: it is meant for matrices inside the model; `make` gets the others in groups of their own, marked
             `BY_ADAMW`.
         whole_matrices: it looks at whole matrices, so that ZeRO-3, which cuts them up, cannot use it.
@@ -41,6 +42,7 @@ class Optimizer:
     name: str
     make: Callable[[ParameterGroups, OptimizerSection], torch.optim.Optimizer]
     state_bytes: int
+    step_flops: Callable[[Iterable[tuple[int, ...]]], float] = lambda shapes: 0.0
     inner_matrices: bool = False
     whole_matrices: bool = False
 
@@ -132,7 +134,15 @@ def _muon(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Op
     return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps)
 
 
+def _muon_flops(shapes: Iterable[tuple[int, ...]]) -> float:
+    """Five rounds of three products for every matrix: two with its narrow side squared, one with it cubed."""
+    sides = [sorted(shape) for shape in shapes if len(shape) == 2]
+    return float(sum(5 * 2 * (2 * narrow**2 * wide + narrow**3) for narrow, wide in sides))
+
+
 # AdamW keeps two float32 moments; Adafactor the sums of rows and columns, almost nothing; Muon the momentum.
 register(Optimizer(name="adamw", make=_adamw, state_bytes=8))
 register(Optimizer(name="adafactor", make=_adafactor, state_bytes=0, whole_matrices=True))
-register(Optimizer(name="muon", make=_muon, state_bytes=4, inner_matrices=True, whole_matrices=True))
+register(
+    Optimizer(name="muon", make=_muon, state_bytes=4, step_flops=_muon_flops, inner_matrices=True, whole_matrices=True)
+)
