@@ -135,9 +135,7 @@ def _memory(
     ]
 
 
-def _show(
-    price: Any, shape: Any, before: int | None, source: str | None, counted: Sequence[TrainingMemory]
-) -> None:
+def _show(price: Any, shape: Any, before: int | None, source: str | None, counted: Sequence[TrainingMemory]) -> None:
     from gqa_convert.budget.memory import memory_rows
     from gqa_convert.budget.shape import devices
     from gqa_convert.console import console, key_value_table
