@@ -176,9 +176,9 @@ def memory_rows(memory: TrainingMemory, capacity: int | None = None) -> list[tup
     parts = ", ".join(f"{name} {size(getattr(memory, name))}" for name in named if getattr(memory, name))
     beside = ""
     if capacity is not None:
-        fits = "" if memory.peak <= capacity else ": too much"
-        beside = f" of {size(capacity)}{fits}"
-    return [("memory", f"{size(memory.peak)}{beside} on each device ({memory.engine}, {memory.devices}): {parts}")]
+        beside = f" of {size(capacity)}" + ("" if memory.peak <= capacity else " (TOO MUCH)")
+    where = memory.engine if memory.devices == 1 else f"{memory.engine} x {memory.devices}"
+    return [(f"memory, {where}", f"{size(memory.peak)}{beside} on each device: {parts}")]
 
 
 def _layer_parameters(shape: ModelShape) -> int:

@@ -52,8 +52,8 @@ class ObjectiveSection(Section):
     """Span corruption: tokens of a span on average."""
     distillation: DistillationSection | None = None
     """Learn from the original too, or only."""
-    loss_chunk: Annotated[int, Field(ge=1)] = 1024
-    """Positions whose logits are held in float32 at a time."""
+    loss_chunk: Annotated[int, Field(ge=1)] | None = None
+    """Positions whose logits are held in float32 at a time; null: as many as fit into 128 MiB, 1,024 at most."""
 
 
 def _optimizer(name: str) -> str:

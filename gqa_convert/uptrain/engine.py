@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from gqa_convert.data.batches import accumulation_steps
 from gqa_convert.errors import GQAConvertError, UsageError
+from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain import zero
 from gqa_convert.uptrain.config import ExpectSection, UptrainConfig
+from gqa_convert.uptrain.sharded_loading import load_sharded, shard_rest
 from gqa_convert.uptrain.state import clip_gradients
 
 T = TypeVar("T")
@@ -79,6 +81,22 @@ class Engine:
         if self.name == "deepspeed":
             zero.announce_head(model)
         return prepared[0], prepared[1]
+
+    def load_sharded(self, source: Source, *, dtype: torch.dtype, attention: str) -> Any:
+        """Load a model for FSDP2 with its layers sharded. See `gqa_convert.uptrain.sharded_loading.load_sharded`."""
+        plugin = self.accelerator.state.fsdp_plugin
+        return load_sharded(
+            source,
+            dtype=dtype,
+            attention=attention,
+            policy=sharded_precision(self._bf16),
+            device=self.device,
+            reshard=bool(plugin.reshard_after_forward),
+        )
+
+    def shard_rest(self, module: nn.Module) -> nn.Module:
+        """Shard what `load_sharded` has left whole; the module is what is called from now on."""
+        return shard_rest(module, policy=sharded_precision(self._bf16), device=self.device)
 
     def autocast(self) -> Any:
         """Arithmetic in the run's precision."""

@@ -32,7 +32,8 @@ from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.config_data import SourceSection
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.source_keys import restore_keys
-from gqa_convert.uptrain.state import gather_weights
+from gqa_convert.uptrain.state import gather_weights, is_sharded
+from gqa_convert.uptrain.streamed import StreamedWeights
 from gqa_convert.uptrain.whole import plain_name
 
 _OLD_ROTARY = ("rope_theta", "partial_rotary_factor")
@@ -40,7 +41,7 @@ _OLD_ROTARY = ("rope_theta", "partial_rotary_factor")
 
 def write_final(
     model: Any,
-    weights: dict[str, Tensor],
+    weights: dict[str, Tensor] | StreamedWeights,
     *,
     source: Path,
     target: Path,
@@ -52,7 +53,7 @@ def write_final(
 
     Args:
         model: the transformers model, for its keys and configuration.
-        weights: its state dict, on the CPU.
+        weights: its state dict, on the CPU; or what writes it a tensor at a time.
         source: the converted folder that training started from.
         target: folder to make.
         uptraining: what `gqa_convert.json` says under that name; beside it, as `tensors`, stands a digest of every
@@ -68,9 +69,13 @@ def write_final(
     checkpoint = origin.checkpoint
     needed = checkpoint.total_bytes
     with staged_output(target, force=force, source=source, needed_bytes=needed) as stage:
-        with api.quiet():
-            model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
-        restore_keys(stage, checkpoint, _key_map(origin))
+        if isinstance(weights, StreamedWeights):
+            write_text(stage / CONFIG, checkpoint.config_text)
+            weights.write(stage)
+        else:
+            with api.quiet():
+                model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
+            restore_keys(stage, checkpoint, _key_map(origin))
         for relative in checkpoint.side_files:
             copy_side_file(source, relative, stage)
         card = read_card(stage)
@@ -239,7 +244,14 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
     """
     target = output / FINAL
     plain = parts.plain
-    if parts.plan.config.train.parameters == "lora":
+    weights: dict[str, Tensor] | StreamedWeights = {}
+    streamed: StreamedWeights | None = None
+    if is_sharded(parts.model) and parts.plan.config.train.parameters != "lora":
+        source = Source.open(parts.plan.source, trust_remote_code=parts.plan.config.trust_remote_code)
+        streamed = StreamedWeights(parts.scoring_model(), source)
+    if streamed is not None and streamed.fits:
+        weights = streamed
+    elif parts.plan.config.train.parameters == "lora":
         plain = parameters.merged_model(plain)
         weights = gather_weights(plain)
     else:
@@ -247,15 +259,19 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
             plain_name(name).removeprefix("model."): value
             for name, value in gather_weights(parts.scoring_model()).items()
         }
-    if parts.engine.is_main:
-        write_final(
-            plain,
-            weights,
-            source=parts.plan.source,
-            target=target,
-            uptraining=provenance(parts, losses, seconds),
-            trust_remote_code=parts.plan.config.trust_remote_code,
-        )
+    try:
+        if parts.engine.is_main:
+            write_final(
+                plain,
+                weights,
+                source=parts.plan.source,
+                target=target,
+                uptraining=provenance(parts, losses, seconds),
+                trust_remote_code=parts.plan.config.trust_remote_code,
+            )
+    finally:
+        if isinstance(weights, StreamedWeights):
+            weights.follow()
     parts.engine.wait()
     return target
 

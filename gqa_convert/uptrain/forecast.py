@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqa_convert.budget.machine import matmul_rate
+from gqa_convert.budget.memory import TrainingSetup, training_memory
 from gqa_convert.budget.shape import shape_of_folder
 from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.model import attention_linears, attention_norms
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 
 REACHED = 0.45
 """Share of a large matrix product's rate that training reaches (SmolLM2-135M on a core of an AMD EPYC: 0.45 to 0.5)."""
-_ACTIVATIONS = 40
-"""Numbers kept for the backward pass, per token and layer, as multiples of the hidden size."""
-_LOGIT_COPIES = 6
-"""Arrays of the size of a chunk's logits that the loss holds at a time, in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +61,41 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     context = config.data.context
     backward_and_forward = shape.training_flops_per_token(context) * 2 / 3
     per_token = backward_and_forward + 2 * trained + taught.training_flops_per_token(context) / 3
-    text = converted.config.get_text_config(decoder=True)
-    narrow = config.train.precision != "float32"
-    micro_tokens = config.train.micro_batch * context
-    width, layers = int(getattr(text, "hidden_size", 0)), shape.layers
-    activations = micro_tokens * layers * width * _ACTIVATIONS * (2 if narrow else 4)
-    logits = min(config.objective.loss_chunk, micro_tokens) * int(text.vocab_size) * 4 * _LOGIT_COPIES
-    teacher_bytes = 2 if config.objective.distillation and config.objective.distillation.dtype == "bfloat16" else 4
-    held = (
-        4 * shape.parameters
-        + teacher_bytes * taught.parameters
-        + (4 + optimizer.state_bytes) * trained
-        + activations
-        + logits
-    )
-    rate = matmul_rate(torch.bfloat16 if narrow else torch.float32)
+    held = training_memory(shape, training_setup(config, processes=processes, trained=trained), taught)
+    rate = matmul_rate(torch.float32 if config.train.precision == "float32" else torch.bfloat16)
     steps = tokens / (config.train.batch_sequences * context)
     shared, repeated = tokens * per_token, steps * optimizer.step_flops(shapes)  # every process steps for itself
     hours = (shared / processes + repeated) / (REACHED * rate) / 3600
-    return Forecast(trained=trained, flops=shared + repeated, hours=hours, memory_bytes=held)
+    return Forecast(trained=trained, flops=shared + repeated, hours=hours, memory_bytes=held.peak)
+
+
+def training_setup(config: UptrainConfig, *, processes: int = 1, trained: int | None = None) -> TrainingSetup:
+    """What of a run its memory depends on; the engine is the expected one, else what so many processes usually have.
+
+    Args:
+        config: the run.
+        processes: that share the work.
+        trained: parameters that change, where that was counted.
+    """
+    train, distillation = config.train, config.objective.distillation
+    engine = config.expect.engine or ("single" if processes == 1 else "ddp")
+    each = train.micro_batch * processes
+    return TrainingSetup(
+        engine=engine,
+        devices=processes,
+        context=config.data.context,
+        micro_batch=train.micro_batch,
+        accumulation=max(1, train.batch_sequences // each),
+        precision=train.precision,
+        parameters=train.parameters,
+        trained=trained,
+        state_bytes=get_optimizer(config.optimizer.kind).state_bytes,
+        checkpointing=train.gradient_checkpointing,
+        chunk=config.objective.loss_chunk,
+        teacher_bytes=2 if distillation and distillation.dtype == "bfloat16" else 4,
+        hidden=bool(distillation and distillation.hidden_weight),
+        step_sync=train.fsdp_sync == "step",
+    )
 
 
 def training_precision() -> str:

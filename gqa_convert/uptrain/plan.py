@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from gqa_convert.anatomy.filling import check_loads
 from gqa_convert.budget.arithmetic import Budget, Horizon, budget, budget_rows, horizon
 from gqa_convert.budget.counts import format_count
+from gqa_convert.budget.memory import TrainingMemory, memory_rows, training_memory
 from gqa_convert.budget.shape import ModelShape, known_model, shape_of_folder
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.documents import open_corpus
@@ -32,6 +34,7 @@ class UptrainPlan:
         budget: what they cost.
         schedule: the learning rate by tokens.
         teacher: the original's folder, when distilling.
+        memory: of each device; None where the model's sizes are not known.
     """
 
     config: UptrainConfig
@@ -41,6 +44,7 @@ class UptrainPlan:
     budget: Budget
     schedule: Schedule
     teacher: Path | None
+    memory: TrainingMemory | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -48,6 +52,7 @@ class UptrainPlan:
             "config": self.config.model_dump(mode="json"),
             "parameters": self.shape.parameters,
             "budget": self.budget.to_json(),
+            "memory": None if self.memory is None else self.memory.to_json(),
             "learning_rates": {str(tokens): rate for tokens, rate in self.rates()},
         }
 
@@ -76,11 +81,12 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
     length = resolve_horizon(config)
     distillation = config.objective.distillation
     teacher = resolve_model(distillation.teacher) if distillation else None
+    taught = shape_of_folder(teacher) if teacher else None
     price = budget(
         shape,
         length,
         context=config.data.context,
-        teacher=shape_of_folder(teacher) if teacher else None,
+        teacher=taught,
         state_bytes_per_parameter=get_optimizer(config.optimizer.kind).state_bytes,
     )
     return UptrainPlan(
@@ -91,7 +97,28 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
         budget=price,
         schedule=Schedule(config.schedule, length.tokens, length.batch_tokens),
         teacher=teacher,
+        memory=_memory(config, shape, taught),
     )
+
+
+def _memory(config: UptrainConfig, shape: ModelShape, teacher: ModelShape | None) -> TrainingMemory | None:
+    from gqa_convert.uptrain.forecast import training_setup
+
+    processes = config.expect.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if not shape.hidden_size or not shape.vocab_size:
+        return None
+    return training_memory(shape, training_setup(config, processes=processes), teacher)
+
+
+def device_memory() -> int | None:
+    """Bytes of this machine's device: of its first GPU, else what its memory has free."""
+    import torch
+
+    from gqa_convert.budget.machine import free_memory
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return free_memory()
 
 
 def open_corpus_of(config: UptrainConfig) -> None:
@@ -130,6 +157,7 @@ def plan_rows(plan: UptrainPlan) -> list[tuple[str, str]]:
         ("model", f"{config.model} ({plan.shape.parameters:,} parameters)"),
         ("output", config.output),
         *budget_rows(plan.budget),
+        *([] if plan.memory is None else memory_rows(plan.memory, device_memory())),
         (
             "batch",
             f"{config.train.batch_sequences:,} sequences of {config.data.context:,} tokens, any number of devices",

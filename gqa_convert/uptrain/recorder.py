@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,7 @@ class Recorder:
         }
         if self._peak:
             values["mfu"] = rate * self._flops / self._peak
+        values["peak_memory_bytes"] = peak_memory(self._parts.engine.device)
         if not result.taken:
             values["skipped"] = 1
             self._display.say(f"step {step:,}: skipped as a spike (loss {result.loss:.3g}, norm {result.norm:.3g})")
@@ -131,3 +134,11 @@ class Recorder:
 
 def _beside(loss: float, reference: float | None) -> str:
     return f"{loss:.4f}" if reference is None else f"{loss:.4f} (the original's: {reference:.4f})"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of tensors on a GPU, of everything on a processor."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -128,9 +128,7 @@ def test_sharded_gradients_are_those_of_one_process(settings, write_config, tmp_
     for (precision, sync, accumulations), sharded in found[2].items():
         single = found[1][precision, sync, accumulations]
         names = list(single["gradient"])
-        one, two = (
-            torch.cat([side["gradient"][name].flatten() for name in names]) for side in (single, sharded)
-        )
+        one, two = (torch.cat([side["gradient"][name].flatten() for name in names]) for side in (single, sharded))
         error = float((one - two).norm() / one.norm())
         # In bf16 each micro-batch's gradient is rounded, and that is all: no sum of them is.
         assert error < (1e-6 if precision == "float32" else 2e-3), (precision, sync, accumulations, error)
