@@ -95,7 +95,6 @@ def heal_settings(
         "objective": {
             "kind": "span_corruption" if encodes else "causal_lm",
             "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT},
-            "loss_chunk": 256,
         },
         "optimizer": {"kind": heal_optimizer()},
         "schedule": {
