@@ -88,7 +88,7 @@ def _message(entry: Any, name: str, number: int) -> dict[str, Any]:
     where = f"message {number} under {name!r}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is a {type(entry).__name__}, not an object with role and content")
-    message = _without_nulls(entry)
+    message: dict[str, Any] = _without_nulls(entry)
     if "role" not in message and "from" in message:
         role = str(message.pop("from"))
         message = {"role": _ROLES.get(role, role), "content": message.pop("value", None), **message}

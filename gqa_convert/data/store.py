@@ -143,7 +143,7 @@ class StoreWriter:
             UsageError: if an id is larger than the vocabulary that the store was made for.
             OutputError: if it cannot be written.
         """
-        if len(ids) and int(ids.max()) > np.iinfo(self._dtype).max:
+        if len(ids) and int(ids.max()) > int(np.iinfo(np.dtype(self._dtype)).max):  # type: ignore[type-var]
             raise UsageError(
                 "data: a source holds rows of text and, further on, rows of messages. Make them sources of their own."
             )

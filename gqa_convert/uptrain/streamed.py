@@ -98,5 +98,5 @@ class StreamedWeights:
     def _whole(self, name: str, dtype: torch.dtype | None) -> Tensor:
         self._done += 1
         parameter = self._parameters[name]
-        full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        full: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         return full if dtype is None else full.detach().to("cpu", dtype)

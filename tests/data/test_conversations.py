@@ -55,8 +55,14 @@ def learnt_words(tokenizer, document):
 
 @pytest.mark.parametrize("template", [CHAT, MARKED], ids=["prefixes", "marks"])
 def test_what_the_assistant_says_and_how_it_ends_is_learnt(template) -> None:
-    said = conversation({"messages": TURNS}, "text")
+    said = said_in_turns()
     assert learnt_words(tokenizer_with(template), said) == ["good", "day", "<end>", "well", "thanks", "<end>"]
+
+
+def said_in_turns() -> Conversation:
+    said = conversation({"messages": TURNS}, "text")
+    assert said is not None
+    return said
 
 
 def test_prefixes_and_marks_agree_on_every_sample_conversation() -> None:
@@ -75,7 +81,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_all_still_works()
         "{% for m in messages %}<{{ m.role }}> {{ m.content if loop.last or m.role == 'user' else 'day' }} <end>\n"
         "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
     )
-    said = conversation({"messages": TURNS}, "text")
+    said = said_in_turns()
     tokenizer = tokenizer_with(forgetful)
     with pytest.raises(UsageError, match=r"does not tell what the assistant says in turn 2.*generation"):
         ChatTemplate(tokenizer).render(said)
@@ -86,19 +92,19 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_and_all_still_works()
 def test_a_template_that_refuses_says_which_conversation() -> None:
     strict = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
     with pytest.raises(UsageError, match=r"refuses a conversation \(system first\).*user: hello there"):
-        ChatTemplate(tokenizer_with(strict)).render(conversation({"messages": TURNS}, "text"))
+        ChatTemplate(tokenizer_with(strict)).render(said_in_turns())
 
 
 def test_no_template_is_said_and_text_needs_none() -> None:
     encoder = Encoder(tokenizer_with(None), append_eos=True)
     assert encoder.encode(["plain text"])[0][-1] == 1
     with pytest.raises(UsageError, match="no chat template"):
-        encoder.encode([conversation({"messages": TURNS}, "text")])
+        encoder.encode([said_in_turns()])
 
 
 def test_labels_are_the_learnt_tokens_alone_and_inputs_are_plain_ids() -> None:
     tokenizer = tokenizer_with(CHAT)
-    ids = Encoder(tokenizer, append_eos=False).encode([conversation({"messages": TURNS}, "text")])[0]
+    ids = Encoder(tokenizer, append_eos=False).encode([said_in_turns()])[0]
     batch = collate_causal(True)([(0, Block(ids, np.zeros(len(ids), np.int64)), 1 << 62)])
     plain = ids & TOKEN
     assert (batch.inputs["input_ids"][0].numpy() == plain[:-1]).all()

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -176,8 +177,8 @@ def test_any_number_of_processes_reads_the_same_blocks_in_proportion() -> None:
     def read(processes, first, steps):
         seen = []
         for rank in range(processes):
-            batches = StepBatches(
-                Located(), lambda blocks: [tuple(block.ids) for _, block, _ in blocks],
+            batches: Any = StepBatches(
+                cast(Any, Located()), cast(Any, lambda blocks: [tuple(block.ids) for _, block, _ in blocks]),
                 sequences=8, micro=2, processes=processes, rank=rank,
             )  # fmt: skip
             seen.append([batches.step(number) for number in range(first, first + steps)])

@@ -22,8 +22,8 @@ def turns_whole_heads(config: Any) -> bool:
 
 def sizes(config: Any) -> dict[str, Any]:
     """The fields that the source and both targets have in common, by the targets' names."""
-    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
-    kept += ("max_position_embeddings", "attention_dropout")
+    kept = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"]
+    kept += ["max_position_embeddings", "attention_dropout"]
     return {name: getattr(config, name) for name in kept} | {"num_key_value_heads": config.num_attention_heads}
 
 
