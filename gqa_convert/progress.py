@@ -18,7 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from gqa_convert.console import plain_console, size
+from gqa_convert.console import duration, plain_console, size, talking
 
 
 class Pace:
@@ -51,7 +51,7 @@ def conversion_progress(total_bytes: int, *, quiet: bool) -> Iterator[tuple[OnBy
         A function to call with bytes written since its last call, and one to call with what is being done, the number
         of layers finished and of all layers.
     """
-    if quiet:
+    if quiet or talking().quiet:
         yield lambda count: None, lambda what, done, total: None
         return
     err = plain_console(stderr=True)
@@ -90,6 +90,13 @@ def _lines(err: Console, total_bytes: int) -> tuple[OnBytes, OnLayer]:
     return on_bytes, on_layer
 
 
+def left(started: float, done: float, total: float) -> str:
+    """`, about 3 min left` by the time that what is done took; empty where nothing is done or left."""
+    if not 0 < done < total:
+        return ""
+    return f", about {duration((time.monotonic() - started) * (total - done) / done)} left"
+
+
 class Counter:
     """Progress of a count whose total may be known late."""
 
@@ -97,6 +104,7 @@ class Counter:
         self._what, self._err, self._progress = what, err, progress
         self._task = progress.add_task(what, total=None) if progress is not None else None
         self._done, self._total, self._pace = 0, 0, Pace()
+        self._started = time.monotonic()
 
     def total(self, count: int) -> None:
         """Set how many there are."""
@@ -110,7 +118,9 @@ class Counter:
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
         elif self._pace.due():
-            self._err.print(f"{self._what}: {self._done} of {self._total}")
+            self._err.print(
+                f"{self._what}: {self._done} of {self._total}{left(self._started, self._done, self._total)}"
+            )
 
     def say(self, line: str) -> None:
         """Print a line above the progress, on standard error."""
@@ -125,7 +135,7 @@ class _Silent(Counter):
 @contextmanager
 def counting(what: str, *, quiet: bool) -> Iterator[Counter]:
     """A bar on a terminal, one line a minute elsewhere, nothing if `quiet`."""
-    if quiet:
+    if quiet or talking().quiet:
         yield _Silent()
         return
     err = plain_console(stderr=True)

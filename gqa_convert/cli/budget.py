@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gqa_convert.budget.arithmetic import budget_rows
+from gqa_convert.checkpoint.embedded import CHECKPOINT, DEMO
 from gqa_convert.cli.options import AsJson
+from gqa_convert.cli.running import emit
 from gqa_convert.errors import UsageError
 
 
@@ -42,6 +43,8 @@ def budget_command(
         return
     if model is None:
         raise UsageError("budget: name a model folder or a known model, or give --list.")
+    if model == DEMO and not Path(model).is_dir():
+        model = str(CHECKPOINT)
     is_folder = Path(model).is_dir()
     known = (
         known_model(model if pretraining is None else pretraining)
@@ -77,7 +80,7 @@ def budget_command(
         mfu=mfu,
     )
     if json:
-        typer.echo(jsonlib.dumps(price.to_json() | {"source": known.source if known else None}, indent=2))
+        emit(price.to_json() | {"source": known.source if known else None}, True, lambda: None)
         return
     _show(price, shape, before, known.source if known else None)
 
@@ -104,7 +107,7 @@ def _list(json: bool) -> None:
             name: {"tokens": m.tokens, "batch_tokens": m.batch_tokens, "steps": m.steps, "source": m.source}
             for name, m in models.items()
         }
-        typer.echo(jsonlib.dumps({"models": found, "devices": hardware}, indent=2))
+        emit({"models": found, "devices": hardware}, True, lambda: None)
         return
     table = Table("model", "parameters", "tokens", "source", box=None, pad_edge=False)
     for name, m in models.items():

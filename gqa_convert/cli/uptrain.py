@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from gqa_convert.cli.options import SETTINGS, AsJson, DryRun, Force, Trust
+from gqa_convert.cli.options import AsJson, DryRun, Force, Trust
+from gqa_convert.cli.running import SETTINGS, emit, register
 
 if TYPE_CHECKING:
     from gqa_convert.uptrain.loop import UptrainResult
@@ -40,7 +40,7 @@ def uptrain_command(
 
         planned = resolve(settings)
         if json:
-            typer.echo(jsonlib.dumps(planned.to_json(), indent=2))
+            emit(planned.to_json(), True, lambda: None)
         else:
             console().print(key_value_table(plan_rows(planned)))
         return
@@ -74,7 +74,7 @@ def export_command(
         tell=lambda text: typer.echo(text, err=True),
     )
     if json:
-        typer.echo(jsonlib.dumps({"folder": str(folder), "step": found}, indent=2))
+        emit({"folder": str(folder), "step": found}, True, lambda: None)
     else:
         console().print(f"[bold green]wrote[/] {folder} (step {found:,})", highlight=False)
 
@@ -88,8 +88,8 @@ class _RunOrExport(TyperGroup):
 
 _RUN = "run"
 uptrain_app = typer.Typer(cls=_RunOrExport, context_settings=SETTINGS, help="Uptrain a converted checkpoint.")
-uptrain_app.command(_RUN, context_settings=SETTINGS)(uptrain_command)
-uptrain_app.command("export", context_settings=SETTINGS)(export_command)
+register(uptrain_app, _RUN, uptrain_command)
+register(uptrain_app, "export", export_command, hub=True)
 
 
 def _show(result: UptrainResult, json: bool) -> None:
@@ -100,7 +100,7 @@ def _show(result: UptrainResult, json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if json:
-        typer.echo(jsonlib.dumps({**result.__dict__, "folder": str(result.folder)}, indent=2))
+        emit({**result.__dict__, "folder": str(result.folder)}, True, lambda: None)
         return
     original = "" if result.reference_loss is None else f"; the original's is {result.reference_loss:.4f}"
     out = console()
