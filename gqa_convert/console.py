@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,33 @@ from rich.table import Table
 from rich.text import Text
 
 _UNWRAPPED = 10_000
+
+
+@dataclass
+class Talking:
+    """How much the commands say beside their results: nothing if `quiet`, libraries' own messages if `verbose`."""
+
+    quiet: bool = False
+    verbose: bool = False
+
+
+_TALKING = Talking()
+
+
+def talking() -> Talking:
+    """How much this process says; see `speak`."""
+    return _TALKING
+
+
+def speak(*, quiet: bool, verbose: bool) -> None:
+    """Set how much this process says from now on."""
+    _TALKING.quiet, _TALKING.verbose = quiet, verbose
+
+
+def note(text: str) -> None:
+    """Print a line beside the results, on standard error, unless the user wants quiet."""
+    if not _TALKING.quiet:
+        plain_console(stderr=True, soft_wrap=True).print(text, highlight=False)
 
 
 def console() -> Console:
@@ -36,6 +64,13 @@ def size(count: int) -> str:
             return f"{int(amount)} B" if unit == "B" else f"{amount:.1f} {unit}"
         amount /= 1024
     raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `40 s`, `14 min`, `5.2 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def key_value_table(rows: Sequence[tuple[str, str]], title: str = "") -> Table:

@@ -6,6 +6,9 @@ message alone; a traceback is for faults of ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class GQAConvertError(Exception):
     """Root of every error raised on purpose."""
@@ -59,3 +62,21 @@ class Preempted(GQAConvertError):
     """Stopped by a signal after saving: run the same command again to go on (exit code 75, EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`did you mean X? ` for the nearest of the choices; empty if none is near."""
+    near = get_close_matches(word.lower(), list(choices), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def check_choice(name: str, word: str, choices: Iterable[str]) -> None:
+    """Refuse a word that is none of the choices.
+
+    Raises:
+        UsageError: naming the nearest and all of them.
+    """
+    listed = list(choices)
+    if word not in listed:
+        nearest = did_you_mean(word, listed)
+        raise UsageError(f"{name} {word}: {nearest}{'C' if nearest else 'c'}hoose one of {', '.join(listed)}.")

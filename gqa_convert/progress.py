@@ -21,7 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from gqa_convert.console import plain_console, size
+from gqa_convert.console import duration, plain_console, size, talking
 
 
 class Pace:
@@ -38,6 +38,13 @@ class Pace:
             return False
         self._last = time.monotonic()
         return True
+
+
+def left(started: float, done: float, total: float) -> str:
+    """`, about 3 min left` by the time that what is done took; empty where nothing is done or left."""
+    if not 0 < done < total:
+        return ""
+    return f", about {duration((time.monotonic() - started) * (total - done) / done)} left"
 
 
 class Counter:
@@ -64,14 +71,18 @@ class Counter:
         at_once: bool = False,
         line: Callable[[str, int, int], str] | None = None,
     ) -> None:
-        self._quiet = quiet
+        self._quiet = quiet or talking().quiet
         self._what = what
-        self._line = line or (lambda what, done, total: f"{what}: {done} of {total}")
+        self._line = line or self._with_time_left
+        self._started = time.monotonic()
         self._err = plain_console(stderr=True, soft_wrap=True, highlight=False)
         self._pace = Pace(at_once=at_once)
         self._done, self._total = 0, 0
         self.bar = Progress(*_columns(in_bytes, elapsed), console=self._err, transient=True)
         self._task = self.bar.add_task(what, total=None, start=False, note="")
+
+    def _with_time_left(self, what: str, done: int, total: int) -> str:
+        return f"{what}: {done} of {total}{left(self._started, done, total)}"
 
     @property
     def on_terminal(self) -> bool:

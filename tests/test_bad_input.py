@@ -333,7 +333,7 @@ def test_a_mistyped_path_is_no_hub_id(
     (tmp_path / "models" / "llama").mkdir(parents=True)
     (tmp_path / "source").mkdir()
     assert_refused(
-        command("gqa-convert", typed, "--groups", 4), CHECKPOINT, f"{typed}: no such folder", f"did you mean {meant}?"
+        command("gqa-convert", typed, "--groups", 4), USAGE, f"{typed}: no such folder", f"did you mean {meant}?"
     )
 
 
@@ -341,7 +341,7 @@ def test_a_mistyped_path_is_no_hub_id(
 def test_a_name_below_a_folder_that_is_here(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
-    assert_refused(command("gqa-convert", "org/other", "--groups", 4), CHECKPOINT, "no such folder in org/")
+    assert_refused(command("gqa-convert", "org/other", "--groups", 4), USAGE, "no such folder in org/")
 
 
 @pytest.mark.usefixtures("offline")

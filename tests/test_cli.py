@@ -57,6 +57,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert f"target {tmp_path / 'model-gqa4'}" in " ".join(finished.out.split())
     described = json.loads(command(program, word, source, "--groups", 4, "--json").out)
     assert described.pop("forecast") is None
+    assert described.pop("schema_version") == 1
     assert described == gqa_convert.plan(source, groups=4).to_json()
     assert tree(tmp_path) == before
 
@@ -93,7 +94,7 @@ def test_inspect_says_what_was_converted_and_what_is_refused(tmp_path: Path, com
 def test_families(command: Command) -> None:
     finished = command("gqa", "families", "--json")
     assert finished.code == 0
-    found = {family["model_type"]: family for family in json.loads(finished.out)}
+    found = {family["model_type"]: family for family in json.loads(finished.out)["families"]}
     assert len(found) > 150
     assert {family["kind"] for family in found.values()} <= set("ABCDN")
     assert {family["status"] for family in found.values()} <= {"proven", "unproven", "untried", "refused", "nested"}
@@ -117,7 +118,7 @@ def test_families_by_name(command: Command) -> None:
 
 
 def test_methods(command: Command) -> None:
-    found = json.loads(command("gqa", "methods", "--json").out)
+    found = json.loads(command("gqa", "methods", "--json").out)["methods"]
     names = [method["name"] for method in found]
     assert names == sorted(names)
     assert {"mean", "first", "random"} <= set(names)
@@ -167,7 +168,7 @@ def test_both_ways_to_start_it(program: list[str], tmp_path: Path) -> None:
     finished = subprocess.run(
         [*start, str(tmp_path / "nowhere"), "--groups", "4"], capture_output=True, text=True, check=False
     )
-    assert finished.returncode == 4
+    assert finished.returncode == 2
     assert finished.stderr == f"error: {tmp_path / 'nowhere'}: no such folder.\n"
     assert finished.stdout == ""
 

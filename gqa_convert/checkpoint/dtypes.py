@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqa_convert.checkpoint.files import open_regular
-from gqa_convert.errors import CheckpointError, UsageError
+from gqa_convert.errors import CheckpointError, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def named_float(name: str) -> torch.dtype:
         UsageError: if it is none of them.
     """
     if name.lower() not in FLOAT_NAMES:
-        raise UsageError(f"--dtype {name}: choose one of auto, {', '.join(FLOAT_NAMES)}.")
+        check_choice("--dtype", name, ["auto", *FLOAT_NAMES])
     return torch_dtype(FLOAT_NAMES[name.lower()])
 
 

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from glob import escape
 from pathlib import Path, PurePosixPath
 
+from gqa_convert.checkpoint.embedded import CHECKPOINT, DEMO
 from gqa_convert.checkpoint.files import MAX_CONFIG_BYTES, read_object
 from gqa_convert.checkpoint.reader import CONFIG
 from gqa_convert.checkpoint.resolve import BIN_INDEX, BIN_WEIGHTS, SAFE_INDEX, SAFE_WEIGHTS, read_weight_map
@@ -23,13 +24,13 @@ def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | 
     transformers would load. A warm cache serves without a network, and alone under `HF_HUB_OFFLINE=1`.
 
     Args:
-        model: a folder, or a hub id such as `"org/name"`.
+        model: a folder, a hub id such as `"org/name"`, or `demo`: the model that comes with the package.
         revision: branch, tag or commit on the hub.
         cache_dir: hub cache to use in place of the default one.
 
     Raises:
-        UsageError: if a revision is asked of a folder.
-        CheckpointError: if `model` is a path that does not exist, or a repository without usable weights.
+        UsageError: if `model` is a path that does not exist, or a revision is asked of a folder.
+        CheckpointError: if it is a file, or a repository without usable weights.
         HubError: if the hub cannot be reached or refuses.
     """
     path = Path(os.path.expanduser(model))
@@ -40,14 +41,16 @@ def resolve_model(model: str, *, revision: str | None = None, cache_dir: Path | 
     if model and os.path.exists(path):
         raise CheckpointError(f"{model}: is a file. Give the folder that holds config.json and the weights.")
     if not model or model.startswith(("./", "../", "/", "~")) or model in (".", "..") or model.count("/") > 1:
-        raise CheckpointError(f"{model or repr(model)}: no such folder.")
+        raise UsageError(f"{model or repr(model)}: no such folder{_near_path(path) if model else ''}.")
+    if model == DEMO and revision is None:
+        return CHECKPOINT
     try:
         return _from_hub(model, revision, cache_dir)
     except HubError as error:
         hint = _local_hint(model) if revision is None and _is_absent(error) else ""
         if not hint:
             raise
-        raise CheckpointError(f"{model}: no such folder{hint}. As a hub id: {error}") from error
+        raise UsageError(f"{model}: no such folder{hint}. As a hub id: {error}") from error
 
 
 def _from_hub(model: str, revision: str | None, cache_dir: Path | None) -> Path:
@@ -91,6 +94,12 @@ def _local_hint(model: str) -> str:
     else:
         near = [f"{name}/{second}" for name in _nearest(Path(), first) if os.path.isdir(os.path.join(name, second))]
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _near_path(path: Path) -> str:
+    """What a mistyped path may have meant: a folder of nearly that name beside where it would be. Else empty."""
+    near = _nearest(path.parent, path.name)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def _nearest(folder: Path, name: str) -> list[str]:

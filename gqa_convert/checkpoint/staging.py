@@ -58,7 +58,7 @@ def staged_output(target: Path, *, force: bool, source: Path, needed_bytes: int,
     is never replaced. An exception of any kind removes what was written and leaves `target` as it was.
 
     Args:
-        target: folder to make. Its parent must exist.
+        target: folder to make. Folders above it that are missing are made, and removed again if nothing comes of it.
         force: replace an earlier output.
         source: the folder being read, which `target` may not be, hold, or lie in.
         needed_bytes: free space to require before anything is written.
@@ -75,16 +75,17 @@ def staged_output(target: Path, *, force: bool, source: Path, needed_bytes: int,
     with _clear_errors(target, source):
         _clean_up(target)
         check_output(target, force=force, source=source, needed_bytes=needed_bytes)
-        stage, lock = _make_stage(target)
-        try:
-            yield stage
-            if sync:
-                sync_tree(stage)
-            _publish(stage, target, force)
-        finally:
-            # After a successful rename there is nothing left under this name.
-            shutil.rmtree(stage, ignore_errors=True)
-            os.close(lock)
+        with _parents(target):
+            stage, lock = _make_stage(target)
+            try:
+                yield stage
+                if sync:
+                    sync_tree(stage)
+                _publish(stage, target, force)
+            finally:
+                # After a successful rename there is nothing left under this name.
+                shutil.rmtree(stage, ignore_errors=True)
+                os.close(lock)
 
 
 def check_output(target: Path, *, force: bool, source: Path, needed_bytes: int) -> None:
@@ -133,9 +134,9 @@ def _check_output(target: Path, force: bool, source: Path, needed_bytes: int) ->
         raise OutputError(
             f"{target.parent}: a name of {len(target.name)} characters is too long. Choose a shorter --out."
         )
-    parent = target.parent
+    parent = next(folder for folder in target.parents if os.path.lexists(folder))
     if not parent.is_dir():
-        raise OutputError(f"{parent}: no such folder, so {target.name} cannot be made in it. Make it first.")
+        raise OutputError(f"{parent}: is not a folder, so {target.name} cannot be made below it. Choose another --out.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent}: no permission to write there. Choose another --out.")
     with _locked(parent):  # another run may be renaming its output into place
@@ -146,6 +147,19 @@ def _check_output(target: Path, force: bool, source: Path, needed_bytes: int) ->
         raise OutputError(
             f"{parent}: {needed_bytes:,} bytes are needed, {free:,} are free. Free some space, or choose another --out."
         )
+
+
+@contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Make the missing folders above `target`; those of them that are empty in the end are removed again."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in missing:  # the innermost first
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _check_target(target: Path, force: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gqa_convert.budget.arithmetic import budget_rows
+from gqa_convert.checkpoint.embedded import CHECKPOINT, DEMO
 from gqa_convert.cli.options import AsJson
+from gqa_convert.cli.running import emit
 from gqa_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def budget_command(
         return
     if model is None:
         raise UsageError("budget: name a model folder or a known model, or give --list.")
+    if model == DEMO and not Path(model).is_dir():
+        model = str(CHECKPOINT)
     is_folder = Path(model).is_dir()
     known = (
         known_model(model if pretraining is None else pretraining)
@@ -94,7 +97,7 @@ def budget_command(
     counted = _memory(shape, price, distill, engine, micro_batch, precision, trains, checkpointing)
     if json:
         more = {"source": known.source if known else None, "memory": [memory.to_json() for memory in counted]}
-        typer.echo(jsonlib.dumps(price.to_json() | more, indent=2))
+        emit(price.to_json() | more, True, lambda: None)
         return
     _show(price, shape, before, known.source if known else None, counted)
 
@@ -163,7 +166,7 @@ def _list(json: bool) -> None:
             name: {"tokens": m.tokens, "batch_tokens": m.batch_tokens, "steps": m.steps, "source": m.source}
             for name, m in models.items()
         }
-        typer.echo(jsonlib.dumps({"models": described, "devices": hardware}, indent=2))
+        emit({"models": described, "devices": hardware}, True, lambda: None)
         return
     table = Table("model", "parameters", "tokens", "source", box=None, pad_edge=False)
     for name, m in models.items():

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gqa_convert.cli.options import (
+    MOST_WINDOWS,
     AllowSlow,
     AsJson,
     Base,
@@ -21,26 +22,31 @@ from gqa_convert.cli.options import (
     Eos,
     Field,
     MaxWindows,
+    Revision,
     SaveTo,
     Separator,
     Special,
     Stride,
     Trust,
-    emit,
+    held_out,
     save,
 )
+from gqa_convert.cli.running import emit
+from gqa_convert.conversion.recipe import PRESETS
+from gqa_convert.errors import check_choice
+from gqa_convert.merge.registry import all_methods
 from gqa_convert.progress import Counter
 
 
 def eval_command(
     base: Base,
     converted: Converted = None,
-    data: Data = "demo",
+    data: Data = None,
     field: Field = "text",
     separator: Separator = "",
     context: Context = None,
     stride: Stride = None,
-    max_windows: MaxWindows = None,
+    max_windows: MaxWindows = MOST_WINDOWS,
     special: Special = True,
     eos: Eos = True,
     loss_on: Annotated[
@@ -52,10 +58,12 @@ def eval_command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    revision: Revision = None,
     json: AsJson = False,
     out: SaveTo = None,
 ) -> None:
     """Measure how much worse a converted model is on held-out text, and how much smaller."""
+    data = held_out(data, base)
     from gqa_convert.cli import show_evaluation
     from gqa_convert.evaluate.evaluation import EvalSettings, evaluate, with_tasks
 
@@ -65,7 +73,7 @@ def eval_command(
         separator=separator,
         context=context,
         stride=stride,
-        max_windows=max_windows,
+        max_windows=max_windows or None,
         special=special,
         eos=eos,
         loss_on=loss_on,
@@ -74,6 +82,7 @@ def eval_command(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    base = located(base, revision)
     with Counter("windows", quiet=json) as progress:
         evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
     if tasks:
@@ -86,7 +95,7 @@ def bench_command(
     base: Base,
     converted: Converted = None,
     batch: Annotated[str, typer.Option(help="Sequences decoded together: a list.")] = "1,8",
-    context: Annotated[str, typer.Option(help="Tokens in the cache: a list (8k is 8192).")] = "512,2k",
+    cache_context: Annotated[str, typer.Option(help="Tokens in the cache: a list (8k is 8192).")] = "512,2k",
     source_tokens: Annotated[
         str, typer.Option(help="Tokens that the encoder has read, for models with one (default: as the context)")
     ] = "",
@@ -104,19 +113,17 @@ def bench_command(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    revision: Revision = None,
     json: AsJson = False,
     out: SaveTo = None,
 ) -> None:
     """Measure how much faster and smaller a converted model decodes, and where it does not."""
     from gqa_convert.budget.counts import parse_bytes, parse_counts, parse_single
-    from gqa_convert.cli import show_bench
-    from gqa_convert.evaluate.decode.bench import bench
-    from gqa_convert.evaluate.decode.contender import load_contenders
     from gqa_convert.evaluate.decode.settings import BenchSettings
 
     settings = BenchSettings(
         batches=parse_counts(batch, "--batch"),
-        contexts=parse_counts(context, "--context"),
+        contexts=parse_counts(cache_context, "--cache-context"),
         caches=tuple(part.strip() for part in cache.split(",")),
         mode=mode,
         steps=steps,
@@ -125,8 +132,12 @@ def bench_command(
         memory=parse_bytes(memory, "--memory") if memory else None,
         source_tokens=parse_single(source_tokens, "--source-tokens") if source_tokens else None,
     )
+    from gqa_convert.cli import show_bench
+    from gqa_convert.evaluate.decode.bench import bench
+    from gqa_convert.evaluate.decode.contender import load_contenders
+
     contenders = load_contenders(
-        [base, *(converted or [])], dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        [located(base, revision), *(converted or [])], dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     with Counter("points", quiet=json) as progress:
         progress.total(len(settings.batches) * len(settings.contexts) * len(settings.caches))
@@ -139,8 +150,11 @@ def sweep_command(
     model: Base,
     groups: Annotated[str, typer.Option("--groups", "-g", help="KV-head counts: a list.")],
     methods: Annotated[str, typer.Option(help="Merge methods or presets: a list; see `gqa methods`.")] = "mean",
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder (default: MODEL-sweep here)")] = None,
-    data: Data = "demo",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Run folder, new or to go on with. (default: MODEL-sweep here)"),
+    ] = None,
+    data: Data = None,
     tolerance: Annotated[float, typer.Option(help="Loss rise that is acceptable, in nats per token.")] = 0.05,
     calibrate: Calibrate = None,
     refit: Annotated[bool, typer.Option("--refit", help="Fit each layer to the original's after merging.")] = False,
@@ -162,16 +176,21 @@ def sweep_command(
     separator: Separator = "",
     context: Context = None,
     stride: Stride = None,
-    max_windows: MaxWindows = None,
+    max_windows: MaxWindows = MOST_WINDOWS,
     special: Special = True,
     eos: Eos = True,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    revision: Revision = None,
     json: AsJson = False,
 ) -> None:
     """Convert by every method to every number of groups, measure each, and recommend one. Goes on where it stopped."""
+    data = held_out(data, model)
+    variants = tuple(part.strip() for part in methods.split(","))
+    for variant in variants:
+        check_choice("--methods", variant, [*PRESETS, *all_methods()])
     from gqa_convert.budget.counts import parse_counts
     from gqa_convert.cli import show_sweep
     from gqa_convert.evaluate.decode.settings import BenchSettings
@@ -187,14 +206,14 @@ def sweep_command(
     )
     settings = SweepSettings(
         groups=parse_counts(groups, "--groups"),
-        variants=tuple(part.strip() for part in methods.split(",")),
+        variants=variants,
         evaluation=EvalSettings(
             data=data,
             field=field,
             separator=separator,
             context=context,
             stride=stride,
-            max_windows=max_windows,
+            max_windows=max_windows or None,
             special=special,
             eos=eos,
             batch_size=batch_size,
@@ -212,7 +231,8 @@ def sweep_command(
         uptrain_tokens=uptrain_tokens,
         uptrain_config=uptrain_config,
     )
-    folder = run or Path(f"{Path(model).name}-sweep")
+    folder = out or Path(f"{Path(model).name}-sweep")
+    model = located(model, revision)
     with Counter("points", quiet=json) as progress:
 
         def report(point: Any, known: bool) -> None:
@@ -223,8 +243,10 @@ def sweep_command(
     emit(finished.to_json(), json, lambda: show_sweep.show_sweep(finished))
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the umbrella command."""
-    app.command("eval")(eval_command)
-    app.command("bench")(bench_command)
-    app.command("sweep")(sweep_command)
+def located(model: str, revision: str | None) -> str:
+    """The model, or the folder of its revision on the hub."""
+    if revision is None:
+        return model
+    from gqa_convert.checkpoint.hub import resolve_model
+
+    return str(resolve_model(model, revision=revision))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gqa_convert.cli.options import AsJson, DryRun, Force, Trust
+from gqa_convert.cli.running import emit
 from gqa_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Until = Annotated[
 def heal_command(
     converted: Annotated[str, typer.Argument(help="The converted folder.", metavar="CONVERTED")],
     original: Annotated[
-        str, typer.Argument(help="The model before conversion: a folder or a hub id.", metavar="ORIGINAL")
+        str, typer.Argument(help="The model before conversion: a folder, a hub id, or `demo`.", metavar="ORIGINAL")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     text: Annotated[
@@ -79,7 +79,7 @@ def heal_command(
     options = HealOptions(**{name: value for name, value in given.items() if value is not None})
     if dry_run:
         cost = foreseen(converted, original, options, trust_remote_code=trust_remote_code)
-        typer.echo(jsonlib.dumps(asdict(cost), indent=2) if json else told(cost))
+        emit(asdict(cost), json, lambda: typer.echo(told(cost)))
         return
     result = heal(
         converted,
@@ -168,7 +168,7 @@ def show_healed(result: HealResult, json: bool) -> None:
     if not is_main():
         return
     if json:
-        typer.echo(jsonlib.dumps({**asdict(result), "out": str(result.out)}, indent=2))
+        emit({**asdict(result), "out": str(result.out)}, True, lambda: None)
         return
     say(
         f"held-out loss {result.loss_before:.4f} -> {result.loss_after:.4f} nats per token; the original's is "

@@ -2,248 +2,30 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from gqa_convert.cli import evaluate as evaluate_commands
-from gqa_convert.cli import report as report_commands
 from gqa_convert.cli import show_conversion
 from gqa_convert.cli.budget import budget_command
-from gqa_convert.cli.heal import HEAL, convert_healed, heal_command, heal_options
-from gqa_convert.cli.options import (
-    SETTINGS,
-    AllowSlow,
-    AsJson,
-    Calibrate,
-    CrossGroups,
-    DryRun,
-    Force,
-    Grouping,
-    Groups,
-    Measure,
-    MeasuredOn,
-    Method,
-    Model,
-    Out,
-    Preset,
-    Revision,
-    Route,
-    Seed,
-    Trust,
-    Verify,
-    Version,
-    emit,
-)
-from gqa_convert.cli.signals import stopped_by_signals
+from gqa_convert.cli.convert import convert_command, plan_command
+from gqa_convert.cli.heal import heal_command
+from gqa_convert.cli.options import AsJson, ComputeDtype, Device, Groups, Model, Revision, Trust, Version
+from gqa_convert.cli.report import report_command
+from gqa_convert.cli.running import SETTINGS, emit, register, run_command, with_common
 from gqa_convert.cli.uptrain import uptrain_app
-from gqa_convert.conversion.recipe import make_recipe
-from gqa_convert.errors import GQAConvertError, UsageError
-from gqa_convert.progress import conversion_progress
-
-if TYPE_CHECKING:
-    from gqa_convert.conversion.plan import ConvertPlan
 
 app = typer.Typer(
     name="gqa",
     help="Convert multi-head-attention checkpoints to grouped-query attention, and see what that costs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings=SETTINGS,
 )
 
 
-def convert_command(
-    model: Model,
-    groups: Groups,
-    cross_groups: CrossGroups = None,
-    out: Out = None,
-    preset: Preset = None,
-    method: Method = None,
-    grouping: Grouping = None,
-    calibrate: Calibrate = None,
-    calibration_sequences: Annotated[int | None, typer.Option(help="Calibration sequences. (default: 128)")] = None,
-    calibration_length: Annotated[
-        int | None, typer.Option(help="Tokens of each, at most the model's context. (default: 2048)")
-    ] = None,
-    fold: Annotated[
-        bool | None, typer.Option("--fold/--no-fold", help="pca: let rotary pairs that hardly turn share freely.")
-    ] = None,
-    max_context: Annotated[
-        int | None, typer.Option(help="Longest context that --fold keeps sound. (default: the config's)")
-    ] = None,
-    refit: Annotated[
-        bool | None, typer.Option("--refit/--no-refit", help="Fit each layer to the original's attention output.")
-    ] = None,
-    refit_steps: Annotated[
-        int | None, typer.Option(help="Gradient steps per layer; 0: least squares of o_proj alone. (default: 300)")
-    ] = None,
-    refit_tokens: Annotated[int | None, typer.Option(help="Tokens of each step. (default: 2048)")] = None,
-    refit_lr: Annotated[float | None, typer.Option(help="Peak learning rate. (default: by width)")] = None,
-    work: Annotated[
-        Path | None, typer.Option(help="Keep solved layers here, to resume or reuse. (default: beside --out, removed)")
-    ] = None,
-    heal_tokens: Annotated[
-        str | None,
-        typer.Option(help="--preset heal: tokens to train on at most. (default: 500k)", metavar="COUNT"),
-    ] = None,
-    heal_until: Annotated[
-        float | None,
-        typer.Option(
-            help="--preset heal: stop once the held-out loss is within so many nats per token of the original's.",
-            metavar="NATS",
-        ),
-    ] = None,
-    flush: Annotated[
-        bool, typer.Option("--flush/--no-flush", help="Wait for the disk; without, a power cut may harm the output.")
-    ] = True,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-    json: AsJson = False,
-    force: Force = False,
-    route: Route = "auto",
-    allow_slow: AllowSlow = False,
-    verify: Verify = "structure",
-    measure: Measure = None,
-    data: MeasuredOn = None,
-    trust_remote_code: Trust = False,
-    revision: Revision = None,
-    version: Version = False,
-) -> None:
-    """Convert a checkpoint to grouped-query attention with GROUPS KV heads.
-
-    More groups are closer to the source; fewer are smaller and faster to decode. The source is never written to, and
-    the output appears whole or not at all.
-    """
-    from gqa_convert.conversion import execute, plan
-    from gqa_convert.conversion.forecast import forecast
-
-    healing = heal_options(preset, calibrate, heal_tokens, heal_until, seed)
-    recipe = make_recipe(
-        "best" if healing else preset,
-        method=method,
-        grouping=grouping,
-        calibrate=calibrate,
-        sequences=calibration_sequences,
-        length=calibration_length,
-        fold=fold,
-        max_context=max_context,
-        refit=refit,
-        refit_steps=refit_steps,
-        refit_tokens=refit_tokens,
-        refit_lr=refit_lr,
-        seed=seed,
-    )
-    planned = plan.plan(
-        model,
-        groups=groups,
-        cross_groups=cross_groups,
-        out=out,
-        recipe=recipe,
-        route=route,
-        allow_slow=allow_slow,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
-    if dry_run:
-        _emit_plan(planned, json)
-        return
-    cost = forecast(planned)
-    if cost is not None and not json:
-        typer.echo(f"solving attention blocks: {show_conversion.solving_words(cost)}", err=True)
-    if healing is not None:
-        convert_healed(
-            planned,
-            healing,
-            work=work,
-            force=force,
-            flush=flush,
-            verify=verify,
-            trust_remote_code=trust_remote_code,
-            json=json,
-        )
-        return
-    with stopped_by_signals(), conversion_progress(planned.bytes_out, quiet=json) as (on_bytes, on_layer):
-        result = execute.execute(
-            planned,
-            verify=verify,
-            force=force,
-            work=work,
-            flush=flush,
-            on_bytes=on_bytes,
-            on_layer=on_layer,
-        )
-    quality = None
-    if measure is not False:
-        from gqa_convert.evaluate.quality import measure_conversion
-
-        insist = bool(measure) or data is not None
-        quality = measure_conversion(planned, result.out, data=data, insist=insist)
-        if quality.rise is not None:
-            from gqa_convert.conversion.card import refresh_card
-
-            refresh_card(result.out, quality.to_json())
-    described: dict[str, Any] = {
-        "out": str(result.out),
-        "verified": result.verified,
-        "checks": result.checks,
-        "plan": planned.to_json(),
-    }
-    described["quality"] = None if quality is None else quality.to_json()
-    emit(described, json, lambda: show_conversion.show_result(result, quality))
-
-
-app.command("convert")(convert_command)
-
-
-@app.command("plan")
-def plan_command(
-    model: Model,
-    groups: Groups,
-    cross_groups: CrossGroups = None,
-    out: Out = None,
-    preset: Preset = None,
-    method: Method = None,
-    route: Route = "auto",
-    allow_slow: AllowSlow = False,
-    json: AsJson = False,
-    trust_remote_code: Trust = False,
-    revision: Revision = None,
-) -> None:
-    """Print what converting would read, merge, edit and write. `gqa convert --dry-run` takes every option."""
-    from gqa_convert.conversion import plan
-
-    recipe = make_recipe("best" if preset == HEAL else preset, method=method)
-    planned = plan.plan(
-        model,
-        groups=groups,
-        cross_groups=cross_groups,
-        out=out,
-        recipe=recipe,
-        route=route,
-        allow_slow=allow_slow,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
-    _emit_plan(planned, json)
-
-
-def _emit_plan(planned: ConvertPlan, json: bool) -> None:
-    from gqa_convert.conversion.forecast import forecast
-
-    cost = forecast(planned)
-    described = planned.to_json() | {"forecast": None if cost is None else asdict(cost)}
-    emit(described, json, lambda: show_conversion.show_plan(planned, cost))
-
-
-@app.command("inspect")
 def inspect_command(
     model: Model, json: AsJson = False, trust_remote_code: Trust = False, revision: Revision = None
 ) -> None:
@@ -254,22 +36,33 @@ def inspect_command(
     emit(inspection.to_json(), json, lambda: show_conversion.show_inspection(inspection))
 
 
-@app.command("verify")
 def verify_command(
-    source: Annotated[str, typer.Argument(help="The checkpoint that was converted.", metavar="SRC")],
+    source: Annotated[
+        str, typer.Argument(help="The checkpoint that was converted: a folder, a hub id, or `demo`.", metavar="SRC")
+    ],
     converted: Annotated[Path, typer.Argument(help="The folder it was converted to.", metavar="DST")],
     logits: Annotated[bool, typer.Option("--logits", help="Also load and run both models.")] = False,
+    device: Device = "auto",
+    dtype: ComputeDtype = "auto",
     json: AsJson = False,
     trust_remote_code: Trust = False,
+    revision: Revision = None,
 ) -> None:
     """Check a converted folder against its source: keys, shapes, bytes, merged values, and logits if asked."""
     from gqa_convert.conversion import inspect
 
-    checks = inspect.verify_pair(source, converted, logits=logits, trust_remote_code=trust_remote_code)
+    checks = inspect.verify_pair(
+        source,
+        converted,
+        logits=logits,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+    )
     emit(checks, json, lambda: show_conversion.show_checks(converted, checks))
 
 
-@app.command("families")
 def families_command(
     name: Annotated[str | None, typer.Argument(help="Only model types that contain this.")] = None,
     json: AsJson = False,
@@ -278,20 +71,18 @@ def families_command(
     from gqa_convert.anatomy import families
 
     listed = [family for family in families.families() if name is None or name in family.model_type]
-    emit([family.to_json() for family in listed], json, lambda: show_conversion.show_families(listed))
+    emit({"families": [family.to_json() for family in listed]}, json, lambda: show_conversion.show_families(listed))
 
 
-@app.command("methods")
 def methods_command(json: AsJson = False) -> None:
     """List the merge methods."""
     from gqa_convert.merge.registry import all_methods
 
     listed = list(all_methods().values())
     described = [{"name": m.name, "title": m.title, "reference": m.reference} for m in listed]
-    emit(described, json, lambda: show_conversion.show_methods(listed))
+    emit({"methods": described}, json, lambda: show_conversion.show_methods(listed))
 
 
-@app.command("demo")
 def demo_command(
     groups: Groups = 2,
     out: Annotated[
@@ -308,51 +99,25 @@ def demo_command(
     run_demo(out, groups=groups, uptrain_seconds=uptrain_seconds, json=json)
 
 
-evaluate_commands.register(app)
-report_commands.register(app)
-
-
-app.command("budget")(budget_command)
-app.command("heal")(heal_command)
+register(app, "convert", convert_command, hub=True)
+register(app, "plan", plan_command, hub=True)
+register(app, "inspect", inspect_command, hub=True)
+register(app, "verify", verify_command, hub=True)
+register(app, "families", families_command)
+register(app, "methods", methods_command)
+register(app, "demo", demo_command)
+register(app, "eval", evaluate_commands.eval_command, hub=True)
+register(app, "bench", evaluate_commands.bench_command, hub=True)
+register(app, "sweep", evaluate_commands.sweep_command, hub=True)
+register(app, "report", report_command, hub=True)
+register(app, "budget", budget_command)
+register(app, "heal", heal_command, hub=True)
 app.add_typer(uptrain_app, name="uptrain")
 
 
 @app.callback(invoke_without_command=True)
 def umbrella(version: Version = False) -> None:
     """Convert multi-head-attention checkpoints to grouped-query attention, and see what that costs."""
-
-
-_INTERRUPTED = 130
-"""How typer exits after Ctrl-C, without a word."""
-
-
-def run_command(run: Callable[[], Any]) -> None:
-    """Run a command; a `GQAConvertError` becomes one line on standard error and its exit code."""
-    _print_anything()
-    try:
-        _check_working_directory()
-        run()
-    except GQAConvertError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(error.exit_code)
-    except SystemExit as end:
-        if end.code == _INTERRUPTED:
-            typer.echo("interrupted.", err=True)
-        raise
-
-
-def _print_anything() -> None:
-    """Let names that are no text (bytes that are not UTF-8) be printed, escaped."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _check_working_directory() -> None:
-    try:
-        os.getcwd()
-    except FileNotFoundError as error:
-        raise UsageError("the working directory no longer exists. Change to one that does.") from error
 
 
 def main() -> None:
@@ -362,6 +127,6 @@ def main() -> None:
 
 def convert_main() -> None:
     """Entry point of `gqa-convert`: the same command as `gqa convert`."""
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
-    single.command("gqa-convert")(convert_command)
+    single = typer.Typer(pretty_exceptions_enable=False, context_settings=SETTINGS)
+    single.command("gqa-convert", context_settings=SETTINGS)(with_common(convert_command, hub=True))
     run_command(single)

@@ -1,18 +1,44 @@
-"""Each option that several commands have, spelled once; and how a command's result goes out."""
+"""Each option that several commands have, spelled once, and checked before anything slow is imported."""
 
 from __future__ import annotations
 
-import json as jsonlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-SETTINGS = {"help_option_names": ["-h", "--help"]}
-"""Of every command."""
+from gqa_convert.checkpoint.dtypes import FLOAT_NAMES
+from gqa_convert.checkpoint.embedded import DEMO
+from gqa_convert.conversion.recipe import GROUPINGS, PRESETS, ROUTES, VERIFY_LEVELS
+from gqa_convert.errors import UsageError, check_choice
+from gqa_convert.merge.registry import all_methods
 
-Model = Annotated[str, typer.Argument(help="A checkpoint folder or a Hugging Face hub id.", metavar="MODEL")]
+
+def one_of(flag: str, choices: Callable[[], Iterable[str]]) -> dict[str, Any]:
+    """What an option with few values takes: a check before anything is imported, and words for shell completion."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None:
+            check_choice(flag, value, choices())
+        return value
+
+    return {"callback": check, "autocompletion": lambda: list(choices())}
+
+
+def _dtype(value: str) -> str:
+    if value.lower() not in FLOAT_NAMES:
+        check_choice("--dtype", value, ["auto", *FLOAT_NAMES])
+    return value
+
+
+def _groups(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise UsageError(f"--groups {value}: at least one KV head is needed; 1 is multi-query attention.")
+    return value
+
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, a Hugging Face hub id, or `demo`.", metavar="MODEL")]
 Base = Annotated[
     str, typer.Argument(help="The model before conversion: a folder, a hub id, or `demo`.", metavar="BASE")
 ]
@@ -21,7 +47,13 @@ Converted = Annotated[
 ]
 
 Groups = Annotated[
-    int, typer.Option("--groups", "-g", help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention).")
+    int,
+    typer.Option(
+        "--groups",
+        "-g",
+        help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention).",
+        callback=_groups,
+    ),
 ]
 CrossGroups = Annotated[
     int | None, typer.Option(help="KV heads of cross-attention, where a model sets them apart. (default: as --groups)")
@@ -33,14 +65,23 @@ Preset = Annotated[
     str | None,
     typer.Option(
         help="paper: mean of adjacent heads; fast: calibrated pca of searched groups; best: fast, then layers "
-        "refitted; heal: best, then distilled from the original (`gqa heal`)."
+        "refitted; heal: best, then distilled from the original (`gqa heal`).",
+        **one_of("--preset", lambda: [*PRESETS, "heal"]),
     ),
 ]
-Method = Annotated[str | None, typer.Option(help="How heads are merged; `gqa methods` lists them. (default: mean)")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="How heads are merged; `gqa methods` lists them. (default: mean)", **one_of("--method", all_methods)
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampling and of random heads. (default: 0)")]
 Grouping = Annotated[
     str | None,
-    typer.Option(help="contiguous: adjacent heads; search: equal groups of least residual. (default: contiguous)"),
+    typer.Option(
+        help="contiguous: adjacent heads; search: equal groups of least residual. (default: contiguous)",
+        **one_of("--grouping", lambda: GROUPINGS),
+    ),
 ]
 Calibrate = Annotated[
     str | None,
@@ -64,14 +105,16 @@ Force = Annotated[bool, typer.Option(help="Replace an earlier conversion at --ou
 Verify = Annotated[
     str,
     typer.Option(
-        help="none; structure: keys, shapes, config against the target model; logits: also run both models (in memory)."
+        help="none; structure: keys, shapes, config against the target model; logits: run both models (in memory) too.",
+        **one_of("--verify", lambda: VERIFY_LEVELS),
     ),
 ]
 Route = Annotated[
     str,
     typer.Option(
         help="For families without a KV-head setting. native: write another stock family that computes the same; "
-        "remote-code: ship modelling code; auto: native where that is exact."
+        "remote-code: ship modelling code; auto: native where that is exact.",
+        **one_of("--route", lambda: ROUTES),
     ),
 ]
 AllowSlow = Annotated[
@@ -81,12 +124,13 @@ AllowSlow = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 
 Data = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--data",
         "-d",
         help="Held-out text: a file, a folder, a hub dataset `id:configuration:split` (the last two may be left out; "
-        "split `test` by default), or `demo` (the package's own held-out text).",
+        "split `test` by default), or `demo` (the package's own held-out text). (default: demo, for the "
+        "model `demo` only)",
     ),
 ]
 Field = Annotated[str, typer.Option(help="Key of a .jsonl line that holds the text.")]
@@ -95,12 +139,28 @@ Context = Annotated[int | None, typer.Option(help="Tokens per window. (default: 
 Stride = Annotated[
     int | None, typer.Option(help="Tokens from one window to the next; CONTEXT: side by side. (default: half of it)")
 ]
-MaxWindows = Annotated[int | None, typer.Option(help="Score only this many windows, evenly spread.")]
+MaxWindows = Annotated[int, typer.Option(help="Score at most so many windows, evenly spread; 0: all.", min=0)]
+MOST_WINDOWS = 128
+"""Windows that are scored unless the user says otherwise: at most 128 x 2048 tokens."""
 Special = Annotated[bool, typer.Option("--special/--no-special", help="Let the tokenizer add BOS and the like.")]
 Eos = Annotated[bool, typer.Option("--eos/--no-eos", help="End every document with EOS.")]
 BatchSize = Annotated[int, typer.Option(help="Windows run at a time.", min=1)]
 Dtype = Annotated[
-    str, typer.Option(help="auto (the checkpoint's own on a GPU, else float32), float32, bfloat16, float16.")
+    str,
+    typer.Option(
+        help="auto (the checkpoint's own on a GPU, else float32), float32, bfloat16 or bf16, float16 or fp16.",
+        callback=_dtype,
+        autocompletion=lambda: ["auto", *FLOAT_NAMES],
+    ),
+]
+ComputeDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="What is computed in: auto (float32), bfloat16 or bf16, float16 or fp16: less memory, less exact.",
+        callback=_dtype,
+        autocompletion=lambda: ["auto", *FLOAT_NAMES],
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
@@ -124,16 +184,26 @@ Version = Annotated[
 ]
 
 
-def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """Print a result: as JSON, or as `show` does."""
-    if as_json:
-        typer.echo(jsonlib.dumps(value, indent=2))
-    else:
-        show()
+def held_out(data: str | None, base: str) -> str:
+    """The text to measure on: the user's, or the package's own for the package's own model.
+
+    Raises:
+        UsageError: if none is named, or what is named cannot be a file.
+    """
+    if data is None:
+        if base != DEMO:
+            raise UsageError(
+                f"--data is missing: name held-out text such as {base} is used on (a .txt or .jsonl file, a folder, or "
+                "a hub dataset)."
+            )
+        return DEMO
+    if data.startswith(("/", "./", "../", "~")) and not Path(data).expanduser().exists():
+        raise UsageError(f"--data {data}: does not exist.")
+    return data
 
 
 def save(value: Any, out: Path | None) -> None:
-    """Write a result as JSON where `out` names a file."""
+    """Write a result as JSON where `out` names a file; as the reports read it, without the schema of `--json`."""
     if out is None:
         return
     from gqa_convert.evaluate.files import write_json

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gqa_convert.cli.options import AsJson
+from gqa_convert.cli.running import emit
 
 
 def report_command(
@@ -37,7 +37,7 @@ def report_command(
             "verdict": report.verdict,
             "hub": address,
         }
-        typer.echo(jsonlib.dumps(value, indent=2))
+        emit(value, True, lambda: None)
         return
     out = console()
     out.print(report.verdict, highlight=False)
@@ -46,8 +46,3 @@ def report_command(
         out.print(f"kept {path}, which somebody else wrote; remove it to have ours", highlight=False)
     if address:
         out.print(f"uploaded to {address}", highlight=False)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the umbrella command."""
-    app.command("report")(report_command)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from gqa_convert.calibrate.report import poor_blocks_line
-from gqa_convert.console import console, key_value_table, show_written, size
+from gqa_convert.console import console, duration, key_value_table, show_written, size
 
 if TYPE_CHECKING:
     from gqa_convert.anatomy.families import Family
@@ -55,13 +55,6 @@ def usual_loss(recipe: Recipe) -> str:
     if not recipe.refit:
         return "+0.1 to +1.4 nats per token where it was measured; uptrain afterwards"
     return "0 to +0.8 nats per token where it was measured; the end says what it was"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: `40 s`, `14 min`, `5.2 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def solving_words(cost: Forecast) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from gqa_convert.cli.options import SETTINGS, AsJson, DryRun, Force, Trust
+from gqa_convert.cli.options import AsJson, DryRun, Force, Trust
+from gqa_convert.cli.running import SETTINGS, emit, register
 
 if TYPE_CHECKING:
     from gqa_convert.uptrain.loop import UptrainResult
@@ -43,7 +43,7 @@ def uptrain_command(
         planned = resolve(settings)
         more = data_rows(settings)
         if json:
-            typer.echo(jsonlib.dumps(planned.to_json() | {"learns": dict(more)}, indent=2))
+            emit(planned.to_json() | {"learns": dict(more)}, True, lambda: None)
         else:
             console().print(key_value_table([*plan_rows(planned), *more]))
         return
@@ -77,7 +77,7 @@ def export_command(
         tell=lambda text: typer.echo(text, err=True),
     )
     if json:
-        typer.echo(jsonlib.dumps({"folder": str(folder), "step": saved_step}, indent=2))
+        emit({"folder": str(folder), "step": saved_step}, True, lambda: None)
     else:
         show_written(console(), f"{folder} (step {saved_step:,})")
 
@@ -99,7 +99,7 @@ def show_data_command(
 
     shown = show_documents(load_config(config, overrides or ()), row=row)
     if json:
-        typer.echo(jsonlib.dumps([asdict(document) for document in shown], indent=2))
+        emit({"documents": [asdict(document) for document in shown]}, True, lambda: None)
         return
     from rich.text import Text
 
@@ -126,9 +126,9 @@ class _RunOrOther(TyperGroup):
 
 _RUN = "run"
 uptrain_app = typer.Typer(cls=_RunOrOther, context_settings=SETTINGS, help="Uptrain a converted checkpoint.")
-uptrain_app.command(_RUN, context_settings=SETTINGS)(uptrain_command)
-uptrain_app.command("export", context_settings=SETTINGS)(export_command)
-uptrain_app.command("show-data", context_settings=SETTINGS)(show_data_command)
+register(uptrain_app, _RUN, uptrain_command)
+register(uptrain_app, "export", export_command, hub=True)
+register(uptrain_app, "show-data", show_data_command)
 
 
 def _show(result: UptrainResult, json: bool) -> None:
@@ -139,7 +139,7 @@ def _show(result: UptrainResult, json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if json:
-        typer.echo(jsonlib.dumps({**result.__dict__, "folder": str(result.folder)}, indent=2))
+        emit({**result.__dict__, "folder": str(result.folder)}, True, lambda: None)
         return
     original = "" if result.reference_loss is None else f"; the original's is {result.reference_loss:.4f}"
     out = console()

@@ -27,11 +27,11 @@ from gqa_convert.conversion.card import carried_cards, read_card, write_card
 from gqa_convert.conversion.operations import Operation, Pool, Solve
 from gqa_convert.conversion.plan import ConvertPlan, plan
 from gqa_convert.conversion.prefetch import computed_ahead, computed_together
-from gqa_convert.conversion.recipe import Recipe
+from gqa_convert.conversion.recipe import VERIFY_LEVELS, Recipe
 from gqa_convert.conversion.solve import solve_blocks, work_folder
 from gqa_convert.conversion.tensors import one_thread, pooled_tensor
 from gqa_convert.conversion.verify import verify_output
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import check_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 OnBytes = Callable[[int], None]
 OnLayer = Callable[[str, int, int], None]
-VERIFY_LEVELS = ("none", "structure", "logits")
 WRITERS = 2
 """Shards written at a time: one processor copies at half of what memory allows."""
 
@@ -72,6 +71,8 @@ def convert(
     force: bool = False,
     work: str | Path | None = None,
     flush: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
     on_bytes: OnBytes | None = None,
@@ -95,6 +96,8 @@ def convert(
             resumed by the next run if this one is interrupted, and removed at the end.
         flush: wait until the disk has everything before the output takes its name. Without it a power cut soon after
             may leave an output that looks whole and is not, as with `cp`; a killed process leaves none either way.
+        device: where blocks are solved and models run: `auto` (CUDA where there is one), `cpu`, `cuda:1`, ...
+        dtype: what layers run in while blocks are solved: `auto` (float32), `bfloat16` or `float16`.
         trust_remote_code: allow the model's own Python code to run.
         revision: a branch, tag or commit of a hub id.
         on_bytes: called with the number of bytes written since the last call.
@@ -122,6 +125,8 @@ def convert(
         force=force,
         work=work,
         flush=flush,
+        device=device,
+        dtype=dtype,
         on_bytes=on_bytes,
         on_layer=on_layer,
     )
@@ -134,12 +139,13 @@ def execute(
     force: bool = False,
     work: str | Path | None = None,
     flush: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
     on_bytes: OnBytes | None = None,
     on_layer: OnLayer | None = None,
 ) -> ConvertResult:
     """Carry a plan out. See `convert`."""
-    if verify not in VERIFY_LEVELS:
-        raise UsageError(f"--verify {verify}: choose one of {', '.join(VERIFY_LEVELS)}.")
+    check_choice("--verify", verify, VERIFY_LEVELS)
     checkpoint = planned.checkpoint
     side_bytes = sum(side_file_bytes(checkpoint.folder, path) for path in checkpoint.side_files)
     needed = planned.bytes_out + side_bytes + (1 << 20)
@@ -149,8 +155,8 @@ def execute(
             # Solving may take hours: what would be refused at the end is refused before it.
             check_output(planned.target, force=force, source=checkpoint.folder, needed_bytes=needed)
             folder = stack.enter_context(work_folder(planned, work))
-            solved = solve_blocks(planned, folder, on_layer=on_layer)
-        checks = _write(planned, solved, needed, verify, force, flush, on_bytes)
+            solved = solve_blocks(planned, folder, device=device, dtype=dtype, on_layer=on_layer)
+        checks = _write(planned, solved, needed, verify, force, flush, device, on_bytes)
     return ConvertResult(
         out=planned.target, plan=planned, verified=verify, checks=checks, blocks=solved.reports if solved else ()
     )
@@ -163,6 +169,7 @@ def _write(
     verify: str,
     force: bool,
     flush: bool,
+    device: str,
     on_bytes: OnBytes | None,
 ) -> dict[str, Any]:
     checkpoint = planned.checkpoint
@@ -175,7 +182,7 @@ def _write(
             shutil.copyfile(file, folder / file.name)
         shipped = {file.name for file in planned.anatomy.files}
         _copy_side_files(checkpoint, [path for path in checkpoint.side_files if path.name not in shipped], folder)
-        checks = verify_output(planned, folder, level=verify)
+        checks = verify_output(planned, folder, level=verify, device=device)
         record = provenance(planned, solved, digests)
         write_card(folder, record)
         write_provenance(folder / PROVENANCE, record)

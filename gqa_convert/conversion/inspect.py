@@ -111,7 +111,14 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, revision: str
 
 
 def verify_pair(
-    source: str | Path, converted: Path, *, logits: bool = False, trust_remote_code: bool = False
+    source: str | Path,
+    converted: Path,
+    *,
+    logits: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> dict[str, Any]:
     """Check a converted folder against its source, by the recipe that its own record tells of.
 
@@ -129,7 +136,8 @@ def verify_pair(
         GQAConvertError: if either folder cannot be read.
     """
     record = read_record(converted)
-    planned = recorded_plan(source, converted, record, trust_remote_code=trust_remote_code)
+    original = resolve_model(str(source), revision=revision)
+    planned = recorded_plan(original, converted, record, trust_remote_code=trust_remote_code)
     checks = verify_structure(planned, converted, trained=record.trained)
     comparison = compare_tensors(planned, Checkpoint.open(converted), record)
     if comparison.damaged:
@@ -143,7 +151,7 @@ def verify_pair(
         )
     checks |= comparison.to_json()
     if logits:
-        checks |= verify_logits(planned, converted, trained=record.trained)
+        checks |= verify_logits(planned, converted, trained=record.trained, device=device, dtype=dtype)
     return checks
 
 

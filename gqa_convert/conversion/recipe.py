@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import UsageError, check_choice
 from gqa_convert.merge.registry import MergeMethod, get_method
 
+VERIFY_LEVELS = ("none", "structure", "logits")
+ROUTES = ("auto", "native", "remote-code")
 GROUPINGS = ("contiguous", "search")
 SELF = "self"
 """The `calibrate` value that samples text from the source model."""
@@ -49,8 +51,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         method = self.merge_method
-        if self.grouping not in GROUPINGS:
-            raise UsageError(f"--grouping {self.grouping}: choose one of {', '.join(GROUPINGS)}.")
+        check_choice("--grouping", self.grouping, GROUPINGS)
         for name, least in (("sequences", 1), ("length", 2), ("refit_steps", 0), ("refit_tokens", 1)):
             if getattr(self, name) < least:
                 flag = {"sequences": "calibration-sequences", "length": "calibration-length"}.get(name, name)
@@ -126,8 +127,8 @@ def make_recipe(preset: str | None = None, **chosen: Any) -> Recipe:
     Raises:
         UsageError: if the preset is unknown or the choices do not go together.
     """
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset {preset}: choose one of {', '.join(PRESETS)}.")
+    if preset is not None:
+        check_choice("--preset", preset, PRESETS)
     base = PRESETS[preset][1] if preset else Recipe()
     if chosen.get("grouping") is not None:
         base = replace(base, adaptable=False)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
+from gqa_convert.conversion.recipe import ROUTES
+from gqa_convert.errors import CheckpointError, UnsupportedModelError, check_choice
 from gqa_convert.hf import api
 from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping
 from gqa_convert.modeling.transpile.rule import Rule, rule_for
 from gqa_convert.modeling.transpile.view import transpiled
 
-ROUTES = ("auto", "native", "remote-code")
 _NEED_TOKENIZER_JSON = ("gpt_bigcode", "nemotron")  # transformers' AutoTokenizer maps them to no class of their own
 SETTING = "setting"
 """The route of a family that has a setting for its KV heads: nothing is to be chosen."""
@@ -65,8 +65,7 @@ def routed(source: Source, *, groups: int | None = None, route: str = "auto") ->
         UnsupportedModelError: if the asked route does not lead there; the message has the reason.
         CheckpointError: if the weights are not those that the configuration describes.
     """
-    if route not in ROUTES:
-        raise UsageError(f"--route {route}: choose one of {', '.join(ROUTES)}.")
+    check_choice("--route", route, ROUTES)
     config, model_type = source.config, source.model_type
     ships = shipping.ships(model_type)
     if route == "remote-code" and not ships and not shipping.is_shipped(model_type):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqa_convert.calibrate.store import STORES
+from gqa_convert.checkpoint.dtypes import named_float
 from gqa_convert.checkpoint.staging import check_apart, sibling
 from gqa_convert.errors import OutputError
+from gqa_convert.hf.loading import pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,24 +51,24 @@ def work_folder(planned: ConvertPlan, work: str | Path | None) -> Iterator[Path]
         folder.rmdir()
 
 
-def solve_blocks(planned: ConvertPlan, work: Path, *, on_layer: OnLayer | None = None) -> SolvedLayers:
-    """Carry out the part of a plan that solves whole attention blocks.
+def solve_blocks(
+    planned: ConvertPlan, work: Path, *, device: str = "auto", dtype: str = "auto", on_layer: OnLayer | None = None
+) -> SolvedLayers:
+    """Carry out the part of a plan that solves whole attention blocks; `device` and `dtype` are those of `convert`.
 
     Raises:
         GQAConvertError: of the kind that fits; finished layers stay in `work`.
     """
-    import torch
-
     from gqa_convert.calibrate.inputs import calibration_inputs
     from gqa_convert.calibrate.solve import solve
 
     assert planned.blocks is not None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = pick_device(device)
     inputs = calibration_inputs(
         planned.recipe,
         planned.anatomy.source,
         work=work,
-        device=device,
+        device=str(chosen),
         on_layer=on_layer,
     )
     return solve(
@@ -77,6 +79,7 @@ def solve_blocks(planned: ConvertPlan, work: Path, *, on_layer: OnLayer | None =
         planned.recipe,
         inputs,
         work=work,
-        device=device,
+        device=chosen,
+        dtype=None if dtype == "auto" else named_float(dtype),
         on_layer=on_layer,
     )

@@ -16,29 +16,32 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.anatomy import check_target
 from gqa_convert.anatomy.kv_fields import get_path
-from gqa_convert.checkpoint.dtypes import torch_dtype
+from gqa_convert.checkpoint.dtypes import named_float, torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError, VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_heads
-from gqa_convert.hf.loading import Source, load_model
+from gqa_convert.hf.loading import Source, load_model, pick_device
 from gqa_convert.modeling.transpile.view import widened
 from gqa_convert.tiny.forward import logits
 from gqa_convert.tiny.model import text_inputs
 from gqa_convert.tiny.sizes import TEXT_IDS
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from gqa_convert.anatomy.shapes import ShapeDifference
     from gqa_convert.conversion.plan import ConvertPlan
 LOGIT_TOLERANCE = 1e-4
-"""Largest accepted logit difference, as a share of the largest logit."""
+"""Largest accepted logit difference, as a share of the largest logit, where models run in float32."""
+_COARSER = {"auto": 1.0, "float32": 1.0, "float16": 100.0, "bfloat16": 500.0}
+"""How many times that in another precision: both models round at every layer, each in its own way."""
 
 MEAN_TOLERANCE = 10 * LOGIT_TOLERANCE
 """The same where means are taken anew: another order of summing may round to the other neighbour in half precision."""
 
 
-def verify_output(planned: ConvertPlan, folder: Path, *, level: str) -> dict[str, Any]:
+def verify_output(planned: ConvertPlan, folder: Path, *, level: str, device: str = "auto") -> dict[str, Any]:
     """Verify a folder written by following `planned`.
 
     Returns:
@@ -51,7 +54,7 @@ def verify_output(planned: ConvertPlan, folder: Path, *, level: str) -> dict[str
         return {}
     checks = verify_structure(planned, folder)
     if level == "logits":
-        checks |= verify_logits(planned, folder)
+        checks |= verify_logits(planned, folder, device=device)
     return checks
 
 
@@ -87,23 +90,28 @@ def verify_structure(planned: ConvertPlan, folder: Path, *, trained: bool = Fals
     return {"tensors": len(shapes), "merged": planned.merged_tensors, "bytes": written.total_bytes}
 
 
-def verify_logits(planned: ConvertPlan, folder: Path, *, trained: bool = False) -> dict[str, Any]:
-    """Run both models in float32 and compare. Both are held in memory. See the module's docstring.
+def verify_logits(
+    planned: ConvertPlan, folder: Path, *, trained: bool = False, device: str = "auto", dtype: str = "auto"
+) -> dict[str, Any]:
+    """Run both models and compare. Both are held in memory. See the module's docstring.
 
-    `trained` says that the folder was trained since, so that its heads are means of the source's no more.
+    `trained` says that the folder was trained since, so that its heads are means of the source's no more. Models run on
+    `device`, in `dtype`: `auto` is float32; with fewer bits larger differences are accepted.
     """
-    import torch
+    place, floats = pick_device(device), _float(dtype)
 
     written = Source.open(folder, trust_remote_code=planned.trust_remote_code)
     try:
-        converted = load_model(written, dtype=torch.float32)
+        converted = load_model(written, dtype=floats, device=place)
     except CheckpointError as error:
         raise VerificationError(str(error)) from error
-    inputs = _inputs(converted)
-    checks = verify_transpiling(planned.anatomy.source, inputs) if planned.anatomy.source.stored else {}
-    source = load_model(planned.anatomy.source, dtype=torch.float32)
+    inputs = {name: value.to(place) for name, value in _inputs(converted).items()}
+    viewed = planned.anatomy.source.stored is not None
+    checks = verify_transpiling(planned.anatomy.source, inputs, device=place) if viewed else {}
+    source = load_model(planned.anatomy.source, dtype=floats, device=place)
     seen = _logits(planned, converted, inputs)
     scale = max(float(seen.abs().max()), 1e-30)
+    coarser = _COARSER[str(floats).removeprefix("torch.")]
     replaced = [(source.state_dict(), LOGIT_TOLERANCE, "the source")]
     difference = planned.anatomy.difference
     if difference is not None:
@@ -115,7 +123,7 @@ def verify_logits(planned: ConvertPlan, folder: Path, *, trained: bool = False) 
     for state, tolerance, what in replaced:
         source.load_state_dict(state, strict=False)
         worst = float((_logits(planned, source, inputs) - seen).abs().max())
-        if not worst <= tolerance * scale:
+        if not worst <= coarser * tolerance * scale:
             raise VerificationError(f"{folder}: logits differ by {worst:.3g} at scale {scale:.3g} from {what}.")
     return {"logit_difference": worst, "logit_scale": scale, **checks}
 
@@ -163,7 +171,7 @@ def _inputs(model: Any) -> dict[str, Tensor]:
     return text_inputs(model, vocabulary=int(getattr(text, "vocab_size", None) or 2 * TEXT_IDS) // 2)
 
 
-def verify_transpiling(view: Source, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def verify_transpiling(view: Source, inputs: dict[str, Tensor], *, device: Any = None) -> dict[str, Any]:
     """Run the stored model and the view of it with all its heads, in float32, one after the other.
 
     The view must compute the same before its tensors are rounded to the stored dtype; what rounding adds is reported.
@@ -175,10 +183,10 @@ def verify_transpiling(view: Source, inputs: dict[str, Tensor]) -> dict[str, Any
         VerificationError: if the view computes something else.
     """
     assert view.stored is not None
-    expected = _float32_logits(view.stored, inputs)
+    expected = _float32_logits(view.stored, inputs, device)
     scale = max(float(expected.abs().max()), 1e-30)
     exact, rounded = (
-        float((_float32_logits(each, inputs) - expected).abs().max())
+        float((_float32_logits(each, inputs, device) - expected).abs().max())
         for each in (replace(view, checkpoint=widened(view.checkpoint)), view)
     )
     if not exact <= LOGIT_TOLERANCE * scale:
@@ -188,10 +196,16 @@ def verify_transpiling(view: Source, inputs: dict[str, Tensor]) -> dict[str, Any
     return {"transpiling_difference": exact, "transpiling_rounding": rounded}
 
 
-def _float32_logits(source: Source, inputs: dict[str, Tensor]) -> Tensor:
+def _float(dtype: str) -> torch.dtype:
     import torch
 
-    model = load_model(source, dtype=torch.float32)
+    return torch.float32 if dtype == "auto" else named_float(dtype)
+
+
+def _float32_logits(source: Source, inputs: dict[str, Tensor], device: Any) -> Tensor:
+    import torch
+
+    model = load_model(source, dtype=torch.float32, device=device)
     with torch.no_grad():
         scores: Tensor = model(**inputs, use_cache=False).logits
     return scores

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gqa_convert.anatomy.anatomy import read_fields
+from gqa_convert.checkpoint.embedded import DEMO
 from gqa_convert.checkpoint.hub import resolve_model
+from gqa_convert.checkpoint.links import hub_snapshot
 from gqa_convert.conversion.routes import routed
-from gqa_convert.data.reading import DEMO
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.hf.loading import Source, load_model, max_positions, pick_device, pick_dtype
 from gqa_convert.tiny.model import encoder_width
@@ -55,15 +56,12 @@ def subject(model: str, *, trust_remote_code: bool = False) -> Subject:
     Raises:
         GQAConvertError: if it cannot be read or has no KV heads.
     """
-    if model == DEMO and not Path(model).exists():
-        from gqa_convert.checkpoint.embedded import CHECKPOINT
-
-        folder = CHECKPOINT
-    else:
-        folder = resolve_model(model)
+    folder = resolve_model(model)
     source = Source.open(folder, trust_remote_code=trust_remote_code)
     main = read_fields(routed(source).source)[0]
-    name = DEMO if model == DEMO else folder.resolve().name
+    snapshot = hub_snapshot(folder.resolve())
+    name = snapshot[0].name.removeprefix("models--").replace("--", "/") if snapshot else folder.resolve().name
+    name = DEMO if model == DEMO else name
     return Subject(name=name, source=source, query_heads=main.query_heads, kv_heads=main.kv_heads)
 
 

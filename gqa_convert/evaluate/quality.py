@@ -84,6 +84,7 @@ def measure_conversion(
     data: str | None = None,
     insist: bool = False,
     seconds: float = SECONDS,
+    device: str = "auto",
 ) -> Quality:
     """Score the source and its conversion on a held-out sample.
 
@@ -93,6 +94,7 @@ def measure_conversion(
         data: text to score, named as for `gqa eval`; by default text that the source writes (decoder-only models).
         insist: measure whatever it takes.
         seconds: longest measurement to make otherwise, as estimated.
+        device: where models run.
 
     Returns:
         The figures, or the reason why there are none.
@@ -107,14 +109,14 @@ def measure_conversion(
     if not any((plan.source / name).is_file() for name in _TOKENIZER_FILES):
         return Quality(reason="the folder has no tokenizer")
     if not insist:
-        reason = _too_dear(plan, seconds)
+        reason = _too_dear(plan, seconds, device)
         if reason:
             return Quality(reason=reason)
     started = time.perf_counter()
     try:
         if data is None:
-            return _on_own_text(plan, out, started)
-        return _on_data(plan, out, data, started)
+            return _on_own_text(plan, out, started, device)
+        return _on_data(plan, out, data, started, device)
     except Exception as error:
         if insist:
             raise
@@ -123,17 +125,17 @@ def measure_conversion(
         return Quality(reason=f"the models could not be run ({type(error).__name__}: {line})")
 
 
-def _on_own_text(plan: ConvertPlan, out: Path, started: float) -> Quality:
+def _on_own_text(plan: ConvertPlan, out: Path, started: float, where: str) -> Quality:
     from gqa_convert.calibrate.self_text import self_tokens
     from gqa_convert.evaluate import examples as ex
     from gqa_convert.evaluate import models
     from gqa_convert.evaluate.scoring import score
     from gqa_convert.evaluate.text import TokenStream, windows
 
-    device = str(pick_device("auto"))
+    device = str(pick_device(where))
     ids = self_tokens(plan.anatomy.source.as_stored, sequences=_WINDOWS, length=_LENGTH, device=device, seed=1)
     subjects = [models.subject(str(folder), trust_remote_code=plan.trust_remote_code) for folder in (plan.source, out)]
-    before, after = (models.load(subject) for subject in subjects)
+    before, after = (models.load(subject, device=where) for subject in subjects)
     stream = TokenStream(ids.flatten().tolist(), [0] * ids.numel())
     sample = ex.causal_examples(stream, windows(len(stream.ids), context=_LENGTH, stride=_LENGTH))
     first, second, _ = score(before, after, sample)
@@ -149,7 +151,7 @@ def _on_own_text(plan: ConvertPlan, out: Path, started: float) -> Quality:
     )
 
 
-def _on_data(plan: ConvertPlan, out: Path, data: str, started: float) -> Quality:
+def _on_data(plan: ConvertPlan, out: Path, data: str, started: float, device: str) -> Quality:
     from gqa_convert.evaluate import models
     from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 
@@ -158,6 +160,7 @@ def _on_data(plan: ConvertPlan, out: Path, data: str, started: float) -> Quality
         data=data,
         context=min(longest, _DATA_CONTEXT),
         max_windows=_DATA_WINDOWS,
+        device=device,
         trust_remote_code=plan.trust_remote_code,
     )
     evaluation = evaluate(plan.source, [out], settings)
@@ -173,10 +176,10 @@ def _on_data(plan: ConvertPlan, out: Path, data: str, started: float) -> Quality
     )
 
 
-def _too_dear(plan: ConvertPlan, most_seconds: float) -> str:
+def _too_dear(plan: ConvertPlan, most_seconds: float, device: str) -> str:
     """Why a measurement is not made unasked; empty if it may be."""
     memory, free = 4 * (plan.parameters_in + plan.parameters_out), free_memory()
-    if pick_device("auto").type == "cpu" and memory > MEMORY_SHARE * free:
+    if pick_device(device).type == "cpu" and memory > MEMORY_SHARE * free:
         return f"both models take {memory / 2**30:.1f} GiB in float32, of {free / 2**30:.1f} GiB that are free"
     seconds = estimated_seconds(plan.parameters_in)
     if seconds > most_seconds:

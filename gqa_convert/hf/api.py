@@ -14,6 +14,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.console import talking
 from gqa_convert.errors import CheckpointError, GQAConvertError, HubError, UnsupportedModelError
 from gqa_convert.modeling import shipping
 
@@ -44,6 +45,9 @@ def quiet() -> Iterator[None]:
     """Silence transformers' advice to model authors and its progress bars while a model is built or loaded."""
     from transformers.utils import logging as transformers_logging
 
+    if talking().verbose:
+        yield
+        return
     logger = logging.getLogger("transformers")
     level = logger.level
     bars = bool(transformers_logging.is_progress_bar_enabled())

@@ -42,14 +42,14 @@ def _sweep(run: Run, base: Evaluation, recommendation: Recommendation) -> str:
         points = timed.bench.points
         words += ["--batch", _list(point.batch for point in points)]
         words += ["--cache-context", _list(point.context for point in points)]
-    return shlex.join([*words, "--run", _named(run.folder.resolve().name)])
+    return shlex.join([*words, "--out", _named(run.folder.resolve().name)])
 
 
 def _bench(timed: Timed) -> str:
     points = timed.bench.points
     names = dict.fromkeys(model.name for point in points for model in point.models)
     words = ["gqa", "bench", *map(_named, names), "--batch", _list(point.batch for point in points)]
-    words += ["--context", _list(point.context for point in points), f"--cache={_list(p.cache for p in points)}"]
+    words += ["--cache-context", _list(point.context for point in points), f"--cache={_list(p.cache for p in points)}"]
     words += ["--steps", str(timed.bench.steps), "--rounds", str(timed.bench.rounds)]
     return shlex.join([*words, f"--dtype={timed.bench.dtype}"])
 
@@ -61,7 +61,7 @@ def _data(evaluation: Evaluation) -> list[str]:
     for name, usual in (("field", "text"), ("separator", "")):
         if settings.get(name, usual) not in (None, usual):
             words.append(f"--{name}={settings[name]}")
-    words += ["--max-windows", str(settings["max_windows"])] if settings.get("max_windows") else []
+    words += ["--max-windows", str(settings.get("max_windows") or 0)]
     words += [f"--no-{name}" for name in ("special", "eos") if settings.get(name) is False]
     return [*words, f"--dtype={evaluation.dtype}"]
 

@@ -204,7 +204,7 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(UsageError, match="no such folder"):
         resolve_model(model)
 
 

@@ -163,9 +163,13 @@ def test_the_source_is_never_touched(tmp_path: Path, source: Path, target: str, 
 
 
 def test_a_missing_parent(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(OutputError, match="no such folder"), stage(tmp_path / "a" / "b", source):
-        pytest.fail("entered")
-    with pytest.raises(OutputError, match="no such folder"):
+    with stage(tmp_path / "a" / "b" / "c", source) as folder:
+        (folder / "x").touch()
+    assert (tmp_path / "a" / "b" / "c" / "x").exists()
+    with pytest.raises(ValueError, match="no"), stage(tmp_path / "d" / "e" / "f", source):
+        raise ValueError("no")
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(OutputError, match="is not a folder"):
         check_output(source / "config.json" / "x", force=False, source=tmp_path / "elsewhere", needed_bytes=0)
 
 

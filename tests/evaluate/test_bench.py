@@ -198,7 +198,19 @@ def test_numbers_as_people_type_them() -> None:
 
 
 def test_command_line(llama: Path, llama_gqa2: Path, tmp_path: Path) -> None:
-    args = ["bench", str(llama), str(llama_gqa2), "--batch", "1", "--context", "16", "--steps", "1", "--rounds", "2"]
+    args = [
+        "bench",
+        str(llama),
+        str(llama_gqa2),
+        "--batch",
+        "1",
+        "--cache-context",
+        "16",
+        "--steps",
+        "1",
+        "--rounds",
+        "2",
+    ]
     shown = CliRunner().invoke(app, [*args, "--memory", "1MiB"])
     assert shown.exit_code == 0, shown.output
     for part in ("cache, measured", "(x 0.5)", "sequences of 16 tokens fit", "verdict"):

@@ -208,7 +208,17 @@ def test_command_line(tmp_path: Path) -> None:
     run = CliRunner()
     made = run.invoke(app, ["convert", str(tmp_path / "t5"), "--groups", "2", "--out", str(tmp_path / "gqa")])
     assert made.exit_code == 0, made.output
-    args = ["bench", str(tmp_path / "t5"), str(tmp_path / "gqa"), "--batch", "1", "--context", "8", "--rounds", "1"]
+    args = [
+        "bench",
+        str(tmp_path / "t5"),
+        str(tmp_path / "gqa"),
+        "--batch",
+        "1",
+        "--cache-context",
+        "8",
+        "--rounds",
+        "1",
+    ]
     shown = run.invoke(app, [*args, "--steps", "1", "--source-tokens", "16", "--memory", "1MiB"])
     assert shown.exit_code == 0, shown.output
     for part in ("own attention", "cross-attention", "(x 0.5)", "source 16", "8 tokens behind 16 of the encoder's"):

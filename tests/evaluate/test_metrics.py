@@ -43,7 +43,7 @@ def test_a_new_row_is_measured_and_shown_everywhere(toy: Metric, llama: Path, li
         return done.stdout
 
     folder = tmp_path / "run"
-    sweep = ("sweep", llama, "--groups", "2", "--run", folder, "--no-bench", "--no-sensitivity", "--tolerance", 9)
+    sweep = ("sweep", llama, "--groups", "2", "--out", folder, "--no-bench", "--no-sensitivity", "--tolerance", 9)
     table = run(*sweep)
     converted = folder / "points" / "mean-g2" / "model"
     shown = run("eval", llama, converted)

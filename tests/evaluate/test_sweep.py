@@ -158,10 +158,10 @@ def test_command_line(llama: Path, lines: Path, tmp_path: Path) -> None:
         str(lines),
         "--max-windows",
         "3",
-        "--run",
+        "--out",
         str(tmp_path / "r"),
     ]
-    args += ["--run", str(tmp_path / "r"), "--batch", "1", "--cache-context", "16", "--tolerance", "9"]
+    args += ["--out", str(tmp_path / "r"), "--batch", "1", "--cache-context", "16", "--tolerance", "9"]
     shown = CliRunner().invoke(app, args)
     assert shown.exit_code == 0, shown.output
     assert "Take: 2 KV heads by mean" in shown.output

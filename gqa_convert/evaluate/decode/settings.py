@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import UsageError, check_choice
 
 CACHES = ("dynamic", "static")
 MODES = ("eager", "compile", "graph")
@@ -40,11 +40,10 @@ class BenchSettings:
         wrong = [kind for kind in self.caches if kind not in CACHES]
         if wrong:
             raise UsageError(f"--cache {wrong[0]}: choose from {', '.join(CACHES)}.")
-        if self.mode not in MODES:
-            raise UsageError(f"--mode {self.mode}: choose one of {', '.join(MODES)}.")
+        check_choice("--mode", self.mode, MODES)
         if self.mode != "eager" and self.caches != ("static",):
             raise UsageError(f"--mode {self.mode}: needs --cache static, whose tensors stay where they are.")
         if min((*self.batches, *self.contexts, self.steps, self.rounds, len(self.batches), len(self.contexts))) < 1:
-            raise UsageError("--batch, --context, --steps and --rounds must be at least 1.")
+            raise UsageError("--batch, --cache-context, --steps and --rounds must be at least 1.")
         if self.source_tokens is not None and self.source_tokens < 1:
             raise UsageError("--source-tokens must be at least 1.")

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gqa_convert.conversion.recipe import PRESETS, Recipe, make_recipe
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import UsageError, check_choice
 from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.evaluation import EvalSettings
+from gqa_convert.merge.registry import all_methods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class SweepSettings:
             UsageError: if there is no such method or preset, or the choices do not go together.
         """
         chosen: dict[str, Any] = {"refit": self.refit or None}
+        check_choice("--methods", variant, [*PRESETS, *all_methods()])
         if variant in PRESETS:
             return make_recipe(variant, calibrate=self.calibrate, **chosen)
         return make_recipe(None, method=variant, calibrate=self.calibrate, **chosen)
