@@ -123,6 +123,8 @@ class DataSection(Section):
     """Tokenise while training (corpora too large to tokenise first); else once, into `<output>/tokens` or `cache`."""
     cache: Place | None = None
     """Folder for tokenised corpora, shared between runs."""
+    processes: Annotated[int, Field(ge=1, le=256)] | None = None
+    """That tokenise; null: one a processor, eight at most. Small corpora are tokenised in the run's own."""
     separate_documents: bool | Literal["auto"] = "auto"
     """Restart positions and let no attention cross documents; auto: yes for causal_lm. Proven on the model at start."""
     loss_on: Literal["assistant", "all"] = "assistant"

@@ -11,6 +11,7 @@ from gqa_convert.data.blocks import Block, StoredBlocks, held_out_blocks
 from gqa_convert.data.conversations import Conversation
 from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
 from gqa_convert.data.encoding import Encoder
+from gqa_convert.data.hub_check import FIRST_WAITS
 from gqa_convert.data.mixture import MixedBlocks, Mixture
 from gqa_convert.data.packing import PackedBlocks, held_out_packed
 from gqa_convert.data.spans import SpanCorruption, sentinel_ids
@@ -20,6 +21,7 @@ from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.config_data import SourceSection
 from gqa_convert.uptrain.making import Making, Stopped, Tell
+from gqa_convert.uptrain.tokenising import usable_processes
 
 _HELD_OUT_SEED = 0
 _FEWEST = 2
@@ -157,7 +159,8 @@ def prepare_data(
     """
     encoder = run_encoder(config, tokenizer, model_config)
     collate, collate_held_out, length = objective_parts(config, tokenizer, model_config)
-    making = Making(Path(config.data.cache or Path(config.output) / "tokens"), encoder, tell, stopped, check)
+    root = Path(config.data.cache or Path(config.output) / "tokens")
+    making = Making(root, encoder, tell, stopped, check, config.data.processes or usable_processes())
     remove_stale(making.root)
     opening = _Opening(config, making, length)
     named = config.data.named
@@ -196,7 +199,7 @@ class _Opening:
     ) -> tuple[SourceBlocks, TokenStore | None, HeldOutSet | None]:
         """A source's blocks, its store if it is not streamed, and what of it is evaluated on."""
         data, seed = self.config.data, self.config.train.seed if self.config.data.shuffle else None
-        corpus = open_corpus(source_spec(section))
+        corpus = open_corpus(source_spec(section), waits=FIRST_WAITS)
         whole = self.whole(corpus)
         apart = data.held_out_source is not None
         fraction = 0.0 if apart else data.held_out_fraction
@@ -233,7 +236,7 @@ class _Opening:
 
     def apart(self, name: str, section: SourceSection, *, main: bool = True) -> HeldOutSet:
         """A set of documents of their own."""
-        corpus = open_corpus(source_spec(section))
+        corpus = open_corpus(source_spec(section), waits=FIRST_WAITS)
         limit = self.config.evaluation.tokens
         held = self.making.evaluation(corpus, None, limit)
         return HeldOutSet(name=name, blocks=self.cut(held, limit, self.whole(corpus)), main=main)
