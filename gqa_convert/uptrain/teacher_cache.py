@@ -69,8 +69,8 @@ class CachedTeacher:
             UsageError: if it is of other text, or of fewer blocks or tokens than are needed.
         """
         try:
-            with open(folder / _META, encoding="utf-8") as file:
-                meta = json.loads(file.read(_LONGEST))
+            with open(folder / _META, encoding="utf-8") as described:
+                meta = json.loads(described.read(_LONGEST))
             there, identity, k = int(meta["blocks"]), meta["identity"], int(meta["top_k"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(

@@ -257,7 +257,7 @@ def _pool(encoder: Encoder, processes: int) -> ProcessPoolExecutor:
 def _nameless_main() -> Iterator[None]:
     """Keep new processes from running the user's script again, which they would to have its functions."""
     main = sys.modules["__main__"]
-    kept = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+    kept: dict[str, object] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
     main.__dict__.pop("__file__", None)
     main.__dict__["__spec__"] = None
     try:
