@@ -302,6 +302,17 @@ def test_bad_source(name: str, tmp_path: Path, command: Command, monkeypatch: py
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize("method", ["pca", "aligned"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_cannot_be_solved(method: str, value: float, tmp_path: Path, command: Command) -> None:
+    source = factories.make(tmp_path / "source")
+    set_value(K, value)(source)
+    before = tree(tmp_path)
+    options = ["--groups", 4, "--method", method, "--out", tmp_path / "out"]
+    assert_refused(command("gqa-convert", source, *options), CHECKPOINT, K, "1 of", "not finite")
+    assert {name: held for name, held in tree(tmp_path).items() if "work" not in str(name)} == before
+
+
 @pytest.mark.parametrize(
     ("source", "code"),
     [("./nowhere", CHECKPOINT), ("/nowhere/at/all", CHECKPOINT), ("../x", CHECKPOINT), ("a/b/c", CHECKPOINT)],

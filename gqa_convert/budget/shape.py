@@ -31,6 +31,9 @@ class ModelShape:
         attention_width: query heads x head_dim.
         context: tokens of a sequence in pretraining.
         weight_bytes: bytes of one weight as stored.
+        hidden_size: width of the hidden states; 0 where it is not known, and so below.
+        vocab_size: tokens of the vocabulary.
+        kv_width: KV heads x head_dim.
     """
 
     name: str
@@ -41,6 +44,9 @@ class ModelShape:
     attention_width: int
     context: int
     weight_bytes: int = 2
+    hidden_size: int = 0
+    vocab_size: int = 0
+    kv_width: int = 0
 
     def training_flops_per_token(self, context: int | None = None) -> float:
         """FLOPs of a forward and a backward pass for one (input) token: 6 a parameter, and attention.
@@ -82,7 +88,7 @@ def known_models() -> dict[str, KnownModel]:
 
 
 def devices() -> dict[str, dict[str, Any]]:
-    """Return common devices: peak dense bf16 TFLOP/s, the text by which the driver names them, and a source."""
+    """Return common devices: peak dense bf16 TFLOP/s, memory in GB, the driver's name for them, and a source."""
     devices: dict[str, dict[str, Any]] = _tables()["devices"]
     return devices
 
@@ -126,6 +132,9 @@ def _known(name: str, entry: dict[str, Any]) -> KnownModel:
         layers=entry["layers"],
         attention_width=entry["attention_width"],
         context=entry["context"],
+        hidden_size=entry["hidden_size"],
+        vocab_size=entry["vocab_size"],
+        kv_width=entry.get("kv_width", entry["attention_width"]),
     )
     return KnownModel(
         shape=shape,
@@ -171,6 +180,9 @@ def shape_of_folder(folder: Path) -> ModelShape:
         attention_width=heads * head_dim,
         context=stated_context(text.get) or 2048,
         weight_bytes=max(set(dtypes), key=dtypes.count),
+        hidden_size=hidden,
+        vocab_size=int(vocab),
+        kv_width=int(text.get("num_key_value_heads") or heads) * head_dim,
     )
 
 

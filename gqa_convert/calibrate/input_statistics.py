@@ -110,12 +110,12 @@ def read_statistics(store: LayerStore, index: int) -> dict[str, Statistics] | No
     if read is None:
         return None
     tensors, report = read
-    found = {}
+    statistics = {}
     for module, counts in report["counts"].items():
         kv = None
         if len(counts) > 1:
             kv = Statistics(moment=tensors[f"{module}.kv.moment"], mean=tensors[f"{module}.kv.mean"], count=counts[1])
-        found[module] = Statistics(
+        statistics[module] = Statistics(
             moment=tensors[f"{module}.moment"], mean=tensors[f"{module}.mean"], count=counts[0], kv=kv
         )
-    return found
+    return statistics

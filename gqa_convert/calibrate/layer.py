@@ -18,6 +18,7 @@ from gqa_convert.calibrate.paused_forward import LayerCall
 from gqa_convert.calibrate.refit import RefitOptions, RefitReport, refit_block
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.residual import hidden_of, residual_scale
+from gqa_convert.errors import CheckpointError
 from gqa_convert.heads import Grouping
 from gqa_convert.merge.apply import merge_block, method_options
 from gqa_convert.merge.grouping import residual_cost, search_grouping
@@ -57,17 +58,22 @@ class Merger:
         return frozenset(self.difference.rows) | frozenset(self.difference.stacks)
 
     def merge_layer(
-        self, layer: nn.Module, path: str, blocks: Sequence[BlockNames], found: Mapping[str, Statistics]
+        self, layer: nn.Module, path: str, blocks: Sequence[BlockNames], statistics: Mapping[str, Statistics]
     ) -> tuple[State, dict[str, BlockReport]]:
-        """Return every tensor of one layer that depends on KV heads or moves with them, and a report a block."""
+        """Return every tensor of one layer that depends on KV heads or moves with them, and a report per block.
+
+        Raises:
+            CheckpointError: if a weight of the layer, or a statistic of what goes into it, is not finite.
+        """
         tensors = {f"{path}.{name}": tensor.cpu() for name, tensor in layer.state_dict().items()}
+        _check_finite(tensors, path, statistics)
         state: State = {}
         reports = {}
         for names in blocks:
             started = time.monotonic()
             rotary = layout_for(names, self.difference.source, self.layouts)
             block = read_block(tensors.get, names, self.freedom, rotary)
-            merged, report = self._merge(names, block, found.get(names.module))
+            merged, report = self._merge(names, block, statistics.get(names.module))
             state |= {name: tensor.float() for name, tensor in block_state(names, merged).items()}
             if self.recipe.grouping == "search":
                 grouping = Grouping(report.grouping)
@@ -102,6 +108,23 @@ class Merger:
             value_residual=merged.report.value_residual,
         )
         return merged.block, report
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: str, statistics_of: Mapping[str, Statistics]) -> None:
+    """Refuse what no merge can be computed from, before a decomposition fails on it."""
+    for name, tensor in tensors.items():
+        wrong = 0 if bool(tensor.sum().isfinite()) else int((~tensor.isfinite()).sum())  # a large sum may overflow
+        if wrong:
+            raise CheckpointError(
+                f"{name}: {wrong:,} of {tensor.numel():,} values are not finite (NaN or infinity), so {path} cannot be "
+                "merged. Repair or re-download the checkpoint."
+            )
+    for module, statistics in statistics_of.items():
+        if not bool(statistics.moment.isfinite().all()):
+            raise CheckpointError(
+                f"{module}: what goes into it when the model reads the calibration text is not finite (NaN, infinity). "
+                "A weight before it is damaged, or its numbers overflow."
+            )
 
 
 def refit_layer(

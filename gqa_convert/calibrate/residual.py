@@ -76,5 +76,5 @@ def residual_scale(layer: nn.Module, path: str, names: Names, call: LayerCall) -
 
 
 def _first(out: Any) -> Tensor:
-    found: Tensor = out[0] if isinstance(out, (tuple, list)) else out
-    return found
+    output: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    return output

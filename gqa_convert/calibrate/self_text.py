@@ -104,7 +104,7 @@ def own_answers(
 
     model = load_model(source, device=device)
     begin, ends = _document_marks(model)
-    found: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    by_lengths: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in (part for ids_NS in rows for part in ids_NS.split(batch)):
@@ -113,10 +113,10 @@ def own_answers(
             written = _sample(model, inputs, longest, temperature, begin, ends, renew=False).cpu()
             for question, answer in zip(part, written, strict=True):
                 read = answer[: shorter(_answer_length(answer, ends))]
-                found.setdefault((len(question), len(read)), []).append((question, read))
+                by_lengths.setdefault((len(question), len(read)), []).append((question, read))
             if progress:
                 progress(len(part))
-    pairs = ([torch.stack(side) for side in zip(*found[key], strict=True)] for key in sorted(found))
+    pairs = ([torch.stack(side) for side in zip(*by_lengths[key], strict=True)] for key in sorted(by_lengths))
     return [{"input_ids": questions, "decoder_input_ids": answers} for questions, answers in pairs]
 
 

@@ -77,7 +77,7 @@ class Session:
             "text": None if inputs is None else token_hash(inputs),
             "batches": len(self.batches),
             "dtype": str(dtype),
-            "layers": {path: [names.module for names in found] for path, found in self.layers.items()},
+            "layers": {path: [names.module for names in blocks] for path, blocks in self.layers.items()},
         }
         self.moments = statistics_store(work, {**known, "tokens": "by the attention received"})
         chosen = {name: value for name, value in recipe.to_json().items() if name not in _TEXT_FIELDS}
@@ -115,8 +115,8 @@ class Session:
         for index, (path, blocks) in enumerate(self.layers.items()):
             if self.store.has(index):
                 continue
-            found = read_statistics(self.moments, index) or {}
-            state, reports = self.merger.merge_layer(parts.load(path), path, blocks, found)
+            statistics = read_statistics(self.moments, index) or {}
+            state, reports = self.merger.merge_layer(parts.load(path), path, blocks, statistics)
             parts.release(path)
             self._finish(index, state, reports)
 
@@ -154,8 +154,8 @@ class Session:
             records = self._observe(index, window)
             self.on_layer("merging", self.done, len(self.layers))
             blocks = self.layers[window.path]
-            found = read_statistics(self.moments, index) or {}
-            state, reports = self.merger.merge_layer(window.module, window.path, blocks, found)
+            statistics = read_statistics(self.moments, index) or {}
+            state, reports = self.merger.merge_layer(window.module, window.path, blocks, statistics)
             if student is not None and shadow is not None and self.refit is not None:
                 student.put(state, self.device)
                 fitted, seen = refit_layer(
@@ -196,7 +196,9 @@ class Session:
                 stack.enter_context(watch)
             window.run()
         if not known:
-            write_statistics(self.moments, index, {module: found.statistics() for module, found in sums.items()})
+            write_statistics(
+                self.moments, index, {module: collected.statistics() for module, collected in sums.items()}
+            )
         return records
 
     def _adding(

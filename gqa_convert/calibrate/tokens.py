@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.data.conversations import ChatTemplate, Conversation
 from gqa_convert.data.sampling import documents
 from gqa_convert.errors import UsageError
 from gqa_convert.hf import api
@@ -37,7 +38,7 @@ def calibration_tokens(
     """Return windows of tokens drawn from all over a text source.
 
     Documents are tokenised as the tokenizer gives them, with its EOS after each (where it has one and did not add it),
-    joined and cut.
+    joined and cut; conversations as the tokenizer's chat template gives them.
 
     Args:
         data: a file, a folder or a hub dataset; see `gqa_convert.data.sampling.documents`.
@@ -50,7 +51,7 @@ def calibration_tokens(
         ids_NT, int64, 1 <= N <= sequences.
 
     Raises:
-        UsageError: if the source does not fill one window.
+        UsageError: if the source does not fill one window, or holds conversations and there is no template.
         HubError: if a hub dataset cannot be read.
     """
     import torch
@@ -58,6 +59,11 @@ def calibration_tokens(
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for text in documents(data, seed=seed):
+        if isinstance(text, Conversation):  # the template says how it ends
+            ids += template_ids(text, tokenizer, data)
+            if len(ids) >= sequences * length:
+                break
+            continue
         with api.quiet():
             ids += tokenizer(text)["input_ids"]
         if end is not None and (not ids or ids[-1] != end):
@@ -68,6 +74,20 @@ def calibration_tokens(
     if whole == 0:
         raise UsageError(f"{data}: gives {len(ids)} tokens, less than one window of {length}. Use more text.")
     return torch.tensor(ids[: whole * length], dtype=torch.long).view(whole, length)
+
+
+def template_ids(document: Conversation, tokenizer: Any, data: str) -> list[int]:
+    """A conversation's tokens by the tokenizer's chat template.
+
+    Raises:
+        UsageError: naming `data`, if there is none or it refuses the conversation.
+    """
+    try:
+        with api.quiet():
+            ids: list[int] = ChatTemplate(tokenizer).render(document, spans=False).ids.tolist()
+    except UsageError as error:
+        raise UsageError(f"{data}: {str(error).removeprefix('data: ')}") from error
+    return ids
 
 
 def token_hash(inputs: Inputs) -> str:
@@ -133,6 +153,8 @@ def document_rows(data: str, tokenizer: Any, *, tokens: int, length: int, seed: 
     rows: list[list[int]] = []
     left = tokens
     for text in documents(data, seed=seed):
+        if isinstance(text, Conversation):
+            raise UsageError(f"{data}: holds conversations, and an encoder-decoder reads single texts. Give it text.")
         for row in _rows(tokenizer, text, length):
             rows.append(row)
             left -= len(row)
@@ -147,10 +169,10 @@ def by_length(rows: Iterable[Sequence[int]]) -> list[Tensor]:
     """Stack rows of one length, shortest first."""
     import torch
 
-    found: dict[int, list[Sequence[int]]] = {}
+    rows_of_length: dict[int, list[Sequence[int]]] = {}
     for row in rows:
-        found.setdefault(len(row), []).append(row)
-    return [torch.tensor(found[length], dtype=torch.long) for length in sorted(found)]
+        rows_of_length.setdefault(len(row), []).append(row)
+    return [torch.tensor(rows_of_length[length], dtype=torch.long) for length in sorted(rows_of_length)]
 
 
 def _rows(tokenizer: Any, text: str, length: int) -> Iterator[list[int]]:

@@ -188,12 +188,12 @@ class _Style:
 def _scan_root(text: str) -> _Value:
     body = text.removeprefix(_BOM)
     try:
-        found = json.loads(body)
+        value = json.loads(body)
         root = _scan(text, _skip(text, len(text) - len(body)))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"config.json is not valid JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"config.json holds a {type(found).__name__}, not a JSON object.")
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json holds a {type(value).__name__}, not a JSON object.")
     return root
 
 

@@ -61,12 +61,14 @@ def written_files(folder: Path) -> dict[str, dict[str, Any]]:
         OSError: if a file cannot be read.
     """
     entries = sorted(_entries(folder), key=lambda entry: entry[0])
-    return {relative: _described(folder / relative, found) for relative, found in entries if relative not in _UNLISTED}
+    return {
+        relative: _described(folder / relative, status) for relative, status in entries if relative not in _UNLISTED
+    }
 
 
-def _described(file: Path, found: os.stat_result) -> dict[str, Any]:
-    described: dict[str, Any] = {"bytes": found.st_size}
-    if found.st_size <= _HASHED_BYTES:
+def _described(file: Path, status: os.stat_result) -> dict[str, Any]:
+    described: dict[str, Any] = {"bytes": status.st_size}
+    if status.st_size <= _HASHED_BYTES:
         described["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return described
 
@@ -84,10 +86,10 @@ def check_replaceable(folder: Path) -> None:
         return
     record = _own_record(folder)
     listed = record.get("files")
-    for relative, found in _entries(folder):
+    for relative, status in _entries(folder):
         if relative in _UNLISTED:
             continue
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             _refuse(folder, f"{relative} in it was not written by a conversion")
         if relative == CARD and _is_our_card(folder / relative):
             continue
@@ -96,7 +98,7 @@ def check_replaceable(folder: Path) -> None:
                 _refuse(folder, f"{relative} in it is of no kind that a conversion writes")
         elif relative not in listed:
             _refuse(folder, f"{relative} in it was not written by a conversion")
-        elif listed[relative] != _described(folder / relative, found):
+        elif listed[relative] != _described(folder / relative, status):
             _refuse(folder, f"{relative} in it was changed since it was written")
 
 

@@ -176,10 +176,10 @@ def _seen_instead(folder: Path, names: list[str]) -> str:
             "accelerate merge-weights, or torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
         )
     others = (".gguf", ".h5", ".msgpack", ".safetensors", ".pt", ".pth", ".onnx", ".bin")
-    found = [name for name in names if name.endswith(others) or name.startswith("consolidated")]
-    if not found:
+    unread = [name for name in names if name.endswith(others) or name.startswith("consolidated")]
+    if not unread:
         return ""
-    return f"; found {_listed(found)}. Convert the weights to safetensors with transformers' save_pretrained first."
+    return f"; found {_listed(unread)}. Convert the weights to safetensors with transformers' save_pretrained first."
 
 
 def _listed(names: list[str]) -> str:

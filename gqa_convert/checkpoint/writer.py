@@ -191,10 +191,11 @@ def _produced(target: TargetTensor) -> Tensor:
     make = target.produce or (target.source.load if target.source is not None else None)
     assert make is not None
     tensor = make()
-    found = (dtype_name(tensor.dtype), tuple(tensor.shape))
-    if found != (target.dtype, target.shape):
+    computed, announced = (dtype_name(tensor.dtype), tuple(tensor.shape)), (target.dtype, target.shape)
+    if computed != announced:
+        (dtype, shape), (wanted, wanted_shape) = computed, announced
         raise CheckpointError(
-            f"{target.key}: computed as {found[0]} {list(found[1])}, announced as {target.dtype} {list(target.shape)}."
+            f"{target.key}: computed as {dtype} {list(shape)}, announced as {wanted} {list(wanted_shape)}."
         )
     return tensor
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,11 @@ from gqa_convert.checkpoint.embedded import CHECKPOINT, DEMO
 from gqa_convert.cli.options import AsJson
 from gqa_convert.cli.running import emit
 from gqa_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from gqa_convert.budget.arithmetic import Budget
+    from gqa_convert.budget.memory import TrainingMemory
+    from gqa_convert.budget.shape import ModelShape
 
 
 def budget_command(
@@ -30,6 +36,15 @@ def budget_command(
     devices: Annotated[int, typer.Option(help="How many devices.")] = 8,
     mfu: Annotated[float, typer.Option(help="Share of the devices' peak that training reaches.")] = 0.4,
     distill: Annotated[bool, typer.Option("--distill", help="Add the forward passes of a teacher as large.")] = False,
+    engine: Annotated[
+        str | None, typer.Option(help="single, ddp, fsdp2, deepspeed, or all: memory of each. (default: by --devices)")
+    ] = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences of a forward pass on one device.", min=1)] = 1,
+    precision: Annotated[str, typer.Option(help="bf16 (float32 weights), float32, pure_bf16.")] = "bf16",
+    trains: Annotated[str, typer.Option("--train", help="all, attention or lora: what is trained.")] = "all",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations in the backward pass.")
+    ] = True,
     list_known: Annotated[bool, typer.Option("--list", help="List the known pretraining budgets and devices.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -79,19 +94,63 @@ def budget_command(
         device_count=devices,
         mfu=mfu,
     )
+    counted = _memory(shape, price, distill, engine, micro_batch, precision, trains, checkpointing)
     if json:
-        emit(price.to_json() | {"source": known.source if known else None}, True, lambda: None)
+        more = {"source": known.source if known else None, "memory": [memory.to_json() for memory in counted]}
+        emit(price.to_json() | more, True, lambda: None)
         return
-    _show(price, shape, before, known.source if known else None)
+    _show(price, shape, before, known.source if known else None, counted)
 
 
-def _show(price: Any, shape: Any, before: int | None, source: str | None) -> None:
+def _memory(
+    shape: ModelShape,
+    price: Budget,
+    distill: bool,
+    engine: str | None,
+    micro_batch: int,
+    precision: str,
+    trains: str,
+    checkpointing: bool,
+) -> list[TrainingMemory]:
+    from gqa_convert.budget.memory import ENGINES, TrainingSetup, training_memory
+
+    if trains not in ("all", "attention", "lora"):
+        raise UsageError(f"--train {trains}: choose all, attention or lora.")
+    usual = "single" if price.device_count == 1 else "fsdp2"
+    engines = ENGINES if engine == "all" else (engine or usual,)
+    sequences = max(1, price.batch_tokens // (price.context * micro_batch))
+    return [
+        training_memory(
+            shape,
+            TrainingSetup(
+                engine=name,
+                devices=1 if name == "single" else price.device_count,
+                context=price.context,
+                micro_batch=micro_batch,
+                accumulation=max(1, sequences // (1 if name == "single" else price.device_count)),
+                precision=precision,
+                parameters=trains,
+                checkpointing=checkpointing,
+            ),
+            shape if distill else None,
+        )
+        for name in engines
+    ]
+
+
+def _show(price: Any, shape: Any, before: int | None, source: str | None, counted: Sequence[TrainingMemory]) -> None:
+    from gqa_convert.budget.memory import memory_rows
+    from gqa_convert.budget.shape import devices
     from gqa_convert.console import console, key_value_table
+
+    known = devices().get((price.hardware or "").lower())
+    capacity = None if known is None else int(known["memory_gb"]) * 10**9
 
     rows = [("model", f"{shape.name}, {shape.parameters:,} parameters")]
     if before is not None:
         rows.append(("pretraining", f"{before:,} tokens" + (f" ({source})" if source else "")))
-    console().print(key_value_table(rows + budget_rows(price)))
+    more = [row for memory in counted for row in memory_rows(memory, capacity)]
+    console().print(key_value_table([*rows, *budget_rows(price), *more]))
 
 
 def _list(json: bool) -> None:
@@ -103,17 +162,17 @@ def _list(json: bool) -> None:
 
     models, hardware = known_models(), devices()
     if json:
-        found = {
+        described = {
             name: {"tokens": m.tokens, "batch_tokens": m.batch_tokens, "steps": m.steps, "source": m.source}
             for name, m in models.items()
         }
-        emit({"models": found, "devices": hardware}, True, lambda: None)
+        emit({"models": described, "devices": hardware}, True, lambda: None)
         return
     table = Table("model", "parameters", "tokens", "source", box=None, pad_edge=False)
     for name, m in models.items():
         table.add_row(name, format_count(m.shape.parameters), format_count(m.tokens), m.source)
     console().print(table)
-    table = Table("device", "bf16 TFLOP/s", "source", box=None, pad_edge=False)
+    table = Table("device", "bf16 TFLOP/s", "GB", "source", box=None, pad_edge=False)
     for name, entry in hardware.items():
-        table.add_row(name, str(entry["tflops"]), entry["source"])
+        table.add_row(name, str(entry["tflops"]), str(entry["memory_gb"]), entry["source"])
     console().print(table)

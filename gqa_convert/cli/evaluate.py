@@ -35,7 +35,7 @@ from gqa_convert.cli.running import emit
 from gqa_convert.conversion.recipe import PRESETS
 from gqa_convert.errors import check_choice
 from gqa_convert.merge.registry import all_methods
-from gqa_convert.progress import counting
+from gqa_convert.progress import Counter
 
 
 def eval_command(
@@ -49,6 +49,9 @@ def eval_command(
     max_windows: MaxWindows = MOST_WINDOWS,
     special: Special = True,
     eos: Eos = True,
+    loss_on: Annotated[
+        str, typer.Option(help="Of conversations (rows of messages): score the assistant's turns, or all.")
+    ] = "assistant",
     batch_size: BatchSize = 8,
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
@@ -73,13 +76,14 @@ def eval_command(
         max_windows=max_windows or None,
         special=special,
         eos=eos,
+        loss_on=loss_on,
         batch_size=batch_size,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
     )
     base = located(base, revision)
-    with counting("windows", quiet=json) as progress:
+    with Counter("windows", quiet=json) as progress:
         evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
     if tasks:
         evaluation = with_tasks(evaluation, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
@@ -135,7 +139,7 @@ def bench_command(
     contenders = load_contenders(
         [located(base, revision), *(converted or [])], dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    with counting("points", quiet=json) as progress:
+    with Counter("points", quiet=json) as progress:
         progress.total(len(settings.batches) * len(settings.contexts) * len(settings.caches))
         measured = bench(contenders, settings, on_point=lambda point: progress.advance())
     save(measured.to_json(), out)
@@ -229,7 +233,7 @@ def sweep_command(
     )
     folder = out or Path(f"{Path(model).name}-sweep")
     model = located(model, revision)
-    with counting("points", quiet=json) as progress:
+    with Counter("points", quiet=json) as progress:
 
         def report(point: Any, known: bool) -> None:
             progress.advance()

@@ -35,8 +35,12 @@ def heal_command(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     text: Annotated[
-        str | None,
-        typer.Option(help="As for --calibrate. (default: self, the original writes it)", metavar="DATA"),
+        list[str] | None,
+        typer.Option(
+            help="As for --calibrate. Repeated, sources are mixed, evenly or by weight. "
+            "(default: self, the original writes it)",
+            metavar="DATA[=WEIGHT]",
+        ),
     ] = None,
     held_out: Annotated[
         str | None,
@@ -64,7 +68,7 @@ def heal_command(
     from gqa_convert.uptrain.heal import HealOptions, foreseen, heal, told
 
     given: dict[str, Any] = {
-        "text": text,
+        "text": None if not text else text[0] if len(text) == 1 else tuple(text),
         "held_out": held_out,
         "tokens": None if tokens is None else parse_count(tokens),
         "until": until,

@@ -28,7 +28,8 @@ def uptrain_command(
 
     SIGTERM or SIGUSR1 saves and exits with code 75 at the next step.
 
-    `gqa uptrain export RUN --out FOLDER` makes a plain model of any checkpoint of a run.
+    `gqa uptrain export RUN --out FOLDER` makes a plain model of any checkpoint of a run; `gqa uptrain show-data CONFIG`
+    shows what the model reads and which tokens it learns.
     """
     from gqa_convert.uptrain.read_config import load_config
 
@@ -37,12 +38,14 @@ def uptrain_command(
     if dry_run:
         from gqa_convert.console import console, key_value_table
         from gqa_convert.uptrain.plan import plan_rows, resolve
+        from gqa_convert.uptrain.show_data import data_rows
 
         planned = resolve(settings)
+        more = data_rows(settings)
         if json:
-            emit(planned.to_json(), True, lambda: None)
+            emit(planned.to_json() | {"learns": dict(more)}, True, lambda: None)
         else:
-            console().print(key_value_table(plan_rows(planned)))
+            console().print(key_value_table([*plan_rows(planned), *more]))
         return
     from gqa_convert.uptrain.loop import uptrain
 
@@ -61,10 +64,10 @@ def export_command(
     trust_remote_code: Trust = False,
 ) -> None:
     """Make a plain transformers folder of a checkpoint, whichever engine and however many processes saved it."""
-    from gqa_convert.console import console
+    from gqa_convert.console import console, show_written
     from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 
-    folder, found = export_checkpoint(
+    folder, saved_step = export_checkpoint(
         run,
         out,
         step=step,
@@ -74,22 +77,58 @@ def export_command(
         tell=lambda text: typer.echo(text, err=True),
     )
     if json:
-        emit({"folder": str(folder), "step": found}, True, lambda: None)
+        emit({"folder": str(folder), "step": saved_step}, True, lambda: None)
     else:
-        console().print(f"[bold green]wrote[/] {folder} (step {found:,})", highlight=False)
+        show_written(console(), f"{folder} (step {saved_step:,})")
 
 
-class _RunOrExport(TyperGroup):
+def show_data_command(
+    config: Annotated[Path, typer.Argument(help="A run's YAML.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: section.key=value. Can be repeated.")
+    ] = None,
+    row: Annotated[int, typer.Option(help="Which document of each source, from 0.", min=0)] = 0,
+    json: AsJson = False,
+) -> None:
+    """Show a document of each source as the model gets it: its tokens, and which of them are learnt."""
+    from dataclasses import asdict
+
+    from gqa_convert.console import console
+    from gqa_convert.uptrain.read_config import load_config
+    from gqa_convert.uptrain.show_data import show_documents
+
+    shown = show_documents(load_config(config, overrides or ()), row=row)
+    if json:
+        emit({"documents": [asdict(document) for document in shown]}, True, lambda: None)
+        return
+    from rich.text import Text
+
+    out = console()
+    for document in shown:
+        how = f", told by {document.way}" if document.way else ""
+        out.print(
+            f"{document.source}, {document.kind} {document.row}: {sum(document.learnt)} of {len(document.ids)} tokens "
+            f"are learnt (in brackets){how}",
+            highlight=False,
+        )
+        text = Text()
+        for learnt, tokens in document.stretches:
+            text.append("|".join(tokens) if not learnt else f"[{'|'.join(tokens)}]", style="bold green" * learnt)
+        out.print(text)
+
+
+class _RunOrOther(TyperGroup):
     """`gqa uptrain CONFIG` is `gqa uptrain run CONFIG`: what is no command's name is a configuration."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args[:1] in (["export"], [_RUN]) else [_RUN, *args])
+        return super().parse_args(ctx, args if args[:1] and args[0] in self.commands else [_RUN, *args])
 
 
 _RUN = "run"
-uptrain_app = typer.Typer(cls=_RunOrExport, context_settings=SETTINGS, help="Uptrain a converted checkpoint.")
+uptrain_app = typer.Typer(cls=_RunOrOther, context_settings=SETTINGS, help="Uptrain a converted checkpoint.")
 register(uptrain_app, _RUN, uptrain_command)
 register(uptrain_app, "export", export_command, hub=True)
+register(uptrain_app, "show-data", show_data_command)
 
 
 def _show(result: UptrainResult, json: bool) -> None:

@@ -20,7 +20,6 @@ from gqa_convert.checkpoint.dtypes import named_float, torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError, VerificationError
 from gqa_convert.heads import Grouping, merge_heads, split_heads
-from gqa_convert.hf import api
 from gqa_convert.hf.loading import Source, load_model, pick_device
 from gqa_convert.modeling.transpile.view import widened
 from gqa_convert.tiny.forward import logits
@@ -65,7 +64,7 @@ def verify_structure(planned: ConvertPlan, folder: Path, *, trained: bool = Fals
     `trained` says that the folder was trained since, when transformers writes tied tensors once.
     """
     written = Checkpoint.open(folder)
-    config = api.load_config(folder, trust_remote_code=planned.trust_remote_code)
+    config = Source.of(written, trust_remote_code=planned.trust_remote_code).config
     expected = planned.anatomy.target_config.model_type
     if config.model_type != expected:
         raise VerificationError(f"{folder / 'config.json'}: model_type is {config.model_type}, not {expected}.")

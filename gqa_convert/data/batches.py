@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gqa_convert.data.blocks import Block, Blocks
+from gqa_convert.data.conversations import TOKEN, UNSCORED
 from gqa_convert.data.spans import SpanCorruption
 from gqa_convert.errors import UsageError
 
@@ -50,12 +51,15 @@ Collate = Callable[[Sequence[tuple[int, Block, int]]], MicroBatch]
 
 
 def collate_causal(separate: bool) -> Collate:
-    """Next-token prediction. With `separate`, positions restart at each document and none predicts the next one's."""
+    """Next-token prediction, but of tokens that are marked as context (see `gqa_convert.data.conversations`).
+
+    With `separate`, positions restart at each document and none predicts the next one's.
+    """
 
     def collate(blocks: Sequence[tuple[int, Block, int]]) -> MicroBatch:
         ids = np.stack([block.ids for _, block, _ in blocks])
-        labels = ids[:, 1:].copy()
-        inputs = {"input_ids": torch.from_numpy(ids[:, :-1].copy())}
+        labels = np.where(ids[:, 1:] & UNSCORED, IGNORE, ids[:, 1:])
+        inputs = {"input_ids": torch.from_numpy(ids[:, :-1] & TOKEN)}
         for row, (_, _, real) in enumerate(blocks):
             labels[row, real - 1 :] = IGNORE
         if separate:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_convert.data.complaints import complaint
+from gqa_convert.data.conversations import Conversation, conversation
 from gqa_convert.data.json_lines import JsonRows
 from gqa_convert.errors import CheckpointError, GQAConvertError, HubError, UsageError
 
@@ -43,7 +44,7 @@ class SourceSpec:
         kind: one of `KINDS`. `folder` takes every file below a folder whose suffix is known (with a `pattern`, every
             file that matches: what is not known is text); `python` calls a function.
         paths: files and glob patterns; for `folder` the folder; for `hub` datasets' ids; for `python` `module:name`.
-        text_field: the column that holds the text.
+        text_field: the column that holds the text, or a conversation's messages.
         documents: how a text file is cut: `file`, `line`, `paragraph`, or a separator that stands between documents.
         pattern: which files of a folder.
         config_name: configuration of a hub dataset.
@@ -78,6 +79,10 @@ class Corpus:
     def read(self, shard: int, state: dict[str, Any] | None = None) -> ShardReader:
         """Start reading a shard, from `state` if given (see `ShardReader.state`)."""
         return ShardReader(self, shard, state)
+
+    def first(self) -> str | None:
+        """The first document; None if there is none."""
+        return next(self.all_documents(), None)
 
     @cached_property
     def contents(self) -> list[list[Any]]:
@@ -182,7 +187,7 @@ class ShardReader:
 
     def _take(self, text: str) -> None:
         spec = self._corpus.spec
-        if spec.kind not in ("text", "folder") or spec.documents in WHOLE:
+        if isinstance(text, Conversation) or spec.kind not in ("text", "folder") or spec.documents in WHOLE:
             self._ready = [text] if text else []
             return
         *done, self._pending = (self._pending + text).split(spec.documents)
@@ -195,6 +200,15 @@ class ShardReader:
 
 def _text_of(row: dict[str, Any], spec: SourceSpec) -> str:
     column = "text" if spec.kind in ("text", "python") else spec.text_field
+    value = row.get(column)
+    if isinstance(value, Conversation):
+        return value
+    try:
+        said = conversation(row, column)
+    except ValueError as error:
+        raise UsageError(f"data: {', '.join(spec.paths)}: {error}.") from error
+    if said is not None:
+        return said
     if column not in row and not (spec.kind == "folder" and "text" in row):
         raise UsageError(f"data: rows have no field {column!r}; they have {', '.join(map(str, row))}.")
     text = row.get(column, row.get("text"))
@@ -284,13 +298,16 @@ class _FunctionShard:
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make, self._taken = make, 0
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for number, text in enumerate(self._make()):
             if number < self._taken:
                 continue
+            self._taken = number + 1
+            if isinstance(text, list):
+                yield {"text": conversation({"messages": text}, "messages")}
+                continue
             if not isinstance(text, str):
                 raise TypeError(f"document {number} is a {type(text).__name__}, not text")
-            self._taken = number + 1
             # Half a surrogate pair is no character, and no tokenizer takes it.
             yield {"text": text.encode("utf-8", "replace").decode("utf-8")}
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gqa_convert.data.conversations import LOSSES, UNSCORED, ChatTemplate, Conversation
 from gqa_convert.errors import UsageError
 
 Ids = NDArray[np.int64]
@@ -19,22 +20,28 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns texts into token ids.
+    """Turns texts and conversations into token ids.
+
+    A conversation is what the tokenizer's chat template makes of it, and nothing is added to that. Tokens that are not
+    to be predicted have `UNSCORED` added to their id; `TOKEN` masks it off.
 
     Attributes:
         tokenizer: of transformers.
         special_tokens: add what the tokenizer adds by itself (BOS for Llama, nothing for GPT-NeoX, EOS for T5).
         append_eos: end every document with EOS.
         limit: how many token ids the model knows; None to take any.
+        loss_on: of conversations: `assistant`, or `all` tokens.
 
     Raises:
-        UsageError: if EOS is to be appended and there is none, or a text gives an id that the model does not know.
+        UsageError: if a conversation meets no template, or one that cannot be followed; if EOS is to be appended and
+            there is none; if a text gives an id that the model does not know.
     """
 
     tokenizer: Any
     special_tokens: bool = True
     append_eos: bool = True
     limit: int | None = None
+    loss_on: str = LOSSES[0]
 
     def __post_init__(self) -> None:
         if self.append_eos and self.tokenizer.eos_token_id is None:
@@ -44,6 +51,11 @@ class Encoder:
     def vocabulary(self) -> int:
         """One more than the largest token id, added ones included."""
         return max((*self.tokenizer.get_vocab().values(), len(self.tokenizer) - 1), default=-1) + 1
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template. Raises like the class."""
+        return ChatTemplate(self.tokenizer)
 
     def check_known(self, largest: int | None) -> None:
         """Refuse a token id that the model has no embedding for. Raises like the class."""
@@ -60,10 +72,30 @@ class Encoder:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         spelled = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
         digest = hashlib.blake2b(spelled.encode(), digest_size=16).hexdigest()
-        return {"tokenizer": digest, "special_tokens": self.special_tokens, "append_eos": self.append_eos}
+        described = {"tokenizer": digest, "special_tokens": self.special_tokens, "append_eos": self.append_eos}
+        template = getattr(self.tokenizer, "chat_template", None)
+        if template:  # a store of conversations is another one with another template, or another loss
+            told = hashlib.blake2b(repr(template).encode(), digest_size=16).hexdigest()
+            described |= {"chat_template": told, "loss_on": self.loss_on}
+        return described
 
     def encode(self, texts: list[str]) -> list[Ids]:
         """Encode a batch of documents; one that is empty afterwards is an empty array."""
+        said = {i: self._conversation(text) for i, text in enumerate(texts) if isinstance(text, Conversation)}
+        plain = iter(self._plain([text for i, text in enumerate(texts) if i not in said]))
+        return [said[i] if i in said else next(plain) for i in range(len(texts))]
+
+    def _conversation(self, document: Conversation) -> Ids:
+        if not document:
+            return np.zeros(0, np.int64)
+        rendered = self.template.render(document, spans=self.loss_on == LOSSES[0])
+        if len(rendered.ids):
+            self.check_known(int(rendered.ids.max()))
+        return np.where(rendered.assistant, rendered.ids, rendered.ids | UNSCORED)
+
+    def _plain(self, texts: list[str]) -> list[Ids]:
+        if not texts:
+            return []
         try:
             rows = self.tokenizer(
                 texts, add_special_tokens=self.special_tokens, return_attention_mask=False, verbose=False

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gqa_convert.data.conversations import conversation
 from gqa_convert.errors import UsageError
 
 _PEEKED = 1 << 12
@@ -21,7 +22,7 @@ class JsonRows:
 
     Args:
         file: may be compressed.
-        column: the field that holds the text.
+        column: the field that holds the text, or messages (see `gqa_convert.data.conversations`).
 
     Raises:
         UsageError: naming the file and the line of what cannot be read.
@@ -58,6 +59,13 @@ class JsonRows:
             yield self._checked(rows[self._row - 1], f"entry {self._row}")
 
     def _checked(self, row: Any, where: str) -> dict[str, Any]:
+        try:
+            said = conversation(row, self._column) if isinstance(row, dict) else None
+        except ValueError as error:
+            raise UsageError(f"data: {self._file}, {where}: {error}.") from error
+        if said is not None:
+            self._column_seen = True
+            return {self._column: said}
         problem = _problem(row, self._column)
         if problem:
             raise UsageError(f"data: {self._file}, {where}: {problem}.")

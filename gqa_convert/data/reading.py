@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.data.conversations import conversation
 from gqa_convert.data.documents import COMPRESSED, kind_of, open_corpus
 from gqa_convert.data.named import FORMS, reading, source_named
 from gqa_convert.errors import UsageError
@@ -50,7 +51,7 @@ def read_documents(data: str, *, field: str = "text", separator: str = "") -> li
         data: a .jsonl file (one document a line), any other text file, a .parquet file, a folder of those, a hub
             dataset `id[:configuration[:split]]` (split `test` unless it says another; the first 16M characters), or
             `demo` for the package's own held-out text.
-        field: the key or column that holds the text.
+        field: the key or column that holds the text, or a conversation's messages.
         separator: what stands between the documents of a plain text file; without it the file is one document.
 
     Raises:
@@ -104,6 +105,12 @@ def _read(data: str) -> str:
 
 
 def _field(record: dict[str, Any], field: str, data: str) -> str:
+    try:
+        said = conversation(record, field)
+    except ValueError as error:
+        raise UsageError(f"--data {data}: {error}.") from error
+    if said is not None:
+        return said
     value = record.get(field)
     if not isinstance(value, str):
         raise UsageError(f"--data {data}: a line has no text under {field!r} (only {', '.join(record)}).")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gqa_convert.data.conversations import COLUMNS, conversation
 from gqa_convert.data.documents import SourceSpec, hub_rows, open_corpus, source_files
 from gqa_convert.data.named import reading, source_named
 from gqa_convert.data.reading import DEMO
@@ -24,7 +25,7 @@ _SHUFFLE_ROWS = 2000  # rows that a streamed hub dataset is shuffled over
 
 
 def documents(data: str, *, seed: int = 0) -> Iterator[str]:
-    """Yield the documents of `data` in an order drawn from `seed`, each once.
+    """Yield the documents of `data` in an order drawn from `seed`, each once; rows of messages as conversations.
 
     Args:
         data: a file, a folder or a hub dataset (read as a stream), as `gqa_convert.data.named.source_named` takes them,
@@ -82,10 +83,14 @@ def _cut(view: mmap.mmap, mark: bytes, least: int) -> list[tuple[int, int]]:
 def _read(file: Path, span: tuple[int, int]) -> Iterator[str]:
     if file.suffix == ".parquet":
         table = _parquet(file)
-        if "text" not in table.schema_arrow.names:
-            raise UsageError(f"{file}: has no column `text` (it has {', '.join(table.schema_arrow.names)}).")
-        rows = table.read_row_group(span[0], columns=["text"])["text"].to_pylist()
-        yield from (row for row in rows if row)
+        present = table.schema_arrow.names
+        wanted = [name for name in ("text", *COLUMNS) if name in present][:1]
+        if not wanted:
+            raise UsageError(f"{file}: has no column `text` or `messages` (it has {', '.join(present)}).")
+        if wanted != ["text"] and "tools" in present:
+            wanted.append("tools")
+        rows = table.read_row_group(span[0], columns=wanted).to_pylist()
+        yield from (document for row in rows if (document := _document(row, str(file))))
         return
     if file.suffix not in _CUT:
         yield from open_corpus(source_named(str(file))).all_documents()
@@ -99,11 +104,26 @@ def _read(file: Path, span: tuple[int, int]) -> Iterator[str]:
         yield text
 
 
+def _document(row: dict[str, Any], where: str) -> str | None:
+    """What a row of a table or dataset says; None for nothing."""
+    try:
+        said = conversation(row, "text")
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}.") from error
+    return said if said is not None else row.get("text")
+
+
 def _row(file: Path, offset: int, line: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise UsageError(f"{file}: the line at byte {offset} is not JSON ({error}).") from error
+    try:
+        said = conversation(row, "text") if isinstance(row, dict) else None
+    except ValueError as error:
+        raise UsageError(f"{file}: the line at byte {offset}: {error}.") from error
+    if said is not None:
+        return said
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         seen = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UsageError(f'{file}: the line at byte {offset} has no "text" (it has {seen}).')
@@ -124,10 +144,11 @@ def _hub(data: str, spec: SourceSpec, seed: int) -> Iterator[str]:
         with reading(data):
             rows = hub_rows(spec, waits=())
         for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS):
-            if not isinstance(row.get("text"), str):
+            document = _document(row, data)
+            if not isinstance(document, str):
                 raise UsageError(f"{data}: its rows have no text column `text` (they have {', '.join(row)}).")
-            if row["text"].strip():
-                yield row["text"]
+            if document.strip():
+                yield document
     except (UsageError, HubError):
         raise
     except Exception as error:  # datasets lets errors of every library beneath it through

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gqa_convert.data.conversations import TOKEN
 from gqa_convert.data.encoding import Ids
 from gqa_convert.errors import OutputError, UsageError
 
@@ -139,15 +140,20 @@ class StoreWriter:
         """Append a document.
 
         Raises:
+            UsageError: if an id is larger than the vocabulary that the store was made for.
             OutputError: if it cannot be written.
         """
+        if len(ids) and int(ids.max()) > int(np.iinfo(np.dtype(self._dtype)).max):  # type: ignore[type-var]
+            raise UsageError(
+                "data: a source holds rows of text and, further on, rows of messages. Make them sources of their own."
+            )
         data = ids.astype(self._dtype).tobytes()
         with _clear_errors(self._target):
             self._file.write(data)
         self._lengths.append(len(ids))
         self.total += len(ids)
         if len(ids):
-            self._largest = max(self._largest or 0, int(ids.max()))
+            self._largest = max(self._largest or 0, int((ids & TOKEN).max()))
         while data:
             part, data = data[: _CHUNK - self._filled], data[_CHUNK - self._filled :]
             self._chunk.update(part)

@@ -15,7 +15,8 @@ import numpy as np
 
 from gqa_convert.data.blocks import DEFAULT_WINDOW, Block, shuffled_index
 from gqa_convert.data.documents import Corpus, ShardReader
-from gqa_convert.data.encoding import Encoder
+from gqa_convert.data.encoding import Encoder, Ids
+from gqa_convert.data.packing import filled, pack
 from gqa_convert.data.split import is_held_out
 from gqa_convert.errors import CheckpointError, UsageError
 
@@ -33,6 +34,7 @@ class StreamedBlocks:
         seed: of the order; None keeps shards and blocks as they are.
         window: blocks that are held in memory and permuted together.
         held_out: fraction of documents to leave out.
+        whole: keep documents whole, as `gqa_convert.data.packing` does, over the few that are read at a time.
         state: from `state`, to go on from there.
 
     Raises:
@@ -49,10 +51,13 @@ class StreamedBlocks:
         seed: int | None,
         window: int = DEFAULT_WINDOW,
         held_out: float = 0.0,
+        whole: bool = False,
         state: dict[str, Any] | None = None,
     ) -> None:
         self._corpus, self._encoder, self._length = corpus, encoder, length
         self._seed, self._window, self._held_out = seed, window, held_out
+        # Blocks of whole documents share no token with the next one.
+        self._whole, self._stride = whole, length + 1 if whole else length
         self._states: dict[int, dict[str, Any]] = {}
         self._number = -1
         self._blocks: list[Block] = []
@@ -126,7 +131,7 @@ class StreamedBlocks:
         for old in sorted(self._states)[:-_KEPT_STATES]:
             del self._states[old]
             self._digests.pop(old, None)
-        need = self._window * self._length + 1
+        need = self._window * self._stride + (not self._whole)
         while self._held < need:
             self._read_some()
         ids, documents = np.concatenate(self._ids), np.concatenate(self._documents)
@@ -136,10 +141,11 @@ class StreamedBlocks:
         self._expected = None
         self._blocks = [
             Block(ids[i : i + self._length + 1], documents[i : i + self._length + 1])
-            for i in range(0, need - 1, self._length)
+            for i in range(0, self._window * self._stride, self._stride)
         ]
         # Slices of these keep the whole window alive; what is carried over gets memory of its own.
-        self._ids, self._documents = [ids[need - 1 :].copy()], [documents[need - 1 :].copy()]
+        rest = self._window * self._stride
+        self._ids, self._documents = [ids[rest:].copy()], [documents[rest:].copy()]
         self._held = len(self._ids[0])
         self._next = self._number + 1
         self._start = {
@@ -157,7 +163,8 @@ class StreamedBlocks:
             self._reader = self._corpus.read(self._shard_order()[self._slot])
         texts = list(islice(self._reader, _BATCH))
         kept = [text for text in texts if not is_held_out(text, self._held_out)]
-        for ids in self._encoder.encode(kept) if kept else []:
+        encoded = self._encoder.encode(kept) if kept else []
+        for ids in self._packed(encoded) if self._whole else encoded:
             self._document += 1
             self._ids.append(ids)
             self._documents.append(np.full(len(ids), self._document))
@@ -171,6 +178,15 @@ class StreamedBlocks:
             self._epoch += 1
             if not self._held and self._epoch > 1:
                 raise UsageError("data: a whole pass over the corpus gave no tokens to train on.")
+
+    def _packed(self, encoded: list[Ids]) -> list[Ids]:
+        """These documents, or pieces of them, in the order of the blocks they fill; what is left of each is padded."""
+        runs: list[Ids] = []
+        for pieces in pack([len(ids) for ids in encoded], self._stride):
+            parts = [encoded[document][start : start + count] for document, start, count in pieces]
+            block = filled(parts, self._stride)
+            runs += [block.ids[block.documents == number] for number in range(int(block.documents[-1]) + 1)]
+        return runs
 
 
 def _check_contents(before: Any, now: list[list[Any]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gqa_convert.checkpoint.provenance import versions
 from gqa_convert.data import reading
+from gqa_convert.data.conversations import LOSSES, Conversation
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import examples as ex
 from gqa_convert.evaluate import models, text
@@ -23,7 +24,13 @@ DEFAULT_CONTEXT = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """How to measure. `None` for context and stride: the model's own context, and half of it."""
+    """How to measure. `None` for context and stride: the model's own context, and half of it.
+
+    `loss_on` is for conversations: score what the `assistant` says, or `all`.
+
+    Raises:
+        UsageError: if `loss_on` is neither.
+    """
 
     data: str
     field: str = "text"
@@ -33,10 +40,15 @@ class EvalSettings:
     max_windows: int | None = None
     special: bool = True
     eos: bool = True
+    loss_on: str = LOSSES[0]
     batch_size: int = 8
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.loss_on not in LOSSES:
+            raise UsageError(f"--loss-on {self.loss_on}: choose one of {', '.join(LOSSES)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,16 +181,29 @@ def make_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings) -
         raise UsageError(f"--max-windows {settings.max_windows}: at least one window is needed.")
     if subject.is_encoder_decoder:
         return _encoder_decoder_task(subject, tokenizer, settings, context)
+    documents = _documents(settings)
+    if any(isinstance(document, Conversation) for document in documents):
+        return _conversation_task(documents, tokenizer, settings, context)
     stride = settings.stride or max(1, context // 2)
-    stream = _stream(tokenizer, settings)
+    stream = text.encode(documents, tokenizer, special=settings.special, eos=settings.eos)
     cut = text.windows(len(stream.ids), context=context, stride=stride, limit=settings.max_windows)
     examples = ex.causal_examples(stream, cut)
     return Task(name="next token", context=context, stride=stride, examples=examples, block=text.overlapping(cut))
 
 
-def _stream(tokenizer: Any, settings: EvalSettings) -> text.TokenStream:
-    documents = reading.read_documents(settings.data, field=settings.field, separator=settings.separator)
-    return text.encode(documents, tokenizer, special=settings.special, eos=settings.eos)
+def _documents(settings: EvalSettings) -> list[str]:
+    return reading.read_documents(settings.data, field=settings.field, separator=settings.separator)
+
+
+def _conversation_task(documents: list[str], tokenizer: Any, settings: EvalSettings, context: int) -> Task:
+    """Every conversation by itself, longer ones in parts."""
+    try:
+        stream = text.encode_conversations(documents, tokenizer, loss_on=settings.loss_on)
+        cut = text.document_windows(stream, context=context, limit=settings.max_windows)
+    except UsageError as error:
+        raise UsageError(f"--data {settings.data}: {str(error).removeprefix('data: ')}") from error
+    name = "assistant's turns" if settings.loss_on == LOSSES[0] else "conversations"
+    return Task(name=name, context=context, stride=context, examples=ex.causal_examples(stream, cut))
 
 
 def _encoder_decoder_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings, context: int) -> Task:
@@ -196,9 +221,14 @@ def _encoder_decoder_task(subject: models.Subject, tokenizer: Any, settings: Eva
             f"--data {settings.data}: {subject.name} is an encoder-decoder model without <extra_id_0> tokens, so spans "
             'of plain text cannot be hidden. Give a .jsonl file with {"input": ..., "target": ...} lines.'
         )
-    spans = ex.span_examples(
-        _stream(tokenizer, settings), sentinels, start=start, context=context, limit=settings.max_windows
-    )
+    documents = _documents(settings)
+    if any(isinstance(document, Conversation) for document in documents):
+        raise UsageError(
+            f"--data {settings.data}: holds conversations, and {subject.name} is an encoder-decoder model. Give text, "
+            'or {"input": ..., "target": ...} lines.'
+        )
+    stream = text.encode(documents, tokenizer, special=settings.special, eos=settings.eos)
+    spans = ex.span_examples(stream, sentinels, start=start, context=context, limit=settings.max_windows)
     return Task(name="span corruption", context=context, stride=context, examples=spans)
 
 

@@ -76,15 +76,19 @@ def batches(examples: Sequence[Example], size: int) -> Iterator[Batch]:
 def causal_examples(stream: TokenStream, cut: Sequence[Window]) -> list[Example]:
     """Windows of a stream for a decoder-only model: every token predicts the next. See `windows`."""
     ids = torch.tensor(stream.ids, dtype=torch.long)
+    counts = torch.ones(len(ids), dtype=torch.bool) if stream.scored is None else torch.tensor(stream.scored)
+    sizes = torch.tensor(stream.sizes, dtype=torch.long)
     examples = []
     for window in cut:
-        ids_T = ids[window.start : window.start + window.length]
+        part = slice(window.start, window.start + window.length)
+        ids_T = ids[part]
+        scored_T = counts[part][1:] & (torch.arange(1, len(ids_T)) >= window.first)
         examples.append(
             Example(
                 inputs={"input_ids": ids_T[:-1]},
                 targets=ids_T[1:],
-                scored=torch.arange(1, len(ids_T)) >= window.first,
-                size=sum(stream.sizes[i] for i in window.scored),
+                scored=scored_T,
+                size=int(sizes[part][1:][scored_T].sum()),
             )
         )
     return examples

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median_high
 from typing import Any
 
+from gqa_convert.data.conversations import LOSSES, ChatTemplate, Conversation
 from gqa_convert.errors import UsageError
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Tokens of all documents, joined. `sizes[i]` is the number of UTF-8 bytes that `ids[i]` stands for."""
+    """Tokens of all documents, joined.
+
+    Attributes:
+        ids: the tokens.
+        sizes: for each the number of UTF-8 bytes that it stands for.
+        scored: for each whether it is to be predicted; None for all of them.
+        starts: where each document begins.
+    """
 
     ids: list[int]
     sizes: list[int]
+    scored: list[bool] | None = None
+    starts: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,62 @@ class Window:
     def scored(self) -> range:
         """Places in the stream whose tokens this window scores."""
         return range(self.start + self.first, self.start + self.length)
+
+
+def encode_conversations(documents: Sequence[str], tokenizer: Any, *, loss_on: str = LOSSES[0]) -> TokenStream:
+    """Make conversations tokens by the tokenizer's chat template, and join them.
+
+    Args:
+        documents: conversations, all of them.
+        tokenizer: a transformers tokenizer.
+        loss_on: `assistant`: score what the assistant says; `all`: every token.
+
+    Raises:
+        UsageError: if there is text among them, or no template that can be followed.
+    """
+    template = ChatTemplate(tokenizer)
+    ids: list[int] = []
+    sizes: list[int] = []
+    scored: list[bool] = []
+    starts: list[int] = []
+    for document in documents:
+        if not isinstance(document, Conversation):
+            raise UsageError("the data holds rows of messages and rows of text. Measure on them one after the other.")
+        rendered = template.render(document, spans=loss_on == LOSSES[0])
+        starts.append(len(ids))
+        if rendered.ends is None:
+            sizes += _even(len(rendered.text.encode()), len(rendered.ids))
+        else:
+            sizes += _sizes(rendered.text, ((0, end) for end in rendered.ends))
+        ids += rendered.ids.tolist()
+        scored += rendered.assistant.tolist()
+    return TokenStream(ids, sizes, scored, starts)
+
+
+def document_windows(stream: TokenStream, *, context: int, limit: int | None = None) -> list[Window]:
+    """Windows that each hold one document, or `context` tokens of it; those in which nothing is scored are left out.
+
+    Args:
+        stream: with its documents' starts.
+        context: tokens per window at most.
+        limit: keep only this many windows, evenly spread.
+
+    Raises:
+        UsageError: if nothing is scored in any.
+    """
+    edges = [*stream.starts, len(stream.ids)]
+    cut = []
+    for start, end in pairwise(edges):
+        for first in range(start, end - 1, context):
+            length = min(context, end - first)
+            inside = range(first + 1, first + length)
+            if length > 1 and (stream.scored is None or any(stream.scored[i] for i in inside)):
+                cut.append(Window(first, length, 1))
+    if not cut:
+        raise UsageError("no conversation of the data holds a turn of the assistant's to score.")
+    if limit is not None and limit < len(cut):
+        cut = [cut[i * len(cut) // limit] for i in range(limit)]
+    return cut
 
 
 def encode(documents: Iterable[str], tokenizer: Any, *, special: bool = True, eos: bool = True) -> TokenStream:

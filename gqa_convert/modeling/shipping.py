@@ -157,7 +157,7 @@ def head_counts(model: Any) -> tuple[int, int | None]:
             f"{type(model).__name__} cannot become a grouped-query model here: it has no decoder, and encoders keep no "
             "KV cache."
         )
-    if any(len(found) > 1 for found in counts.values()):
+    if any(len(values) > 1 for values in counts.values()):
         raise UnsupportedModelError(f"{type(model).__name__}: its layers differ in heads ({counts}).")
     return counts[False].pop(), counts[True].pop() if counts[True] else None
 

@@ -112,9 +112,9 @@ def _find_heads(fields: dict[str, Any]) -> tuple[int, int] | None:
         return heads[0], kv[0] if kv else heads[0]
     for name, value in fields.items():
         if isinstance(value, dict) and "model_type" in value and not SIDE.fullmatch(name):
-            found = _find_heads(value)
-            if found:
-                return found
+            nested = _find_heads(value)
+            if nested:
+                return nested
     return None
 
 

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from gqa_convert.budget.memory import chunk_positions
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.batches import StepBatches
 from gqa_convert.errors import UsageError
 from gqa_convert.hf.loading import Source, load_model
 from gqa_convert.uptrain import optim, parameters
+from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.model import (
     ScoredModel,
     Teacher,
+    can_skip_head,
     check_finite,
     check_isolation,
     check_reads_text,
@@ -26,7 +29,8 @@ from gqa_convert.uptrain.model import (
 )
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.plan import UptrainPlan
-from gqa_convert.uptrain.unused_parameters import freeze_unreached
+from gqa_convert.uptrain.sharded_loading import tiny_twin
+from gqa_convert.uptrain.unused_parameters import freeze_modules, freeze_unreached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +110,18 @@ def build(
         rank=engine.rank,
     )
     dtype = torch.bfloat16 if config.train.precision == "pure_bf16" else torch.float32
-    model = load_model(source, dtype=dtype, attention=config.train.attention)
-    flash = "flash" in config.train.attention
-    if engine.name != "fsdp2" or flash:
-        model.to(engine.device)
-    check_finite(model, str(plan.source))
+    twin = _twin(source, config, engine)
+    if twin is None:
+        model = load_model(source, dtype=dtype, attention=config.train.attention)
+        if engine.name != "fsdp2" or "flash" in config.train.attention:
+            model.to(engine.device)
+        check_finite(model, str(plan.source))
+        if engine.name == "fsdp2":
+            tell("each process loads the model whole: no small one can be made of its kind to try things on")
+    else:
+        model = engine.load_sharded(source, dtype=dtype, attention=config.train.attention)
     if config.separate_documents:
-        share = check_isolation(model)
+        share = check_isolation(model if twin is None else twin)
         tell(f"documents are kept apart: logits change by {share:.1e} of their size beside another document")
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
@@ -126,12 +135,21 @@ def build(
             model.enable_input_require_grads()
     spec = loss_spec(plan)
     teacher = _teacher(plan, engine, model) if plan.teacher else None
-    scored = ScoredModel(model, spec).train()
-    freeze_unreached(scored, tell)
+    if twin is None:
+        scored = ScoredModel(model, spec).train()
+        freeze_unreached(scored, tell)
+    else:
+        scored = ScoredModel(model, spec, skips_head=can_skip_head(twin)).train()
+        tried = ScoredModel(parameters.choose_parameters(twin, config.train), spec)
+        freeze_modules(scored, freeze_unreached(tried, tell))
     if config.train.compile:
         model.compile()
-    optimizer = optim.make_optimizer(scored, config.optimizer)
-    prepared, prepared_optimizer = engine.prepare(scored, optimizer)
+    if twin is None:
+        optimizer = optim.make_optimizer(scored, config.optimizer)
+        prepared, prepared_optimizer = engine.prepare(scored, optimizer)
+    else:
+        prepared = engine.shard_rest(scored)
+        prepared_optimizer = optim.make_optimizer(prepared, config.optimizer)
     return Parts(
         plan=plan,
         engine=engine,
@@ -145,19 +163,28 @@ def build(
     )
 
 
+def _twin(source: Source, config: UptrainConfig, engine: Engine) -> Any | None:
+    """A tiny model to try things on, where the real one is never whole in any process; None where it is."""
+    if engine.name != "fsdp2" or config.train.parameters == "lora":
+        return None
+    twin = tiny_twin(source, config.train.attention)
+    return None if twin is None else twin.to(engine.device)
+
+
 def loss_spec(plan: UptrainPlan) -> LossSpec:
     """The loss that the configuration asks for."""
     objective = plan.config.objective
     settings = objective.distillation
+    chunk = objective.loss_chunk or chunk_positions(plan.shape.vocab_size)
     if settings is None:
-        return LossSpec(chunk=objective.loss_chunk)
+        return LossSpec(chunk=chunk)
     return LossSpec(
         ce_weight=settings.cross_entropy_weight,
         kl_weight=settings.weight,
         temperature=settings.temperature,
         top_k=settings.top_k,
         hidden_weight=settings.hidden_weight,
-        chunk=objective.loss_chunk,
+        chunk=chunk,
     )
 
 
@@ -167,11 +194,11 @@ def _teacher(plan: UptrainPlan, engine: Engine, student: Any) -> Teacher:
     assert plan.teacher is not None
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     original = Source.open(plan.teacher, trust_remote_code=plan.config.trust_remote_code)
-    model = load_model(original, dtype=dtype, attention=plan.config.train.attention, device=engine.device)
-    check_finite(model, f"objective.distillation.teacher={settings.teacher}")
+    model, twin = _frozen(original, plan.config, engine, dtype, f"objective.distillation.teacher={settings.teacher}")
     if plan.config.separate_documents:
-        check_isolation(model)
-    teacher = Teacher(model, layers=settings.hidden_weight > 0)
+        check_isolation(model if twin is None else twin)
+    skips_head = None if twin is None else can_skip_head(twin)
+    teacher = Teacher(model, layers=settings.hidden_weight > 0, skips_head=skips_head)
     vocabulary = int(student.config.get_text_config(decoder=True).vocab_size)
     if teacher.vocabulary != vocabulary:
         raise UsageError(
@@ -181,12 +208,23 @@ def _teacher(plan: UptrainPlan, engine: Engine, student: Any) -> Teacher:
     return teacher
 
 
+def _frozen(
+    original: Source, config: UptrainConfig, engine: Engine, dtype: torch.dtype, name: str
+) -> tuple[Any, Any | None]:
+    """A model that is not trained: sharded under FSDP2, with a tiny one to try things on; else whole."""
+    twin = _twin(original, config, engine)
+    if twin is not None:
+        model = engine.load_sharded(original, dtype=dtype, attention=config.train.attention)
+        return engine.shard_rest(model.requires_grad_(False)), twin
+    model = load_model(original, dtype=dtype, attention=config.train.attention, device=engine.device)
+    check_finite(model, name)
+    return model, None
+
+
 def load_reference(plan: UptrainPlan, engine: Engine) -> Any | None:
     """Load the original that the run is compared with, if one is named; the teacher is reused by the caller."""
     name = plan.config.evaluation.reference
     if name is None:
         return None
     original = Source.open(resolve_model(name), trust_remote_code=plan.config.trust_remote_code)
-    model = load_model(original, dtype=torch.float32, attention=plan.config.train.attention)
-    check_finite(model, f"evaluation.reference={name}")
-    return model
+    return _frozen(original, plan.config, engine, torch.float32, f"evaluation.reference={name}")[0]

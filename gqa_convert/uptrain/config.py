@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gqa_convert.uptrain.config_data import BudgetSection, Count, DataSection, Place, Positive, Section, Share
+from gqa_convert.uptrain.config_data import (
+    BudgetSection,
+    Count,
+    DataSection,
+    Place,
+    Positive,
+    Section,
+    Share,
+    Source,
+)
 from gqa_convert.uptrain.optim import get_optimizer
 
 
@@ -43,8 +52,8 @@ class ObjectiveSection(Section):
     """Span corruption: tokens of a span on average."""
     distillation: DistillationSection | None = None
     """Learn from the original too, or only."""
-    loss_chunk: Annotated[int, Field(ge=1)] = 1024
-    """Positions whose logits are held in float32 at a time."""
+    loss_chunk: Annotated[int, Field(ge=1)] | None = None
+    """Positions whose logits are held in float32 at a time; null: as many as fit into 128 MiB, 1,024 at most."""
 
 
 def _optimizer(name: str) -> str:
@@ -55,9 +64,10 @@ class OptimizerSection(Section):
     """The optimiser, see `optim`."""
 
     kind: Annotated[str, AfterValidator(_optimizer)] = "adamw"
-    """adamw or adafactor, which is that of T5: updates scaled by the size of each parameter."""
+    """adamw; adafactor, which is that of T5: updates scaled by the size of each parameter; or muon, for the matrices
+    inside the model (AdamW for the rest), at AdamW's learning rates."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW."""
+    """AdamW (of muon: its AdamW part)."""
     eps: Positive = 1e-8
     """AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -113,6 +123,9 @@ class TrainSection(Section):
     """Attention implementation of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    fsdp_sync: Literal["micro_batch", "step"] = "micro_batch"
+    """FSDP2: sum gradients over the processes after each micro-batch; step: once a step, which sends less and keeps
+    whole float32 gradients on every device in between."""
     compile: bool = False
     """torch.compile the model in place."""
     dropout: Share | None = None
@@ -151,6 +164,9 @@ class CheckpointSection(Section):
     """Saves in a row that may fail (disk full) before the run stops."""
 
 
+SetName = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/\s]+$")]
+
+
 class EvaluationSection(Section):
     """Held-out loss at the start, every so often, and at the end."""
 
@@ -159,7 +175,9 @@ class EvaluationSection(Section):
     at_tokens: tuple[Count, ...] = ()
     """And when these many were seen: a curve is best resolved where it falls fastest, near the start."""
     tokens: Count | None = 1_000_000
-    """Held-out tokens to score; null for all."""
+    """Held-out tokens to score, of each set; null for all. Of a mixture's own, shared out by weight."""
+    sets: dict[SetName, Source] = Field(default_factory=dict)
+    """More documents to evaluate on, by name: each has its own curve, beside the one of what is held out."""
     reference: Place | None = None
     """Folder or hub id of the original, scored once as the line to reach; default: the teacher, if there is one."""
     target: Positive | None = None
@@ -242,6 +260,13 @@ def _conflicts(config: UptrainConfig) -> list[str]:
             "data.separate_documents: span corruption packs documents together as T5 does (its relative positions "
             "cannot restart). Set it to false or auto."
         )
+    if (config.data.source is None) == (not config.data.sources):
+        problems.append("data: give one `source`, or several `sources` with weights.")
+    taken = {name for name, _, _ in config.data.named} & set(config.evaluation.sets)
+    if taken and config.data.sources:
+        problems.append(f"evaluation.sets: {', '.join(sorted(taken))} is the name of a source too. Choose another.")
+    if config.objective.kind == "span_corruption" and config.data.packing == "whole":
+        problems.append("data.packing=whole: span corruption packs documents together. Set it to cut or auto.")
     if config.train.batch_sequences % config.train.micro_batch:
         problems.append(
             f"train.batch_sequences={config.train.batch_sequences} is no multiple of "

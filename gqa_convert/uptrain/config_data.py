@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
+from itertools import count
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -12,7 +14,7 @@ from gqa_convert.data.named import source_named, unfit_name
 from gqa_convert.errors import UsageError
 
 
-def _count(value: Any) -> Any:
+def _counted(value: Any) -> Any:
     if value is None:
         return None
     try:
@@ -21,7 +23,7 @@ def _count(value: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
-Count = Annotated[int, BeforeValidator(_count)]
+Count = Annotated[int, BeforeValidator(_counted)]
 """A number of tokens or steps; may be written 2B, 1.5T, 8k (8,192)."""
 
 
@@ -72,7 +74,7 @@ class SourceSection(Section):
     paths: Annotated[tuple[Place, ...], Field(min_length=1)]
     """Files and glob patterns, relative to the working directory; or the folder, the id, the function."""
     text_field: str = "text"
-    """The column that holds the text."""
+    """The column that holds the text, or a conversation's messages; rows without it are looked for `messages`."""
     documents: str = "file"
     """How text files are cut: file, line, paragraph, or the separator between documents (`<|endoftext|>`)."""
     pattern: str = "**/*"
@@ -97,11 +99,24 @@ def _named(value: Any) -> Any:
 Source = Annotated[SourceSection, BeforeValidator(_named)]
 
 
+class WeightedSource(Section):
+    """One source of a mixture."""
+
+    source: Source
+    """The documents; see `data.source`."""
+    weight: Positive = 1.0
+    """Its share of the sequences, in proportion to the others' weights."""
+    name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/\s]+$")] | None = None
+    """What its curve and messages call it; by default the name of the file, folder or dataset."""
+
+
 class DataSection(Section):
     """What to train on, and how it becomes token blocks."""
 
-    source: Source
+    source: Source | None = None
     """The documents; or one word, as for --calibrate: a file, a folder, a hub id `id[:configuration[:split]]`."""
+    sources: tuple[WeightedSource, ...] = ()
+    """In place of `source`: several, mixed by weight, to exact proportions in every step."""
     context: Annotated[int, Field(ge=2, le=1 << 27)]
     """Tokens per sequence (of the encoder, for span corruption)."""
     streaming: bool = False
@@ -110,6 +125,11 @@ class DataSection(Section):
     """Folder for tokenised corpora, shared between runs."""
     separate_documents: bool | Literal["auto"] = "auto"
     """Restart positions and let no attention cross documents; auto: yes for causal_lm. Proven on the model at start."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Of conversations: learn what the assistant says alone, or every token. Text is always learnt whole."""
+    packing: Literal["auto", "cut", "whole"] = "auto"
+    """cut: documents end to end, cut every `context` tokens; whole: none is cut that fits, the rest of a sequence is
+    padded; auto: whole for conversations, cut for text."""
     special_tokens: bool | Literal["auto"] = "auto"
     """Add what the tokenizer adds by itself (BOS for Llama); auto: yes for causal_lm."""
     append_eos: bool | Literal["auto"] = "auto"
@@ -122,3 +142,22 @@ class DataSection(Section):
     """Share of the documents kept from training for evaluation, chosen by each document's hash."""
     held_out_source: Source | None = None
     """Evaluate on these documents instead; nothing is then held out of `source`."""
+
+    @property
+    def named(self) -> list[tuple[str, SourceSection, float]]:
+        """Every source with its name (no two alike) and weight."""
+        if self.source is not None:
+            return [(_short_name(self.source), self.source, 1.0)]
+        named: list[tuple[str, SourceSection, float]] = []
+        for entry in self.sources:
+            name = entry.name or _short_name(entry.source)
+            taken = {other for other, _, _ in named}
+            numbered = (name if number == 1 else f"{name}-{number}" for number in count(1))
+            named.append((next(free for free in numbered if free not in taken), entry.source, entry.weight))
+        return named
+
+
+def _short_name(source: SourceSection) -> str:
+    """The last part of where a source lies, without suffix."""
+    last = source.paths[0].rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    return re.sub(r"\s+", "-", last.split(".")[0] or last)

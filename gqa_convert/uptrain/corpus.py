@@ -1,31 +1,46 @@
-"""From the data section to blocks: tokenised once or while training, with the held-out part set apart."""
+"""From the data section to blocks: each source tokenised once or while training, its held-out part set apart, mixed."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gqa_convert.data.batches import Collate, collate_causal, collate_spans
 from gqa_convert.data.blocks import Block, StoredBlocks, held_out_blocks
+from gqa_convert.data.conversations import Conversation
 from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
 from gqa_convert.data.encoding import Encoder
+from gqa_convert.data.mixture import MixedBlocks, Mixture
+from gqa_convert.data.packing import PackedBlocks, held_out_packed
 from gqa_convert.data.spans import SpanCorruption, sentinel_ids
-from gqa_convert.data.split import is_held_out
-from gqa_convert.data.store import StoreWriter, TokenStore, remove_stale
+from gqa_convert.data.store import TokenStore, remove_stale
 from gqa_convert.data.stream import StreamedBlocks
-from gqa_convert.errors import Preempted, UsageError
+from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.config_data import SourceSection
-
-Tell = Callable[[str], None]
-Stopped = Callable[[], bool]
+from gqa_convert.uptrain.making import Making, Stopped, Tell
 
 _HELD_OUT_SEED = 0
+_FEWEST = 2
+"""Tokens of which one predicts another."""
+
+SourceBlocks = StoredBlocks | PackedBlocks | StreamedBlocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutSet:
+    """Blocks to evaluate on.
+
+    Attributes:
+        name: of its curve; empty for the only set of a run.
+        blocks: each with its number of real tokens.
+        main: whether it is part of the run's one held-out loss, by which targets are met and checkpoints compared.
+    """
+
+    name: str
+    blocks: list[tuple[Block, int]]
+    main: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,28 +49,40 @@ class TrainingData:
 
     Attributes:
         blocks: training blocks without end.
-        held_out: blocks to evaluate on, each with its number of real tokens.
+        sets: held-out blocks to evaluate on.
         collate: makes tensors of training blocks.
         collate_held_out: of held-out ones; for span corruption the spans are the same whatever the run's seed, so that
             losses of runs with different seeds are of one task.
-        train_tokens: tokens of the training text; None when streaming.
-        train_digest: what tells them from any others; None when streaming.
-        held_out_tokens: tokens of the held-out text that are scored.
+        stores: by source, the tokens of the training text; None where it is streamed.
     """
 
-    blocks: StoredBlocks | StreamedBlocks
-    held_out: list[tuple[Block, int]]
+    blocks: SourceBlocks | MixedBlocks
+    sets: tuple[HeldOutSet, ...]
     collate: Collate
     collate_held_out: Collate
-    train_tokens: int | None
-    train_digest: str | None
-    held_out_tokens: int
+    stores: dict[str, TokenStore | None]
+
+    @property
+    def train_tokens(self) -> int | None:
+        """Tokens of the training text; None when streaming."""
+        counts = [None if store is None else store.total for store in self.stores.values()]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
     def state(self, block: int) -> dict[str, Any]:
         """What a checkpoint needs beside the step number so that training goes on with `block`."""
-        if isinstance(self.blocks, StreamedBlocks):
-            return self.blocks.state(block)
-        return {"train_tokens": self.train_tokens, "digest": self.train_digest}
+        names = list(self.stores)
+        if not isinstance(self.blocks, MixedBlocks):
+            return _source_state(self.blocks, self.stores[names[0]], block)
+        inside = self.blocks.mixture.passed(block)
+        parts = zip(names, self.blocks.components, inside, strict=True)
+        return {"sources": {name: _source_state(part, self.stores[name], at) for name, part, at in parts}}
+
+
+def _source_state(blocks: Any, store: TokenStore | None, block: int) -> dict[str, Any]:
+    if store is None:
+        state: dict[str, Any] = blocks.state(block)
+        return state
+    return {"train_tokens": store.total, "digest": store.digest}
 
 
 def source_spec(section: SourceSection) -> SourceSpec:
@@ -91,6 +118,17 @@ def objective_parts(config: UptrainConfig, tokenizer: Any, model_config: Any) ->
     return collate, held_out, corruption.raw_length
 
 
+def run_encoder(config: UptrainConfig, tokenizer: Any, model_config: Any) -> Encoder:
+    """What makes a run's documents token ids."""
+    return Encoder(
+        tokenizer,
+        special_tokens=config.special_tokens,
+        append_eos=config.append_eos,
+        limit=_vocabulary(model_config),
+        loss_on=config.data.loss_on,
+    )
+
+
 def prepare_data(
     config: UptrainConfig,
     tokenizer: Any,
@@ -108,7 +146,7 @@ def prepare_data(
         tokenizer: the model's.
         model_config: the model's.
         tell: told of long work.
-        state: of a checkpoint, to go on from when streaming.
+        state: of a checkpoint, to go on from.
         stopped: asked now and then during long work; True ends it.
         check: read tokenised corpora once to make sure that they are whole.
 
@@ -117,48 +155,118 @@ def prepare_data(
         Preempted: if `stopped` says so.
         HubError: if a hub dataset cannot be reached.
     """
-    encoder = Encoder(
-        tokenizer,
-        special_tokens=config.special_tokens,
-        append_eos=config.append_eos,
-        limit=_vocabulary(model_config),
-    )
+    encoder = run_encoder(config, tokenizer, model_config)
     collate, collate_held_out, length = objective_parts(config, tokenizer, model_config)
-    corpus = open_corpus(source_spec(config.data.source))
-    making = _Making(Path(config.data.cache or Path(config.output) / "tokens"), encoder, tell, stopped, check)
+    making = Making(Path(config.data.cache or Path(config.output) / "tokens"), encoder, tell, stopped, check)
     remove_stale(making.root)
-    apart = config.data.held_out_source
-    fraction = 0.0 if apart is not None else config.data.held_out_fraction
-    limit = config.evaluation.tokens
-    seed = config.train.seed if config.data.shuffle else None
-    train: TokenStore | None = None
-    if config.data.streaming:
-        held = making.evaluation(corpus, apart, fraction, limit)
-    else:
-        train, held = making.both(corpus, fraction)
-        _check_same_text(state or {}, train)
-        if apart is not None:
-            held = making.evaluation(corpus, apart, fraction, None)
-    blocks: StoredBlocks | StreamedBlocks
-    if train is not None:
-        blocks = StoredBlocks(train, length, seed=seed, window=config.data.window)
-    else:
-        blocks = StreamedBlocks(
-            corpus, encoder, length, seed=seed, window=config.data.window, held_out=fraction, state=state or None
-        )
-    evaluated = held_out_blocks(held, length, limit)
-    if config.objective.kind == "span_corruption":
-        # Corruption needs whole blocks; a short last one is left out unless it is all there is.
-        evaluated = [pair for pair in evaluated if pair[1] > length] or evaluated[:1]
+    opening = _Opening(config, making, length)
+    named = config.data.named
+    weight = sum(share for _, _, share in named)
+    blocks: list[SourceBlocks] = []
+    stores: dict[str, TokenStore | None] = {}
+    sets: list[HeldOutSet] = []
+    for name, section, share in named:
+        before = state or {}
+        if len(named) > 1:
+            before = before.get("sources", {}).get(name) or {}
+        one, stores[name], held = opening.source(section, name if len(named) > 1 else "", before, share / weight)
+        blocks.append(one)
+        sets += [held] if held is not None else []
+    if config.data.held_out_source is not None:
+        sets.append(opening.apart("", config.data.held_out_source))
+    if not sets:
+        raise UsageError("data: no source has documents to hold out. Raise held_out_fraction, or give held_out_source.")
+    sets += [opening.apart(name, section, main=False) for name, section in config.evaluation.sets.items()]
+    mixed = MixedBlocks(Mixture([share for _, _, share in named]), blocks) if len(blocks) > 1 else blocks[0]
     return TrainingData(
-        blocks=blocks,
-        held_out=evaluated,
-        collate=collate,
-        collate_held_out=collate_held_out,
-        train_tokens=None if train is None else train.total,
-        train_digest=None if train is None else train.digest,
-        held_out_tokens=sum(real - 1 for _, real in evaluated),
+        blocks=mixed, sets=tuple(sets), collate=collate, collate_held_out=collate_held_out, stores=stores
     )
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """Opens the sources of a run."""
+
+    config: UptrainConfig
+    making: Making
+    length: int
+
+    def source(
+        self, section: SourceSection, name: str, state: dict[str, Any], share: float
+    ) -> tuple[SourceBlocks, TokenStore | None, HeldOutSet | None]:
+        """A source's blocks, its store if it is not streamed, and what of it is evaluated on."""
+        data, seed = self.config.data, self.config.train.seed if self.config.data.shuffle else None
+        corpus = open_corpus(source_spec(section))
+        whole = self.whole(corpus)
+        apart = data.held_out_source is not None
+        fraction = 0.0 if apart else data.held_out_fraction
+        limit = self.config.evaluation.tokens
+        limit = None if limit is None else max(1, round(limit * share))
+        blocks: SourceBlocks
+        if data.streaming:
+            held = None if apart else self.making.evaluation(corpus, fraction, limit)
+            blocks = StreamedBlocks(
+                corpus,
+                self.making.encoder,
+                self.length,
+                seed=seed,
+                window=data.window,
+                held_out=fraction,
+                whole=whole,
+                state=state or None,
+            )
+            train = None
+        else:
+            train, held = self.making.both(corpus, fraction)
+            held = None if apart else held
+            _check_same_text(state, train, name)
+            if whole:
+                blocks = PackedBlocks(train, self.length, seed=seed)
+                self.making.tell(f"packed whole: {blocks.padding:.1%} of each sequence is padding")
+            else:
+                blocks = StoredBlocks(train, self.length, seed=seed, window=data.window)
+        if held is not None and held.total < _FEWEST and name:
+            self.making.tell(f"{name}: too few documents to hold any out; it has no curve of its own")
+            held = None
+        evaluated = None if held is None else HeldOutSet(name=name, blocks=self.cut(held, limit, whole))
+        return blocks, train, evaluated
+
+    def apart(self, name: str, section: SourceSection, *, main: bool = True) -> HeldOutSet:
+        """A set of documents of their own."""
+        corpus = open_corpus(source_spec(section))
+        limit = self.config.evaluation.tokens
+        held = self.making.evaluation(corpus, None, limit)
+        return HeldOutSet(name=name, blocks=self.cut(held, limit, self.whole(corpus)), main=main)
+
+    def whole(self, corpus: Corpus) -> bool:
+        """Whether documents are kept whole.
+
+        Raises:
+            UsageError: for conversations that are to be corrupted.
+        """
+        talks = isinstance(corpus.first(), Conversation)
+        if talks:
+            if self.config.objective.kind == "span_corruption":
+                raise UsageError(
+                    f"data: {', '.join(corpus.spec.paths)} holds conversations, and objective.kind=span_corruption "
+                    "hides spans of text. Use causal_lm and a decoder, or rows of text."
+                )
+            way = self.making.encoder.template.way
+            self.making.tell(
+                "conversations by the model's chat template, "
+                + (f"learnt where the assistant speaks ({way})" if self.config.data.loss_on == "assistant" else "whole")
+            )
+        return self.config.data.packing == "whole" or (self.config.data.packing == "auto" and talks)
+
+    def cut(self, held: TokenStore, limit: int | None, whole: bool) -> list[tuple[Block, int]]:
+        """Blocks of a held-out store."""
+        if whole:
+            return held_out_packed(held, self.length, limit)
+        evaluated = held_out_blocks(held, self.length, limit)
+        if self.config.objective.kind == "span_corruption":
+            # Corruption needs whole blocks; a short last one is left out unless it is all there is.
+            evaluated = [pair for pair in evaluated if pair[1] > self.length] or evaluated[:1]
+        return evaluated
 
 
 def _vocabulary(model_config: Any) -> int | None:
@@ -167,101 +275,17 @@ def _vocabulary(model_config: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _check_same_text(state: dict[str, Any], train: TokenStore) -> None:
+def _check_same_text(state: dict[str, Any], train: TokenStore, name: str) -> None:
     """Of other text the step number would name other blocks: some would come twice and some never."""
+    of = f" of {name}" if name else ""
     count = state.get("train_tokens", train.total)
     if count != train.total:
         raise UsageError(
-            f"data: the text to train on had {count:,} tokens when the checkpoint was written and has {train.total:,} "
-            "now. Put the files back as they were, or choose another output."
+            f"data: the text{of} to train on had {count:,} tokens when the checkpoint was written and has "
+            f"{train.total:,} now. Put the files back as they were, or choose another output."
         )
     if state.get("digest") not in (None, train.digest):
         raise UsageError(
-            f"data: the text to train on had other tokens, or in another order, when the checkpoint was written (their "
-            f"number, {count:,}, is the same). Put the files back as they were, or choose another output."
+            f"data: the text{of} to train on had other tokens, or in another order, when the checkpoint was written "
+            f"(their number, {count:,}, is the same). Put the files back as they were, or choose another output."
         )
-
-
-@dataclass(frozen=True)
-class _Making:
-    """Tokenised corpora: found in `root`, or made there now."""
-
-    root: Path
-    encoder: Encoder
-    tell: Tell
-    stopped: Stopped
-    check: bool
-
-    def both(self, corpus: Corpus, fraction: float) -> tuple[TokenStore, TokenStore]:
-        """The training and held-out stores of a corpus."""
-        key = self._key(corpus, fraction=fraction)
-        names = (f"{key}-train", f"{key}-held-out")
-        train, held = (self._opened(name) for name in names)
-        if train is not None and held is not None:
-            return train, held
-        self.tell("tokenising the corpus")
-        with self._writing(*names) as writers:
-            for texts in _batches(self._heeding(corpus.all_documents())):
-                for text, ids in zip(texts, self.encoder.encode(texts), strict=True):
-                    if len(ids):
-                        writers[is_held_out(text, fraction)].add(ids)
-            self.tell(f"tokenised: {writers[0].total:,} tokens to train on, {writers[1].total:,} held out")
-            return writers[0].commit({}), writers[1].commit({})
-
-    def evaluation(self, corpus: Corpus, apart: SourceSection | None, fraction: float, limit: int | None) -> TokenStore:
-        """Held-out documents alone: of their own source, or picked from the stream until there are `limit` tokens."""
-        source = corpus if apart is None else open_corpus(source_spec(apart))
-        key = self._key(source, fraction=1.0 if apart is not None else fraction, limit=limit)
-        kept = self._opened(f"{key}-evaluation")
-        if kept is not None:
-            return kept
-        self.tell("collecting held-out documents")
-        with self._writing(f"{key}-evaluation") as writers:
-            texts = self._heeding(source.all_documents())
-            wanted = (text for text in texts if apart is not None or is_held_out(text, fraction))
-            for ids in self.encoder.stream(wanted):
-                writers[0].add(ids)
-                if limit is not None and writers[0].total > limit:
-                    break
-            return writers[0].commit({})
-
-    def _key(self, corpus: Corpus, **more: Any) -> str:
-        described = {"source": repr(corpus.spec), "files": corpus.identity, **self.encoder.identity(), **more}
-        return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-    def _opened(self, name: str) -> TokenStore | None:
-        store = TokenStore.open(self.root / name, check=self.check, tell=self.tell)
-        if store is not None:
-            self.encoder.check_known(store.largest)
-        return store
-
-    def _heeding(self, texts: Iterator[str]) -> Iterator[str]:
-        """The same texts, until somebody asks to stop."""
-        for text in texts:
-            if self.stopped():
-                raise Preempted("stopped while reading the text, before training. Run the same command again to start.")
-            yield text
-
-    @contextmanager
-    def _writing(self, *names: str) -> Iterator[list[StoreWriter]]:
-        """Writers of stores; what they wrote is removed if anything goes wrong before it is committed."""
-        writers: list[StoreWriter] = []
-        try:
-            for name in names:
-                writers.append(StoreWriter(self.root / name, self.encoder.vocabulary))
-            yield writers
-        except BaseException:
-            for writer in writers:
-                writer.discard()
-            raise
-
-
-def _batches(texts: Iterator[str], size: int = 256) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from gqa_convert.data.batches import accumulation_steps
 from gqa_convert.errors import GQAConvertError, UsageError
+from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain import zero
 from gqa_convert.uptrain.config import ExpectSection, UptrainConfig
+from gqa_convert.uptrain.sharded_loading import load_sharded, shard_rest
 from gqa_convert.uptrain.state import clip_gradients
 
 T = TypeVar("T")
@@ -39,6 +41,7 @@ class Engine:
         load_whole_models_everywhere()
         plugin = zero.zero_plugin(config)
         self._bf16 = config.train.precision == "bf16"
+        self._sync = config.train.fsdp_sync
         # Of DeepSpeed accelerate would make bf16 weights; its autocast is asked for in the plugin.
         precision = "bf16" if self._bf16 and plugin is None else "no"
         # accelerate knows no backend for DeepSpeed without a GPU.
@@ -72,10 +75,28 @@ class Engine:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Hand model and optimiser to the engine."""
+        if self.name == "fsdp2":
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = sharded_precision(self._bf16)
         prepared = self.accelerator.prepare(model, optimizer)
         if self.name == "deepspeed":
             zero.announce_head(model)
         return prepared[0], prepared[1]
+
+    def load_sharded(self, source: Source, *, dtype: torch.dtype, attention: str) -> Any:
+        """Load a model for FSDP2 with its layers sharded. See `gqa_convert.uptrain.sharded_loading.load_sharded`."""
+        plugin = self.accelerator.state.fsdp_plugin
+        return load_sharded(
+            source,
+            dtype=dtype,
+            attention=attention,
+            policy=sharded_precision(self._bf16),
+            device=self.device,
+            reshard=bool(plugin.reshard_after_forward),
+        )
+
+    def shard_rest(self, module: nn.Module) -> nn.Module:
+        """Shard what `load_sharded` has left whole; the module is what is called from now on."""
+        return shard_rest(module, policy=sharded_precision(self._bf16), device=self.device)
 
     def autocast(self) -> Any:
         """Arithmetic in the run's precision."""
@@ -84,9 +105,14 @@ class Engine:
         return self.accelerator.autocast()
 
     def accumulating(self, model: nn.Module, *, last: bool) -> Any:
-        """Around a forward and backward pass; gradients are exchanged in the last one of a step only."""
+        """Around a forward and backward pass; DDP exchanges gradients in the last one of a step only.
+
+        FSDP2 does so in each: gradients that wait are whole on every process, which is what sharding was to avoid.
+        """
         alone = last or self.processes == 1 or self.name == "deepspeed"
-        return nullcontext() if alone else self.accelerator.no_sync(model)
+        if alone or (self.name == "fsdp2" and self._sync == "micro_batch"):
+            return nullcontext()
+        return self.accelerator.no_sync(model)
 
     def backward(self, model: nn.Module, loss: Tensor, *, last: bool) -> None:
         """Add to the gradients; `last` says that the step's are then complete."""
@@ -188,6 +214,19 @@ class Engine:
         for failure in problems:
             if failure is not None:
                 raise failure
+
+
+def sharded_precision(bf16: bool) -> Any:
+    """What FSDP2 computes in: weights in bf16 if asked for, gradients summed over processes in float32.
+
+    Outputs stay as they are: accelerate's own policy makes them bf16, the loss and the sums of the evaluation too.
+
+    Returns:
+        torch's `MixedPrecisionPolicy`.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
 
 
 def load_whole_models_everywhere() -> None:

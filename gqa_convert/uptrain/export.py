@@ -25,12 +25,15 @@ from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.conversion.card import read_card, write_card
 from gqa_convert.errors import VerificationError
 from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain import parameters
 from gqa_convert.uptrain.build import Parts
 from gqa_convert.uptrain.config import UptrainConfig
+from gqa_convert.uptrain.config_data import SourceSection
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.source_keys import restore_keys
-from gqa_convert.uptrain.state import gather_weights
+from gqa_convert.uptrain.state import gather_weights, is_sharded
+from gqa_convert.uptrain.streamed import StreamedWeights
 from gqa_convert.uptrain.whole import plain_name
 
 _OLD_ROTARY = ("rope_theta", "partial_rotary_factor")
@@ -38,7 +41,7 @@ _OLD_ROTARY = ("rope_theta", "partial_rotary_factor")
 
 def write_final(
     model: Any,
-    weights: dict[str, Tensor],
+    weights: dict[str, Tensor] | StreamedWeights,
     *,
     source: Path,
     target: Path,
@@ -50,7 +53,7 @@ def write_final(
 
     Args:
         model: the transformers model, for its keys and configuration.
-        weights: its state dict, on the CPU.
+        weights: its state dict, on the CPU; or what writes it a tensor at a time.
         source: the converted folder that training started from.
         target: folder to make.
         uptraining: what `gqa_convert.json` says under that name; beside it, as `tensors`, stands a digest of every
@@ -62,19 +65,24 @@ def write_final(
         OutputError: if it cannot be written.
         VerificationError: if keys or shapes are not those of the source.
     """
-    checkpoint = Checkpoint.open(source)
+    origin = Source.open(source, trust_remote_code=trust_remote_code)
+    checkpoint = origin.checkpoint
     needed = checkpoint.total_bytes
     with staged_output(target, force=force, source=source, needed_bytes=needed) as stage:
-        with api.quiet():
-            model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
-        restore_keys(stage, checkpoint, _key_map(source, trust_remote_code))
+        if isinstance(weights, StreamedWeights):
+            write_text(stage / CONFIG, checkpoint.config_text)
+            weights.write(stage)
+        else:
+            with api.quiet():
+                model.save_pretrained(stage, state_dict=_cast(_tied(weights, model), checkpoint))
+            restore_keys(stage, checkpoint, _key_map(origin))
         for relative in checkpoint.side_files:
             copy_side_file(source, relative, stage)
         card = read_card(stage)
         write_text(stage / CONFIG, checkpoint.config_text)
         _check(checkpoint, Checkpoint.open(stage))
-        write_text(stage / CONFIG, both_spellings(source, checkpoint.config_text, trust_remote_code=trust_remote_code))
-        if not _same_settings(source, stage, trust_remote_code):
+        write_text(stage / CONFIG, _both_spellings(checkpoint.config_text, origin.config))
+        if not _same_settings(origin, Source.open(stage, trust_remote_code=trust_remote_code)):
             write_text(stage / CONFIG, checkpoint.config_text)
         _readable(stage)
         digests = {key: tensor_digest(info) for key, info in Checkpoint.open(stage).tensors.items()}
@@ -91,11 +99,9 @@ def _readable(folder: Path) -> None:
         path.chmod(mode & 0o777)
 
 
-def _key_map(source: Path, trust_remote_code: bool) -> api.KeyMap:
+def _key_map(source: Source) -> api.KeyMap:
     """Of the source's model, built anew: an engine may have replaced the class and shapes of the trained one."""
-    config = api.load_config(source, trust_remote_code=trust_remote_code)
-    cls = api.model_class(config, folder=source, trust_remote_code=trust_remote_code)
-    return api.KeyMap(api.build_on_meta(cls, config))
+    return api.KeyMap(source.meta_model)
 
 
 def _tied(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -148,11 +154,20 @@ def _is_table(key: str) -> bool:
 
 
 def both_spellings(folder: Path, text: str, *, trust_remote_code: bool = False) -> str:
-    """Add to a config.json the spelling of rotary settings and dtype that it lacks; nothing else changes."""
+    """Add to a config.json the spelling of rotary settings and dtype that it lacks; nothing else changes.
+
+    Args:
+        folder: that holds it, perhaps without weights as yet.
+        text: what it says.
+        trust_remote_code: whether the folder's own code may run.
+    """
+    return _both_spellings(text, api.load_config(folder, trust_remote_code=trust_remote_code))
+
+
+def _both_spellings(text: str, known: Any) -> str:
     settings = json.loads(text.removeprefix("\ufeff"))
     edits: dict[tuple[str, ...], Any] = {}
     after: dict[tuple[str, ...], str] = {}
-    known = api.load_config(folder, trust_remote_code=trust_remote_code)
     for path, section, config in _sections(settings, known):
         for new, old in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
             if old in section and new not in section and isinstance(section[old], str):
@@ -185,10 +200,9 @@ def _sections(settings: dict[str, Any], known: Any) -> list[tuple[tuple[str, ...
     return sections
 
 
-def _same_settings(source: Path, stage: Path, trust_remote_code: bool) -> bool:
+def _same_settings(source: Source, written: Source) -> bool:
     """Whether transformers reads the same configuration from both folders."""
-    before = api.load_config(source, trust_remote_code=trust_remote_code).to_dict()
-    after = api.load_config(stage, trust_remote_code=trust_remote_code).to_dict()
+    before, after = source.config.to_dict(), written.config.to_dict()
     ignored = {"_name_or_path", *_OLD_ROTARY, "rope_scaling", "torch_dtype"}
 
     def plain(values: Any) -> Any:
@@ -230,7 +244,14 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
     """
     target = output / FINAL
     plain = parts.plain
-    if parts.plan.config.train.parameters == "lora":
+    weights: dict[str, Tensor] | StreamedWeights = {}
+    streamed: StreamedWeights | None = None
+    if is_sharded(parts.model) and parts.plan.config.train.parameters != "lora":
+        source = Source.open(parts.plan.source, trust_remote_code=parts.plan.config.trust_remote_code)
+        streamed = StreamedWeights(parts.scoring_model(), source)
+    if streamed is not None and streamed.fits:
+        weights = streamed
+    elif parts.plan.config.train.parameters == "lora":
         plain = parameters.merged_model(plain)
         weights = gather_weights(plain)
     else:
@@ -238,15 +259,19 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
             plain_name(name).removeprefix("model."): value
             for name, value in gather_weights(parts.scoring_model()).items()
         }
-    if parts.engine.is_main:
-        write_final(
-            plain,
-            weights,
-            source=parts.plan.source,
-            target=target,
-            uptraining=provenance(parts, losses, seconds),
-            trust_remote_code=parts.plan.config.trust_remote_code,
-        )
+    try:
+        if parts.engine.is_main:
+            write_final(
+                plain,
+                weights,
+                source=parts.plan.source,
+                target=target,
+                uptraining=provenance(parts, losses, seconds),
+                trust_remote_code=parts.plan.config.trust_remote_code,
+            )
+    finally:
+        if isinstance(weights, StreamedWeights):
+            weights.follow()
     parts.engine.wait()
     return target
 
@@ -254,18 +279,27 @@ def finish(parts: Parts, output: Path, *, losses: dict[str, float], seconds: flo
 def told_config(run: UptrainConfig) -> dict[str, Any]:
     """A run's settings as `gqa_convert.json` tells them: without paths, which mean nothing elsewhere."""
     config = run.model_dump(mode="json")
-    for section, key in (("data", "cache"), ("data", "source"), ("data", "held_out_source"), ("log", "project")):
-        config[section].pop(key, None)
-    source = run.data.source
-    config["data"]["source"] = {"kind": source.kind, "names": [Path(path).name for path in source.paths]}
-    if source.kind == "hub":
-        config["data"]["source"] = source.model_dump(mode="json")
+    for key in ("cache", "source", "sources", "held_out_source"):
+        config["data"].pop(key, None)
+    config["log"].pop("project", None)
+    if run.data.source is not None:
+        config["data"]["source"] = _told_source(run.data.source)
+    else:
+        config["data"]["sources"] = [
+            {"name": name, "weight": weight, "source": _told_source(source)} for name, source, weight in run.data.named
+        ]
     for key in ("model", "output", "expect", "checkpoints", "log", "evaluation"):
         config.pop(key, None)
     distillation = config["objective"].get("distillation")
     if distillation:
         distillation["teacher"] = Path(distillation["teacher"]).name
     return config
+
+
+def _told_source(source: SourceSection) -> dict[str, Any]:
+    if source.kind == "hub":
+        return source.model_dump(mode="json")
+    return {"kind": source.kind, "names": [Path(path).name for path in source.paths]}
 
 
 def provenance(parts: Parts, losses: dict[str, float], seconds: float) -> dict[str, Any]:

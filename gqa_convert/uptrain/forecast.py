@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gqa_convert.budget.machine import matmul_rate
+from gqa_convert.budget.memory import TrainingSetup, training_memory
 from gqa_convert.budget.shape import shape_of_folder
-from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.model import attention_linears, attention_norms
+from gqa_convert.uptrain.optim import get_optimizer
 
 if TYPE_CHECKING:
     from gqa_convert.uptrain.config import UptrainConfig
 
 REACHED = 0.45
 """Share of a large matrix product's rate that training reaches (SmolLM2-135M on a core of an AMD EPYC: 0.45 to 0.5)."""
-_ACTIVATIONS = 40
-"""Numbers kept for the backward pass, per token and layer, as multiples of the hidden size."""
-_LOGIT_COPIES = 6
-"""Arrays of the size of a chunk's logits that the loss holds at a time, in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,8 @@ class Forecast:
 
     Attributes:
         trained: parameters that change.
-        flops: operations of the whole run: both models' forward passes and the backward pass through the frozen parts.
+        flops: operations of the whole run: both models' forward passes, the backward pass through the frozen parts, and
+            the optimiser's where they are many.
         hours: of training on this machine, evaluation and loading left out.
         memory_bytes: weights of both models, gradients, moments, activations of a micro-batch, logits of a chunk.
     """
@@ -52,24 +52,50 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     import torch
 
     shape, taught = shape_of_folder(source), shape_of_folder(teacher)
-    known = api.load_config(source, trust_remote_code=config.trust_remote_code)
-    model = api.build_on_meta(api.model_class(known, folder=source, trust_remote_code=config.trust_remote_code), known)
+    converted = Source.open(source, trust_remote_code=config.trust_remote_code)
+    model = converted.meta_model
     parts = (*attention_linears(model).values(), *attention_norms(model).values())
-    trained = sum(p.numel() for part in parts for p in part.parameters())
+    shapes = [tuple(p.shape) for part in parts for p in part.parameters()]
+    trained = sum(math.prod(shape) for shape in shapes)
+    optimizer = get_optimizer(config.optimizer.kind)
     context = config.data.context
     backward_and_forward = shape.training_flops_per_token(context) * 2 / 3
     per_token = backward_and_forward + 2 * trained + taught.training_flops_per_token(context) / 3
-    text = known.get_text_config(decoder=True)
-    narrow = config.train.precision != "float32"
-    micro_tokens = config.train.micro_batch * context
-    width, layers = int(getattr(text, "hidden_size", 0)), shape.layers
-    activations = micro_tokens * layers * width * _ACTIVATIONS * (2 if narrow else 4)
-    logits = min(config.objective.loss_chunk, micro_tokens) * int(text.vocab_size) * 4 * _LOGIT_COPIES
-    teacher_bytes = 2 if config.objective.distillation and config.objective.distillation.dtype == "bfloat16" else 4
-    held = 4 * shape.parameters + teacher_bytes * taught.parameters + 12 * trained + activations + logits
-    rate = matmul_rate(torch.bfloat16 if narrow else torch.float32)
-    flops = tokens * per_token
-    return Forecast(trained=trained, flops=flops, hours=flops / (REACHED * rate * processes) / 3600, memory_bytes=held)
+    held = training_memory(shape, training_setup(config, processes=processes, trained=trained), taught)
+    rate = matmul_rate(torch.float32 if config.train.precision == "float32" else torch.bfloat16)
+    steps = tokens / (config.train.batch_sequences * context)
+    shared, repeated = tokens * per_token, steps * optimizer.step_flops(shapes)  # every process steps for itself
+    hours = (shared / processes + repeated) / (REACHED * rate) / 3600
+    return Forecast(trained=trained, flops=shared + repeated, hours=hours, memory_bytes=held.peak)
+
+
+def training_setup(config: UptrainConfig, *, processes: int = 1, trained: int | None = None) -> TrainingSetup:
+    """What of a run its memory depends on; the engine is the expected one, else what so many processes usually have.
+
+    Args:
+        config: the run.
+        processes: that share the work.
+        trained: parameters that change, where that was counted.
+    """
+    train, distillation = config.train, config.objective.distillation
+    engine = config.expect.engine or ("single" if processes == 1 else "ddp")
+    each = train.micro_batch * processes
+    return TrainingSetup(
+        engine=engine,
+        devices=processes,
+        context=config.data.context,
+        micro_batch=train.micro_batch,
+        accumulation=max(1, train.batch_sequences // each),
+        precision=train.precision,
+        parameters=train.parameters,
+        trained=trained,
+        state_bytes=get_optimizer(config.optimizer.kind).state_bytes,
+        checkpointing=train.gradient_checkpointing,
+        chunk=config.objective.loss_chunk,
+        teacher_bytes=2 if distillation and distillation.dtype == "bfloat16" else 4,
+        hidden=bool(distillation and distillation.hidden_weight),
+        step_sync=train.fsdp_sync == "step",
+    )
 
 
 def training_precision() -> str:

@@ -9,78 +9,34 @@ settings chosen for this start; `docs/healing.md` has what was measured.
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gqa_convert.checkpoint.staging import check_output, staged_output
-from gqa_convert.checkpoint.writer import write_text
-from gqa_convert.conversion.recipe import SELF
-from gqa_convert.data.reading import DEMO
-from gqa_convert.errors import OutputError, UsageError
+from gqa_convert.errors import UsageError
+from gqa_convert.uptrain.heal_folder import Tell, heal_folder, is_main, settled
+from gqa_convert.uptrain.heal_settings import HealOptions, heal_rate, heal_settings, processes
 
 if TYPE_CHECKING:
     from gqa_convert.conversion.plan import ConvertPlan
-    from gqa_convert.uptrain.config import UptrainConfig
     from gqa_convert.uptrain.forecast import Forecast
     from gqa_convert.uptrain.loop import UptrainResult
 
-Tell = Callable[[str], None]
-
-CONTEXT = 512
-"""Tokens of a sequence, where the model reads as many."""
-BATCH_TOKENS = 1024
-PEAK = 6e-4
-"""Peak learning rate."""
-OWN_TOKENS = 131_072
-"""Most tokens that the original writes; they are then met more than once."""
-FULL_WIDTH = 1024
-"""Above this hidden size the learning rate falls with the square root of the width, as that of the refit does."""
-_SETTINGS = "heal.json"
-_RUN = "uptrain.json"
-_OWN_TEXT = "original-wrote.jsonl"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HealOptions:
-    """How a converted model is healed.
-
-    Raises:
-        UsageError: for values that mean nothing.
-    """
-
-    text: str = SELF
-    """A file, a folder, a hub dataset, `demo` (this Python's own modules), or `self`: the original writes it."""
-    held_out: str | None = None
-    """Text to measure on; by default a fiftieth of the documents of `text`, which is then not trained on."""
-    tokens: int = 500_000
-    """Tokens to train on at most."""
-    until: float | None = None
-    """Stop as soon as the held-out loss is within so many nats per token of the original's."""
-    rate: float | None = None
-    """Peak learning rate; None for a rule by width."""
-    context: int | None = None
-    """Tokens of a sequence; None for 512, or what the model reads."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.tokens < 1:
-            problems.append(f"tokens={self.tokens}: must be at least 1")
-        if self.until is not None and self.until <= 0:
-            problems.append(f"until={self.until}: must be above 0")
-        if self.rate is not None and not 0 < self.rate < 1:
-            problems.append(f"rate={self.rate}: must lie between 0 and 1")
-        if self.context is not None and self.context < 2:
-            problems.append(f"context={self.context}: must be at least 2")
-        if problems:
-            raise UsageError(f"heal: {'; '.join(problems)}.")
+__all__ = [
+    "HealOptions",
+    "HealResult",
+    "convert_and_heal",
+    "foreseen",
+    "heal",
+    "heal_rate",
+    "heal_settings",
+    "is_main",
+    "told",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +203,14 @@ def _is_there(planned: ConvertPlan) -> bool:
     return True
 
 
+def _publish(result: UptrainResult, target: Path, source: Path, force: bool) -> None:
+    if not is_main():
+        return
+    needed = sum(path.stat().st_size for path in result.folder.rglob("*") if path.is_file())
+    with staged_output(target, force=force, source=source, needed_bytes=needed) as stage:
+        shutil.copytree(result.folder, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+
+
 def foreseen(
     converted: str | Path, original: str | Path, options: HealOptions, *, trust_remote_code: bool = False
 ) -> Forecast:
@@ -265,186 +229,9 @@ def foreseen(
     return forecast(config, source, teacher, tokens=options.tokens, processes=processes())
 
 
-@contextmanager
-def heal_folder(target: Path, work: str | Path | None) -> Iterator[Path]:
-    """Yield the folder of the run: the user's, kept, or one beside the target that is removed when all went well."""
-    folder = target.absolute().with_name(f".{target.name}.heal") if work is None else Path(work).expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    yield folder
-    if work is None and is_main():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def is_main() -> bool:
-    """Whether this is the first process of a launcher's, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def processes() -> int:
-    """How many processes a launcher started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def told(cost: Forecast) -> str:
     """A forecast in one line."""
     return (
         f"{cost.trained:,} parameters are trained; {cost.flops:.2g} operations, about {cost.hours:.2g} hours on this "
         f"machine, {cost.memory_bytes / 1e9:.1f} GB of memory"
     )
-
-
-def _publish(result: UptrainResult, target: Path, source: Path, force: bool) -> None:
-    if not is_main():
-        return
-    needed = sum(path.stat().st_size for path in result.folder.rglob("*") if path.is_file())
-    with staged_output(target, force=force, source=source, needed_bytes=needed) as stage:
-        shutil.copytree(result.folder, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
-
-
-def settled(
-    options: HealOptions,
-    source: Path,
-    teacher: Path,
-    folder: Path,
-    *,
-    trust_remote_code: bool = False,
-    tell: Tell | None = None,
-) -> UptrainConfig:
-    """The uptraining that these options come to; an interrupted run's own, if `folder` holds one.
-
-    Raises:
-        UsageError: if `folder` holds a run with other options or models.
-    """
-    from gqa_convert.uptrain.read_config import load_config, parse_config
-
-    say = tell or (lambda _: None)
-    wanted = {"options": asdict(options), "converted": str(source.resolve()), "original": str(teacher.resolve())}
-    kept = folder / _SETTINGS
-    while not is_main() and not kept.is_file():
-        time.sleep(1.0)  # the first process writes it, perhaps after the original has written its text
-    if kept.is_file():
-        before = json.loads(kept.read_text(encoding="utf-8"))
-        changed = [name for name, value in wanted.items() if before.get(name) != value]
-        if changed:
-            raise UsageError(
-                f"{folder}: holds an interrupted healing with other {' and '.join(changed)}. Give the same ones, "
-                "another --work, or remove the folder."
-            )
-        return load_config(folder / _RUN)
-    if options.text == SELF and is_main():
-        write_own_text(options, teacher, folder / _OWN_TEXT, trust_remote_code=trust_remote_code, tell=say)
-    values = heal_settings(options, source, teacher, folder, trust_remote_code=trust_remote_code)
-    config = parse_config(values, where="heal")
-    if is_main():
-        _write_whole(folder / _RUN, json.dumps(values, indent=1) + "\n")
-        _write_whole(kept, json.dumps(wanted, indent=1) + "\n")
-    return config
-
-
-def heal_settings(
-    options: HealOptions, source: Path, teacher: Path, folder: Path, *, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """The uptraining as `gqa uptrain` would read it from a file."""
-    from gqa_convert.hf import api
-    from gqa_convert.hf.loading import max_positions
-    from gqa_convert.uptrain.forecast import training_precision
-
-    model = api.load_config(source, trust_remote_code=trust_remote_code)
-    text = model.get_text_config(decoder=True)
-    longest = max_positions(model)
-    context = options.context or min(CONTEXT, longest or CONTEXT)
-    encodes = bool(getattr(model, "is_encoder_decoder", False))
-    sequences = max(1, BATCH_TOKENS // context)
-    batch_tokens = sequences * context
-    tokens = max(options.tokens, batch_tokens)
-    data: dict[str, Any] = {"source": _source(options.text, folder), "context": context}
-    if options.held_out is None:
-        data["held_out_fraction"] = 0.02
-    else:
-        data["held_out_source"] = _source(options.held_out, folder, held_out=True)
-    return {
-        "model": str(source),
-        "output": str(folder / "run"),
-        "budget": {"tokens": tokens},
-        "data": data,
-        "objective": {
-            "kind": "span_corruption" if encodes else "causal_lm",
-            "distillation": {"teacher": str(teacher)},
-            "loss_chunk": 512,
-        },
-        "schedule": {
-            "kind": "cosine",
-            "peak": options.rate or heal_rate(int(getattr(text, "hidden_size", FULL_WIDTH))),
-            "final_fraction": 0.0,
-            "warmup_fraction": 0.1,
-        },
-        "train": {
-            "batch_sequences": sequences,
-            "micro_batch": sequences,
-            "precision": training_precision(),
-            "parameters": "attention",
-            "dropout": 0.0,
-            "seed": options.seed,
-        },
-        "checkpoints": {"every_minutes": 10.0},
-        "evaluation": {
-            "every_tokens": max(batch_tokens, tokens // 10),
-            "tokens": 8192,
-            "target": options.until,
-        },
-        "trust_remote_code": trust_remote_code,
-    }
-
-
-def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[str, Any]:
-    """What the uptraining is told of a text: `self` and `demo` are read from where they are."""
-    if text == SELF:
-        return {"kind": "jsonl", "paths": [str(folder / _OWN_TEXT)]}
-    if text == DEMO and not Path(text).exists():
-        which = "held_out_texts" if held_out else "training_texts"
-        return {"kind": "python", "paths": [f"gqa_convert.data.stdlib:{which}"]}
-    return text
-
-
-def heal_rate(width: int) -> float:
-    """Peak learning rate for a model of this hidden size."""
-    return PEAK * min(1.0, math.sqrt(FULL_WIDTH / width))
-
-
-def write_own_text(options: HealOptions, teacher: Path, path: Path, *, trust_remote_code: bool, tell: Tell) -> None:
-    """Let the original write the text, as many tokens as are trained on but at most `OWN_TOKENS`, one window a line.
-
-    Raises:
-        UnsupportedModelError: for an encoder-decoder, which answers and does not begin.
-        CheckpointError: if its tokenizer cannot be loaded.
-    """
-    if path.is_file():
-        return
-    from gqa_convert.calibrate.self_text import self_tokens
-    from gqa_convert.hf.loading import Source, max_positions
-
-    source = Source.open(teacher, trust_remote_code=trust_remote_code)
-    length = options.context or min(CONTEXT, max_positions(source.config) or CONTEXT)
-    count = max(64, min(options.tokens, OWN_TOKENS) // length)
-    tell(f"the original writes {count * length:,} tokens to be healed on")
-    ids_NT = self_tokens(source, sequences=count, length=length, seed=options.seed)
-    tokenizer = source.tokenizer()
-    texts = tokenizer.batch_decode(ids_NT[:, 1:])
-    _write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is whole under its name or not there."""
-    beside = path.with_name(f"{path.name}.part")
-    try:
-        write_text(beside, text)
-        beside.replace(path)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> OutputError:
-    return OutputError(f"{folder}: cannot be written to ({error.strerror or error}). Choose another --work.")

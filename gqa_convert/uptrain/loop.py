@@ -88,7 +88,7 @@ class _Run:
         self._saved_step = -1
 
     def go(self) -> UptrainResult:
-        self.display.tell(
+        self.display.say(
             f"engine {self.engine.name}, {self.engine.processes} processes, {self.engine.device}; "
             f"{self.plan.horizon.steps:,} steps"
         )
@@ -101,7 +101,7 @@ class _Run:
         self.parts = build(
             self.plan,
             self.engine,
-            tell=self.display.tell,
+            tell=self.display.say,
             data_state=state["data"] if state else None,
             stopped=lambda: bool(self.stop),
         )
@@ -142,7 +142,7 @@ class _Run:
             return None
         if wanted != "auto":
             return open_checkpoint(Path(wanted), fault=unusable)
-        return self.store.newest(self.display.tell, fault=unusable)
+        return self.store.newest(self.display.say, fault=unusable)
 
     def _resume(self, saved: SavedCheckpoint, state: dict[str, Any]) -> None:
         load_training_state(saved.folder, self.parts.model, self.parts.optimizer)
@@ -151,7 +151,7 @@ class _Run:
         self._saved_step = self.step
         self.recorder.rewind(self.step)
         self.recorder.event(self.step, "resumed", processes=self.engine.processes, engine=self.engine.name)
-        self.display.tell(f"going on after step {self.step:,} from {saved.folder.name}")
+        self.display.say(f"going on after step {self.step:,} from {saved.folder.name}")
 
     def _start(self) -> None:
         self.recorder.rewind(-1)
@@ -159,10 +159,11 @@ class _Run:
         if reference is None and self.parts.teacher is not None:
             reference = self.parts.teacher.model
         if reference is not None:
-            self.losses["reference"] = evaluate_plain(
-                reference, self.parts.data, self.engine, micro=self.config.train.micro_batch
-            )
-            self.display.tell(f"held-out loss of the original: {self.losses['reference']:.4f}")
+            scored = evaluate_plain(reference, self.parts.data, self.engine, micro=self.config.train.micro_batch)
+            self.losses["reference"] = scored["loss"]
+            named = {name: loss for name, loss in scored.items() if name.startswith("loss/")}
+            self.losses |= {name.replace("loss/", "reference/"): loss for name, loss in named.items()}
+            self.display.say(f"held-out loss of the original: {self.losses['reference']:.4f}")
         del reference
         self.losses["before"] = self._evaluate()
         self._compare(self.losses["before"])
@@ -177,7 +178,9 @@ class _Run:
             micro=self.config.train.micro_batch,
             teacher=self.parts.teacher,
         )
-        self.recorder.evaluation(self.step, losses, self.losses.get("reference"))
+        self.recorder.evaluation(
+            self.step, losses, {name: loss for name, loss in self.losses.items() if name.startswith("reference")}
+        )
         return losses["loss"]
 
     def _train(self) -> None:
@@ -202,7 +205,7 @@ class _Run:
         if target is not None and reference is not None and loss - reference <= target:
             self.losses[_REACHED] = loss
             self.recorder.event(self.step, "target met", loss=loss, reference=reference)
-            self.display.tell(f"step {self.step:,}: within {target:g} nats per token of the original: the end")
+            self.display.say(f"step {self.step:,}: within {target:g} nats per token of the original: the end")
 
     def _evaluation_due(self) -> bool:
         settings, batch = self.config.evaluation, self.plan.horizon.batch_tokens
@@ -239,7 +242,7 @@ class _Run:
             self.store.abandon(self.step)
         self._failed_saves += 1
         self.recorder.event(self.step, "save failed", reason=str(problem))
-        self.display.tell(f"step {self.step:,}: the checkpoint could not be saved ({problem}); going on without")
+        self.display.say(f"step {self.step:,}: the checkpoint could not be saved ({problem}); going on without")
         if required or self._failed_saves > self.config.checkpoints.failures_allowed:
             cause = problem if isinstance(problem, OSError) else OSError(str(problem))
             raise disk_problem(cause, self.store.folder)

@@ -65,11 +65,11 @@ class ScoredModel(nn.Module):
         skips_head: whether logits are computed chunk by chunk here instead of by the model's own output layer.
     """
 
-    def __init__(self, model: Any, spec: LossSpec) -> None:
+    def __init__(self, model: Any, spec: LossSpec, *, skips_head: bool | None = None) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
-        self.skips_head = can_skip_head(model)
+        self.skips_head = can_skip_head(model) if skips_head is None else skips_head
         # Engines that shard a model ask it which of its layers belong together.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
         self.config = model.config
@@ -247,11 +247,11 @@ def probe_inputs(model: Any, rows: int, length: int, *, restart: int | None) -> 
 
 
 class Teacher:
-    """The original model, frozen. It is kept out of the module tree, so no engine shards, syncs or saves it."""
+    """The original model, frozen. It is kept out of the module tree, so no engine syncs or saves it."""
 
-    def __init__(self, model: Any, *, layers: bool) -> None:
+    def __init__(self, model: Any, *, layers: bool, skips_head: bool | None = None) -> None:
         self._model = model.requires_grad_(False).eval()
-        self._skip = can_skip_head(model)
+        self._skip = can_skip_head(model) if skips_head is None else skips_head
         self._layers = layers
         self._flat = is_flash(model)
 

@@ -71,34 +71,39 @@ def score_logits(
     """
     valid_N = labels_N != IGNORE
     safe_N1 = labels_N.clamp_min(0)[:, None]
-    lse_N = logits_NV.logsumexp(-1)
-    ce = ((lse_N - logits_NV.gather(-1, safe_N1)[:, 0]) * valid_N).sum()
+    log_s_NV = logits_NV.log_softmax(-1)
+    ce = -(log_s_NV.gather(-1, safe_N1)[:, 0] * valid_N).sum()
     gradient = None
     if with_gradient and spec.ce_weight:
-        gradient = (logits_NV - lse_N[:, None]).exp_()
+        gradient = log_s_NV.exp()
         gradient.scatter_add_(-1, safe_N1, gradient.new_full(safe_N1.shape, -1.0))
         gradient *= (spec.ce_weight * valid_N)[:, None]
     kl = ce.new_zeros(())
     if teacher_NV is not None and spec.kl_weight:
-        kl, by_kl = _distil(logits_NV, valid_N, teacher_NV, spec, with_gradient=with_gradient)
+        if spec.temperature != 1.0:
+            log_s_NV = (logits_NV / spec.temperature).log_softmax(-1)
+            teacher_NV = teacher_NV / spec.temperature
+        kl, by_kl = _distil(log_s_NV, valid_N, teacher_NV, spec, with_gradient=with_gradient)
         if by_kl is not None:
             gradient = by_kl if gradient is None else gradient.add_(by_kl)
     return ce, kl, gradient
 
 
 def _distil(
-    logits_NV: Tensor, valid_N: Tensor, teacher_NV: Tensor, spec: LossSpec, *, with_gradient: bool
+    log_s_NV: Tensor, valid_N: Tensor, teacher_NV: Tensor, spec: LossSpec, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """KL and its gradient; `log_s_NV` and the teacher's logits are already divided by the temperature.
+
+    `log_s_NV` becomes the gradient: memory of this size costs more to get than to fill.
+    """
     heat = spec.temperature
-    log_s_NV = (logits_NV / heat).log_softmax(-1)
     if spec.top_k is None:
-        log_t = (teacher_NV / heat).log_softmax(-1)
-        index, picked = None, log_s_NV
+        log_t, index, picked = teacher_NV.log_softmax(-1), None, log_s_NV
     else:
-        top, index = (teacher_NV / heat).topk(min(spec.top_k, teacher_NV.shape[-1]), dim=-1)
+        top, index = teacher_NV.topk(min(spec.top_k, teacher_NV.shape[-1]), dim=-1)
         log_t, picked = top.log_softmax(-1), log_s_NV.gather(-1, index)
     t = log_t.exp()
-    kl = ((t * (log_t - picked)).sum(-1) * valid_N).sum() * heat**2
+    kl = (torch.linalg.vecdot(t, log_t.sub_(picked)) * valid_N).sum() * heat**2
     if not with_gradient:
         return kl, None
     gradient = log_s_NV.exp_()

@@ -6,15 +6,20 @@ training loop read the rows: a new optimiser is one more call of `register` belo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from gqa_convert.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from gqa_convert.uptrain.config import OptimizerSection
+
+BY_ADAMW = "by_adamw"
+"""Key of a group of parameters that Muon is not meant for."""
 
 ParameterGroups = list[dict[str, Any]]
 """Groups of parameters as torch's optimisers take them: `params`, `weight_decay`."""
@@ -28,12 +33,17 @@ class Optimizer:
         name: `optimizer.kind` of the configuration.
         make: makes it over groups of parameters; the learning rate is set before every step.
         state_bytes: bytes of state for each trained parameter, in training checkpoints and memory.
+        step_flops: operations of one step over parameters of these shapes, where they are worth counting.
+        inner_matrices: it is meant for matrices inside the model; `make` gets the others in groups of their own, marked
+            `BY_ADAMW`.
         whole_matrices: it looks at whole matrices, so that ZeRO-3, which cuts them up, cannot use it.
     """
 
     name: str
     make: Callable[[ParameterGroups, OptimizerSection], torch.optim.Optimizer]
     state_bytes: int
+    step_flops: Callable[[Iterable[tuple[int, ...]]], float] = lambda shapes: 0.0
+    inner_matrices: bool = False
     whole_matrices: bool = False
 
 
@@ -65,12 +75,30 @@ def get_optimizer(name: str) -> Optimizer:
 
 def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
     """Make the optimiser over the parameters that require gradients; vectors (norms, biases) are not decayed."""
+    row = get_optimizer(settings.kind)
     trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
     groups: ParameterGroups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return get_optimizer(settings.kind).make([group for group in groups if group["params"]], settings)
+    if row.inner_matrices:
+        outer = _vocabulary_weights(model)
+        inner = [p for p in matrices if p.ndim == 2 and id(p) not in outer]
+        rest = {"params": [p for p in matrices if p.ndim > 2 or id(p) in outer], "weight_decay": settings.weight_decay}
+        groups = [{**groups[0], "params": inner}, {**rest, BY_ADAMW: True}, {**groups[1], BY_ADAMW: True}]
+    return row.make([group for group in groups if group["params"]], settings)
+
+
+def _vocabulary_weights(model: nn.Module) -> set[int]:
+    """Ids of the embeddings and of the output matrix."""
+    from torch import nn
+
+    held = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in model.modules():
+        output = getattr(module, "get_output_embeddings", lambda: None)()
+        held += [output] if isinstance(output, nn.Linear) else []  # type: ignore[list-item]
+    return {id(module.weight) for module in held}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -95,6 +123,26 @@ def _adafactor(groups: ParameterGroups, settings: OptimizerSection) -> torch.opt
     return optimizer
 
 
-# AdamW keeps two float32 moments; Adafactor the sums of rows and columns, which come to almost nothing.
+def _muon(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Optimizer:
+    """Matrices inside the model by Muon, everything else by AdamW, at the same learning rate."""
+    import torch
+
+    if not hasattr(torch.optim, "Muon"):
+        raise UsageError(f"optimizer.kind=muon: needs torch 2.9 or newer, and {torch.__version__} is installed.")
+    from gqa_convert.uptrain.muon import MuonWithAdamW
+
+    return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps)
+
+
+def _muon_flops(shapes: Iterable[tuple[int, ...]]) -> float:
+    """Five rounds of three products for every matrix: two with its narrow side squared, one with it cubed."""
+    sides = [sorted(shape) for shape in shapes if len(shape) == 2]
+    return float(sum(5 * 2 * (2 * narrow**2 * wide + narrow**3) for narrow, wide in sides))
+
+
+# AdamW keeps two float32 moments; Adafactor the sums of rows and columns, almost nothing; Muon the momentum.
 register(Optimizer(name="adamw", make=_adamw, state_bytes=8))
 register(Optimizer(name="adafactor", make=_adafactor, state_bytes=0, whole_matrices=True))
+register(
+    Optimizer(name="muon", make=_muon, state_bytes=4, step_flops=_muon_flops, inner_matrices=True, whole_matrices=True)
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from gqa_convert.anatomy.filling import check_loads
 from gqa_convert.budget.arithmetic import Budget, Horizon, budget, budget_rows, horizon
 from gqa_convert.budget.counts import format_count
+from gqa_convert.budget.memory import TrainingMemory, memory_rows, training_memory
 from gqa_convert.budget.shape import ModelShape, known_model, shape_of_folder
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.documents import open_corpus
@@ -32,6 +34,7 @@ class UptrainPlan:
         budget: what they cost.
         schedule: the learning rate by tokens.
         teacher: the original's folder, when distilling.
+        memory: of each device; None where the model's sizes are not known.
     """
 
     config: UptrainConfig
@@ -41,6 +44,7 @@ class UptrainPlan:
     budget: Budget
     schedule: Schedule
     teacher: Path | None
+    memory: TrainingMemory | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -48,6 +52,7 @@ class UptrainPlan:
             "config": self.config.model_dump(mode="json"),
             "parameters": self.shape.parameters,
             "budget": self.budget.to_json(),
+            "memory": None if self.memory is None else self.memory.to_json(),
             "learning_rates": {str(tokens): rate for tokens, rate in self.rates()},
         }
 
@@ -71,17 +76,17 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
         raise UsageError(f"output={config.output}: must lie apart from the model folder {config.model}.")
     shape = shape_of_folder(source)
     check_loads(Source.open(source, trust_remote_code=config.trust_remote_code))
-    if config.data.source.kind not in ("hub", "python"):
-        open_corpus_of(config)
+    open_corpus_of(config)
     chosen_trackers(config.log)
     length = resolve_horizon(config)
     distillation = config.objective.distillation
     teacher = resolve_model(distillation.teacher) if distillation else None
+    taught = shape_of_folder(teacher) if teacher else None
     price = budget(
         shape,
         length,
         context=config.data.context,
-        teacher=shape_of_folder(teacher) if teacher else None,
+        teacher=taught,
         state_bytes_per_parameter=get_optimizer(config.optimizer.kind).state_bytes,
     )
     return UptrainPlan(
@@ -92,16 +97,39 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
         budget=price,
         schedule=Schedule(config.schedule, length.tokens, length.batch_tokens),
         teacher=teacher,
+        memory=_memory(config, shape, taught),
     )
 
 
+def _memory(config: UptrainConfig, shape: ModelShape, teacher: ModelShape | None) -> TrainingMemory | None:
+    from gqa_convert.uptrain.forecast import training_setup
+
+    processes = config.expect.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    if not shape.hidden_size or not shape.vocab_size:
+        return None
+    return training_memory(shape, training_setup(config, processes=processes), teacher)
+
+
+def device_memory() -> int | None:
+    """Bytes of this machine's device: of its first GPU, else what its memory has free."""
+    import torch
+
+    from gqa_convert.budget.machine import free_memory
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return free_memory()
+
+
 def open_corpus_of(config: UptrainConfig) -> None:
-    """Make sure that the sources are there."""
+    """Make sure that the sources on this machine are there."""
     from gqa_convert.uptrain.corpus import source_spec
 
-    open_corpus(source_spec(config.data.source))
-    if config.data.held_out_source is not None and config.data.held_out_source.kind != "hub":
-        open_corpus(source_spec(config.data.held_out_source))
+    sections = [section for _, section, _ in config.data.named]
+    sections += [section for section in (config.data.held_out_source, *config.evaluation.sets.values()) if section]
+    for section in sections:
+        if section.kind not in ("hub", "python"):
+            open_corpus(source_spec(section))
 
 
 def resolve_horizon(config: UptrainConfig) -> Horizon:
@@ -125,16 +153,16 @@ def resolve_horizon(config: UptrainConfig) -> Horizon:
 def plan_rows(plan: UptrainPlan) -> list[tuple[str, str]]:
     """The plan as label and value, for a table."""
     config = plan.config
-    source = config.data.source
     rows = [
         ("model", f"{config.model} ({plan.shape.parameters:,} parameters)"),
         ("output", config.output),
         *budget_rows(plan.budget),
+        *([] if plan.memory is None else memory_rows(plan.memory, device_memory())),
         (
             "batch",
             f"{config.train.batch_sequences:,} sequences of {config.data.context:,} tokens, any number of devices",
         ),
-        ("data", f"{source.kind} {', '.join(source.paths)}" + (", streaming" if config.data.streaming else "")),
+        ("data", _sources(config) + (", streaming" if config.data.streaming else "")),
         (
             "documents",
             "kept apart (positions restart, no attention across)" if config.separate_documents else "packed together",
@@ -158,6 +186,17 @@ def plan_rows(plan: UptrainPlan) -> list[tuple[str, str]]:
     return rows
 
 
+def _sources(config: UptrainConfig) -> str:
+    named = config.data.named
+    places = [f"{source.kind} {', '.join(source.paths)}" for _, source, _ in named]
+    if len(named) == 1:
+        return places[0]
+    whole = sum(weight for _, _, weight in named)
+    return "; ".join(
+        f"{weight / whole:.4g} {name} ({place})" for (name, _, weight), place in zip(named, places, strict=True)
+    )
+
+
 def _held_out(config: UptrainConfig) -> str:
     amount = "all" if config.evaluation.tokens is None else f"{format_count(config.evaluation.tokens)} tokens at most"
     apart = config.data.held_out_source
@@ -166,7 +205,8 @@ def _held_out(config: UptrainConfig) -> str:
     between = [f"every {format_count(every)} tokens"] if every else []
     between += [f"at {', '.join(map(format_count, at))} tokens"] if at else []
     when = ", ".join(["start", *between, "end"])
-    return f"{where}; {amount}; scored at {when}"
+    more = f"; also {', '.join(config.evaluation.sets)}" if config.evaluation.sets else ""
+    return f"{where}{more}; {amount}; scored at {when}"
 
 
 def _objective(config: UptrainConfig) -> str:

@@ -2,73 +2,28 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from gqa_convert.console import plain_console
-from gqa_convert.progress import Pace
+from gqa_convert.progress import Counter
 
 
-class Display:
+class Display(Counter):
     """Progress of a run on standard error. Only the main process has one that speaks."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._console = plain_console(stderr=True, soft_wrap=True, highlight=False)
-        self._progress: Progress | None = None
-        self._task: Any = None
-        self._pace = Pace(at_once=True)
-        self._total = 0
+        self._values: dict[str, float] = {}
+        super().__init__("uptraining", quiet=quiet, elapsed=True, at_once=True, line=self._step_line)
 
-    def tell(self, text: str) -> None:
-        """Say something once."""
-        if not self._quiet:
-            (self._progress.console if self._progress else self._console).print(text, markup=False)
-
-    def start(self, total: int, done: int) -> None:
-        """Begin counting steps."""
-        self._total = total
-        if self._quiet or not self._console.is_terminal:
-            return
-        columns = (
-            TextColumn("uptraining"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}", markup=False),
-        )
-        self._progress = Progress(*columns, console=self._console, transient=True)
-        self._progress.start()
-        self._task = self._progress.add_task("steps", total=total, completed=done, numbers="")
+    def __enter__(self) -> Display:
+        return self  # the bar comes with the first step, after what is said while the run is built
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Show a finished step."""
-        if self._quiet:
-            return
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, numbers=numbers(values))
-            return
-        if self._pace.due() or step == self._total:
-            rate = values.get("tokens_per_second")
-            left = values["tokens_left"] / rate if rate else 0.0
-            self.tell(f"step {step:,} of {self._total:,}: {numbers(values)}, {_duration(left)} left")
+        self._values = values
+        self.reach(step, numbers(values), last=True)
 
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+    def _step_line(self, _: str, step: int, steps: int) -> str:
+        rate = self._values.get("tokens_per_second")
+        left = self._values["tokens_left"] / rate if rate else 0.0
+        return f"step {step:,} of {steps:,}: {numbers(self._values)}, {_duration(left)} left"
 
 
 def numbers(values: dict[str, float]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +41,7 @@ class Recorder:
             project=log.project,
             resumed=resumed,
             settings=flat_config(parts.plan.config.model_dump(mode="json")),
-            tell=display.tell,
+            tell=display.say,
         )
 
     def rewind(self, step: int) -> None:
@@ -66,21 +68,30 @@ class Recorder:
         }
         if self._peak:
             values["mfu"] = rate * self._flops / self._peak
+        values["peak_memory_bytes"] = peak_memory(self._parts.engine.device)
         if not result.taken:
             values["skipped"] = 1
-            self._display.tell(f"step {step:,}: skipped as a spike (loss {result.loss:.3g}, norm {result.norm:.3g})")
+            self._display.say(f"step {step:,}: skipped as a spike (loss {result.loss:.3g}, norm {result.norm:.3g})")
         self._write("train", step, values)
         left = (plan.horizon.steps - step) * plan.horizon.batch_tokens
         self._display.step(step, {**values, "tokens_left": left})
 
-    def evaluation(self, step: int, losses: dict[str, float], reference: float | None) -> None:
-        """Record a held-out loss."""
+    def evaluation(self, step: int, losses: dict[str, float], reference: dict[str, float]) -> None:
+        """Record a held-out loss, and those of single sets.
+
+        Args:
+            step: after which it was measured.
+            losses: see `gqa_convert.uptrain.evaluation.evaluate`.
+            reference: the original's, as `reference` and `reference/NAME`.
+        """
         values = {f"held_out_{name}": value for name, value in losses.items()}
-        if reference is not None:
-            values["reference_loss"] = reference
+        values |= {name.replace("reference", "reference_loss", 1): loss for name, loss in reference.items()}
         self._write("evaluation", step, values)
-        beside = "" if reference is None else f" (the original's: {reference:.4f})"
-        self._display.tell(f"step {step:,}: held-out loss {losses['loss']:.4f}{beside}")
+        self._display.say(f"step {step:,}: held-out loss {_beside(losses['loss'], reference.get('reference'))}")
+        for name, loss in losses.items():
+            if name.startswith("loss/"):
+                one = name.removeprefix("loss/")
+                self._display.say(f"  {one}: {_beside(loss, reference.get(f'reference/{one}'))}")
 
     def event(self, step: int, what: str, **values: Any) -> None:
         """Record that something happened."""
@@ -119,3 +130,15 @@ class Recorder:
     def close(self) -> None:
         """Flush the trackers."""
         self._trackers.close()
+
+
+def _beside(loss: float, reference: float | None) -> str:
+    return f"{loss:.4f}" if reference is None else f"{loss:.4f} (the original's: {reference:.4f})"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of tensors on a GPU, of everything on a processor."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -23,6 +23,9 @@ def identity(plan: UptrainPlan, weights: str) -> dict[str, Any]:
     """
     config = plan.config
     data = config.data.model_dump(mode="json", exclude={"cache", "held_out_source"})
+    for name, default in _NEWER.items():  # an older version's checkpoints know no such setting
+        if data[name] == default:
+            del data[name]
     return {
         "parameters": plan.shape.parameters,
         "model_weights": weights,
@@ -33,6 +36,9 @@ def identity(plan: UptrainPlan, weights: str) -> dict[str, Any]:
         "seed": config.train.seed,
         "trains": config.train.parameters,
     }
+
+
+_NEWER: dict[str, Any] = {"loss_on": "assistant", "packing": "auto", "sources": []}
 
 
 def checkpoint_state(

@@ -6,6 +6,7 @@ to be trained, and stop or hang where one never comes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,18 @@ def freeze_unreached(scored: ScoredModel, tell: Callable[[str], None]) -> list[s
         more = f" and {len(frozen) - _NAMED} more" if len(frozen) > _NAMED else ""
         tell(f"not trained, since text does not reach them: {shown}{more}")
     return frozen
+
+
+def freeze_modules(scored: nn.Module, names: list[str]) -> None:
+    """Freeze the modules that a model of the same kind, of fewer layers, has been found not to reach.
+
+    Of a layer's modules those of the same name in every layer are meant, the layers being alike.
+    """
+    for name in names:
+        pattern = re.compile(re.sub(r"(^|\\\.)\d+(?=\\\.|$)", r"\1\\d+", re.escape(name)))
+        for path, module in scored.named_modules():
+            if pattern.fullmatch(path):
+                module.requires_grad_(False)
 
 
 @torch.enable_grad()

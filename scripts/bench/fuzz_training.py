@@ -19,17 +19,14 @@ import contextlib
 import faulthandler
 import json
 import os
-import platform
 import random
 import shutil
 import signal
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +36,7 @@ import torch
 import transformers
 import yaml
 from damage_training import BASES, SAME_WEIGHTS, mutate
+from fuzzing import loop
 from tiny_run import make_model, make_text
 from warm import import_all, in_fork
 
@@ -96,10 +94,10 @@ def _train_in(folder: Path) -> Any:
 
 
 def _half(base: Path, shards: bool) -> list[str]:
-    from gqa_convert.uptrain import loop
+    from gqa_convert.uptrain import loop as training
 
     os.chdir(base)
-    patched: Any = loop
+    patched: Any = training
     real = patched.train_step
     patched.train_step = lambda parts, guards, at, **rest: real(parts, guards, at, **{**rest, "stop": at + 1 == 4})
     if shards:
@@ -181,7 +179,7 @@ def judge(bases: Path, work: Path, seed: int, number: int) -> dict[str, Any]:
     return result
 
 
-def summarise(results: list[dict[str, Any]], options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+def summarise(results: list[loop.Case], options: argparse.Namespace, seconds: float) -> loop.Case:
     """Counts by kind of fault, by kind of damage and by exit code."""
     codes: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for result in results:
@@ -191,54 +189,29 @@ def summarise(results: list[dict[str, Any]], options: argparse.Namespace, second
         "what": "damaged configurations, text, tokens, models and checkpoints of tiny runs, each in a fork",
         "command": "python scripts/bench/fuzz_training.py "
         f"--first {options.first} --cases {len(results)} --seed {options.seed}",
-        "cases": len(results),
         "seed": options.seed,
-        "faults": {kind: sum(any(f.startswith(kind) for f in r["faults"]) for r in results) for kind in KINDS},
-        "cases_with_a_fault": sum(bool(r["faults"]) for r in results),
+        **loop.faults_of(results, KINDS),
         "exit_codes": dict(sorted(everywhere.items())),
-        "exit_codes_by_damage": {kind: dict(sorted(found.items())) for kind, found in sorted(codes.items())},
-        "bases": dict(sorted(collections.Counter(r["base"] for r in results).items())),
+        "exit_codes_by_damage": {kind: dict(sorted(counts.items())) for kind, counts in sorted(codes.items())},
         "slowest_s": max(r["seconds"] for r in results),
         "largest_peak_mb": max(r["peak_mb"] for r in results),
-        "wall_s": round(seconds, 1),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("gqa-convert", "torch", "transformers", "accelerate", "datasets")},
-        },
+        **loop.described(seconds, "gqa-convert", "torch", "transformers", "accelerate", "datasets"),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--case", type=int, help="run this one alone and print everything")
-    parser.add_argument("--seconds", type=float, help="stop after about so long, whatever is left")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = loop.parser(__doc__, cases=100).parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    numbers = range(options.first, options.first + options.cases) if options.case is None else [options.case]
     with tempfile.TemporaryDirectory(prefix="fuzz-training-") as name:
         bases = Path(name) / "bases"
         import_all(["gqa_convert.uptrain.loop", "gqa_convert.cli.main", "accelerate", "datasets"])
         import_all(make_bases(bases))
-        started, results = time.monotonic(), []
-        for number in numbers:
-            result = judge(bases, Path(name) / "case", options.seed, number)
-            results.append(result)
-            if result["faults"] or options.case is not None:
-                print(json.dumps(result), flush=True)
-            if options.seconds and time.monotonic() - started > options.seconds:
-                break
-        summary = summarise(results, options, time.monotonic() - started)
-    text = json.dumps(summary, indent=2)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
-    sys.exit(1 if summary["cases_with_a_fault"] else 0)
+        results, seconds = loop.run_cases(
+            options, lambda number: judge(bases, Path(name) / "case", options.seed, number)
+        )
+        summary = summarise(results, options, seconds)
+    loop.finish(summary, options.out)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,16 @@ WORDS = [
 ]  # fmt: skip
 
 
-def make_model(folder: Path, *, kv_heads: int = 2, seed: int = 0) -> Path:
-    """Write a Llama of 15,000 parameters that looks converted, with a word tokenizer."""
+def make_model(folder: Path, *, kv_heads: int = 2, seed: int = 0, sharpness: float = 1.0, **config: Any) -> Path:
+    """Write a Llama of 15,000 parameters that looks converted, with a word tokenizer.
+
+    Args:
+        folder: to write to.
+        kv_heads: of four query heads.
+        seed: of its weights.
+        sharpness: factor on its logits; a random model's hardly differ.
+        config: fields that are set otherwise than here.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,11 +36,13 @@ def make_model(folder: Path, *, kv_heads: int = 2, seed: int = 0) -> Path:
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    settings = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
-        vocab_size=len(vocabulary), max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        vocab_size=len(vocabulary), max_position_embeddings=64, bos_token_id=1, eos_token_id=2, **config,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(settings)
+    model.lm_head.weight.data *= sharpness
+    model.save_pretrained(folder)
     (folder / "gqa_convert.json").write_text(json.dumps({"format": 1, "conversion": {"method": "mean"}}))
     return folder
 

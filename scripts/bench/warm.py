@@ -75,8 +75,14 @@ def in_fork(work: Callable[[], Any], *, seconds: float) -> Outcome:
     _, status, used = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
     fault = "hang" if late else None if received else f"the process ended with {code}"
+    value = None
+    if received and not late:
+        try:
+            value = pickle.loads(received)  # what our own fork wrote
+        except (EOFError, pickle.UnpicklingError):  # and it died while it wrote
+            fault = f"the process ended with {code}"
     return Outcome(
-        value=pickle.loads(received) if received and not late else None,  # what our own fork wrote
+        value=value,
         fault=fault,
         seconds=time.monotonic() - started,
         cpu_seconds=used.ru_utime + used.ru_stime,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,13 @@ import torch
 from gqa_convert.calibrate import activations, session
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.solve import SolvedLayers, solve
+from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.operations import pool_of
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.tensors import pooled_tensor
-from gqa_convert.errors import UsageError
+from gqa_convert.errors import CheckpointError, UsageError
+from gqa_convert.hf.loading import Source
+from tests import factories
 
 FAST = Recipe(method="pca", grouping="search", fold=True, max_context=32, calibrate="text", refit_tokens=64)
 REFIT = Recipe(**{**vars(FAST), "refit": True, "refit_steps": 30})
@@ -41,6 +46,18 @@ def test_mean_is_the_conversion_that_pools(case, work) -> None:
         checkpoint = found.saved.checkpoint
         pooled = pooled_tensor(checkpoint, pool_of(checkpoint.tensors[merge.key], merge, Recipe()))
         torch.testing.assert_close(result.tensor(merge.name), pooled)
+
+
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"])
+def test_a_model_that_computes_what_is_not_finite_is_refused(key, case, tokens, work, tmp_path) -> None:
+    found = case("llama")
+    folder = tmp_path / "damaged"
+    shutil.copytree(found.saved.checkpoint.folder, folder)
+    factories.change_tensors(folder, lambda tensors: tensors[key].fill_(float("nan")))
+    source = Source(checkpoint=Checkpoint.open(folder), config=found.saved.config)
+    anatomy = replace(found.anatomy, source=source)
+    with pytest.raises(CheckpointError, match="not finite"):
+        solve(source.checkpoint, anatomy, found.blocks, found.freedom, FAST, tokens, work=work)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "mixtral", "gpt2", "opt"])

@@ -2,14 +2,17 @@
 
 import json
 import random
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-WORDS = [
-    "the", "a", "cat", "dog", "bird", "fish", "sees", "hears", "likes", "finds", "big", "small",
-    "red", "blue", "house", "tree", "river", "stone", "and", "or", "then",
-]  # fmt: skip
+sys.path.append(str(Path(__file__).parents[2] / "scripts" / "bench"))
+
+from tiny_run import WORDS as WORDS
+from tiny_run import make_model
 
 
 @pytest.fixture(scope="session")
@@ -22,27 +25,8 @@ def teacher_folder(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("tiny") / "teacher", kv_heads=4, seed=1, sharpness=30.0)
 
 
-def make_tiny(folder, *, kv_heads=2, seed=0, sharpness=1.0):
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
-        vocab_size=len(vocabulary), max_position_embeddings=64, rope_theta=50000.0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.lm_head.weight.data *= sharpness
-    model.save_pretrained(folder)
-    (folder / "gqa_convert.json").write_text(json.dumps({"format": 1, "conversion": {"method": "mean"}}))
+def make_tiny(folder: Path, **changes: Any) -> Path:
+    make_model(folder, rope_theta=50000.0, **changes)
     (folder / "NOTICE.txt").write_text("kept")
     return folder
 

@@ -14,6 +14,7 @@ from gqa_convert.errors import OutputError, Preempted, UsageError
 from gqa_convert.uptrain import heal as healing
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.heal import HealOptions, heal, heal_rate
+from gqa_convert.uptrain.heal_folder import settled
 from gqa_convert.uptrain.model import attention_norms
 from gqa_convert.uptrain.parameters import choose_parameters
 from gqa_convert.uptrain.read_config import parse_config
@@ -183,9 +184,17 @@ def parse_config_section():
     return TrainSection(batch_sequences=1, parameters="attention")
 
 
+@pytest.mark.parametrize(("world", "sequences", "micro"), [(1, 2, 2), (2, 2, 1), (3, 3, 1), (8, 8, 1)])
+def test_every_process_has_a_sequence(world, sequences, micro, converted, original, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    train = healing.heal_settings(HealOptions(tokens=1000), converted, original, tmp_path)["train"]
+    assert (train["batch_sequences"], train["micro_batch"]) == (sequences, micro)
+
+
 def test_wide_models_move_less() -> None:
-    assert heal_rate(576) == heal_rate(1024) == healing.PEAK
-    assert heal_rate(4096) == pytest.approx(healing.PEAK / 2)
+    assert heal_rate(576) == pytest.approx(2 * heal_rate(1152))
+    assert heal_rate(4096) < 3e-4
+    assert heal_rate(64) == heal_rate(32) == 4e-3
 
 
 def test_the_preset_converts_by_best_and_heals_and_goes_on_after_the_conversion(original, text_file, tmp_path) -> None:
@@ -233,3 +242,21 @@ def test_demo_is_this_pythons_modules_as_for_calibrate(original, converted, tmp_
     config = parse_config(values)
     assert config.data.source.paths == ("gqa_convert.data.stdlib:training_texts",)
     assert config.data.held_out_source.paths == ("gqa_convert.data.stdlib:held_out_texts",)
+
+
+def test_several_texts_are_mixed_by_weight_and_an_interrupted_run_knows_them_again(
+    original, converted, text_file, tmp_path
+) -> None:
+    texts = (f"{text_file}=0.75", "demo=0.25")
+    values = healing.heal_settings(HealOptions(text=texts), converted, original, tmp_path)
+    assert [entry["weight"] for entry in values["data"]["sources"]] == [0.75, 0.25]
+    assert [name for name, _, _ in parse_config(values).data.named] == [text_file.stem, "training_texts"]
+    work = tmp_path / "work"
+    work.mkdir()
+    settle = {"trust_remote_code": False}
+    first = settled(HealOptions(text=texts), converted, original, work, **settle)
+    assert settled(HealOptions(text=texts), converted, original, work, **settle) == first
+    with pytest.raises(UsageError, match="other options"):
+        settled(HealOptions(text=texts[::-1]), converted, original, work, **settle)
+    with pytest.raises(UsageError, match="write a weight above 0"):
+        healing.heal_settings(HealOptions(text=("a=x", "b")), converted, original, tmp_path)

@@ -1,9 +1,11 @@
 """The optimisers are rows: what one of them says is what configuration, plan and training loop go by."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import optim, zero
@@ -49,7 +51,7 @@ def test_an_unknown_optimizer_is_named_with_those_there_are(settings) -> None:
         optim.register(optim.get_optimizer("adamw"))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
 def test_a_row_says_how_much_state_it_keeps(name) -> None:
     """Bytes per parameter as they are after a step, up to what a large matrix makes of rows and columns."""
     model = torch.nn.Linear(256, 512, bias=False)
@@ -60,3 +62,39 @@ def test_a_row_says_how_much_state_it_keeps(name) -> None:
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     held = sum(tensor.nbytes for tensor in tensors) / model.weight.numel()
     assert held == pytest.approx(optim.get_optimizer(name).state_bytes, abs=0.05)
+
+
+def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tiny_folder) -> None:
+    """As torch's own two would, each over its part, through a state that was saved and loaded."""
+    model, other = (AutoModelForCausalLM.from_pretrained(tiny_folder) for _ in range(2))
+    settings = OptimizerSection(kind="muon", weight_decay=0.1)
+    optimizer = make_optimizer(model, settings)
+    named = dict(other.named_parameters())
+    inner = [
+        value for name, value in named.items() if value.ndim == 2 and "embed" not in name and "lm_head" not in name
+    ]
+    assert len(inner) > 10
+    rest = [value for value in named.values() if all(value is not matrix for matrix in inner)]
+    groups = [
+        {"params": [v for v in rest if v.ndim > 1], "weight_decay": 0.1},
+        {"params": [v for v in rest if v.ndim < 2]},
+    ]
+    parts = [
+        torch.optim.Muon(inner, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+    ids = torch.arange(24)[None] % 50
+    for step in range(4):
+        optim.set_learning_rate(optimizer, 0.01)
+        for trained in (model, other):
+            trained.zero_grad()
+            trained(ids, labels=ids).loss.backward()
+        optimizer.step()
+        for part in parts:
+            part.step()
+        if step == 1:
+            kept = copy.deepcopy(optimizer.state_dict())
+            optimizer = make_optimizer(model, settings)
+            optimizer.load_state_dict(kept)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, named[name]), name

@@ -111,12 +111,41 @@ def launch_sharded(path, stop, engine="fsdp2") -> None:
     assert ("stopped" in done.stdout) == (stop > 0)
 
 
+def test_sharded_gradients_are_those_of_one_process(settings, write_config, tmp_path) -> None:
+    """FSDP2 set up as on GPUs, gradients summed in float32, at 1, 8 and 64 micro-batches a step."""
+    path, worker = write_config(settings), Path(__file__).with_name("gradient_worker.py")
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.pt"
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
+        script = '. "$1"; shift; exec "$PYTHON" "$@"'
+        engine = "fsdp2" if processes > 1 else "ddp"
+        command = ["bash", "-c", script, "start", LAUNCH / "engine.sh", *launcher, worker, out, path]
+        done = subprocess.run(command, env={**environment, "ENGINE": engine}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = torch.load(out)
+    for (precision, sync, accumulations), sharded in found[2].items():
+        single = found[1][precision, sync, accumulations]
+        names = list(single["gradient"])
+        one, two = (torch.cat([side["gradient"][name].flatten() for name in names]) for side in (single, sharded))
+        error = float((one - two).norm() / one.norm())
+        # In bf16 each micro-batch's gradient is rounded, and that is all: no sum of them is.
+        assert error < (1e-6 if precision == "float32" else 2e-3), (precision, sync, accumulations, error)
+        assert torch.allclose(single["losses"], sharded["losses"], rtol=1e-6 if precision == "float32" else 1e-3)
+        groups = sharded["reductions"] / (accumulations if sync == "micro_batch" else 1)
+        assert groups == found[2][precision, sync, 1]["reductions"] > 0
+
+
 def final_weights(folder):
     return load_file(Path(folder) / "final" / "model.safetensors")
 
 
 @pytest.mark.slow
-def test_sharded_training_matches_and_resumes(settings, single, write_config) -> None:
+@pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3)])  # muon computes in bf16
+def test_sharded_training_matches_and_resumes(kind, tolerance, settings, request, write_config) -> None:
+    settings["optimizer"] = {"kind": kind}
+    single = request.getfixturevalue("single")
     settings["train"]["micro_batch"] = 1
     path = write_config(settings)
     launch_sharded(path, stop=10)
@@ -126,10 +155,11 @@ def test_sharded_training_matches_and_resumes(settings, single, write_config) ->
     trained, expected = (
         [r for r in found if r["kind"] == "train"] for found in (read_metrics(output / "metrics.jsonl"), single[1])
     )
-    assert close(trained, expected)
-    assert all(abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 for a, b in zip(trained, expected, strict=True))
+    assert close(trained, expected, tolerance)
+    pairs = zip(trained, expected, strict=True)
+    assert all(abs(a["grad_norm"] - b["grad_norm"]) < 10 * tolerance for a, b in pairs)
     ours, theirs = final_weights(output), final_weights(single[0].folder.parent)
-    assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
+    assert all(torch.allclose(ours[key], theirs[key], atol=20 * tolerance) for key in theirs)
     _, info = load_with_info(output / "final")
     assert not info["missing_keys"]
 

@@ -241,11 +241,12 @@ def test_lora_is_merged_into_a_plain_model(settings, tiny_folder, monkeypatch) -
         {"train": {"precision": "pure_bf16"}},
         {"train": {"gradient_checkpointing": True, "deterministic": True}},
         {"optimizer": {"kind": "adafactor"}, "schedule": {"kind": "constant", "peak": 0.05}},
+        {"optimizer": {"kind": "muon"}},
         {"data": {"separate_documents": False, "shuffle": False}},
         {"log": {"trackers": ["tensorboard"], "profile": True}, "evaluation": {"every_tokens": 640}},
         {"train": {"attention": "eager"}, "evaluation": {"reference": "TEACHER"}},
     ],
-    ids=["bf16", "pure-bf16", "checkpointing", "adafactor", "packed", "seeing", "reference"],
+    ids=["bf16", "pure-bf16", "checkpointing", "adafactor", "muon", "packed", "seeing", "reference"],
 )
 def test_every_switch_trains(settings, teacher_folder, changes) -> None:
     changes = json.loads(json.dumps(changes).replace("TEACHER", str(teacher_folder)))

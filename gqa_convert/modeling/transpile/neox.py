@@ -20,6 +20,13 @@ def turns_whole_heads(config: Any) -> bool:
     return bool(rotary_size(config) == config.hidden_size // config.num_attention_heads)
 
 
+def sizes(config: Any) -> dict[str, Any]:
+    """The fields that the source and both targets have in common, by the targets' names."""
+    kept = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"]
+    kept += ["max_position_embeddings", "attention_dropout"]
+    return {name: getattr(config, name) for name in kept} | {"num_key_value_heads": config.num_attention_heads}
+
+
 def attention_and_mlp(source: Source, to: str, of: str, up: str, down: str) -> Iterable[Part]:
     """The tensors of a layer but for its norms: q, k and v out of the fused projection, the others renamed.
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.modeling.transpile.configs import common, rotary
-from gqa_convert.modeling.transpile.neox import attention_and_mlp, turns_whole_heads
+from gqa_convert.modeling.transpile.neox import attention_and_mlp, sizes, turns_whole_heads
 from gqa_convert.modeling.transpile.rule import Part, Rule, Source, copy, register
 
 if TYPE_CHECKING:
@@ -23,17 +23,10 @@ def _config(source: Source) -> dict[str, Any]:
     config = source.config
     return {
         **common(source, model_type="nemotron", architecture="NemotronForCausalLM"),
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
+        **sizes(config),
         "head_dim": config.hidden_size // config.num_attention_heads,
-        "hidden_act": config.hidden_act,
-        "max_position_embeddings": config.max_position_embeddings,
         "norm_eps": config.layer_norm_eps,
         "attention_bias": config.attention_bias,
-        "attention_dropout": config.attention_dropout,
         "mlp_bias": True,
         **rotary(config.rope_parameters, config.rope_parameters.get("partial_rotary_factor", 1.0)),
     }

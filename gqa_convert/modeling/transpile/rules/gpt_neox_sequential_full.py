@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from gqa_convert.modeling.transpile.configs import common, rotary
-from gqa_convert.modeling.transpile.neox import attention_and_mlp, turns_whole_heads
+from gqa_convert.modeling.transpile.neox import attention_and_mlp, sizes, turns_whole_heads
 from gqa_convert.modeling.transpile.rule import Part, Rule, Source, copy, register
 from gqa_convert.modeling.transpile.tensors import zeros
 
@@ -22,19 +22,12 @@ def _config(source: Source) -> dict[str, Any]:
     config = source.config
     return {
         **common(source, model_type="starcoder2", architecture="Starcoder2ForCausalLM"),
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
-        "hidden_act": config.hidden_act,
-        "max_position_embeddings": config.max_position_embeddings,
+        **sizes(config),
         "norm_epsilon": config.layer_norm_eps,
         "norm_type": "layer_norm",
         "mlp_type": "default",
         "use_bias": True,
         "sliding_window": None,
-        "attention_dropout": config.attention_dropout,
         "residual_dropout": config.hidden_dropout,
         "embedding_dropout": config.hidden_dropout,
         **rotary(config.rope_parameters, 1.0),

@@ -1,0 +1,128 @@
+"""The folder of a healing run: its settings, the text that the original wrote, and what an interrupted run left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gqa_convert.checkpoint.writer import write_text
+from gqa_convert.conversion.recipe import SELF
+from gqa_convert.errors import OutputError, UsageError
+from gqa_convert.uptrain.heal_settings import (
+    CONTEXT,
+    OWN_TEXT,
+    OWN_TOKENS,
+    HealOptions,
+    heal_settings,
+    weighted_texts,
+)
+
+if TYPE_CHECKING:
+    from gqa_convert.uptrain.config import UptrainConfig
+
+Tell = Callable[[str], None]
+
+_SETTINGS = "heal.json"
+_RUN = "uptrain.json"
+
+
+@contextmanager
+def heal_folder(target: Path, work: str | Path | None) -> Iterator[Path]:
+    """Yield the folder of the run: the user's, kept, or one beside the target that is removed when all went well."""
+    folder = target.absolute().with_name(f".{target.name}.heal") if work is None else Path(work).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    yield folder
+    if work is None and is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_main() -> bool:
+    """Whether this is the first process of a launcher's, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def settled(
+    options: HealOptions,
+    source: Path,
+    teacher: Path,
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    tell: Tell | None = None,
+) -> UptrainConfig:
+    """The uptraining that these options come to; an interrupted run's own, if `folder` holds one.
+
+    Raises:
+        UsageError: if `folder` holds a run with other options or models.
+    """
+    from gqa_convert.uptrain.read_config import load_config, parse_config
+
+    say = tell or (lambda _: None)
+    given = {"options": asdict(options), "converted": str(source.resolve()), "original": str(teacher.resolve())}
+    wanted = json.loads(json.dumps(given))
+    kept = folder / _SETTINGS
+    while not is_main() and not kept.is_file():
+        time.sleep(1.0)  # the first process writes it, perhaps after the original has written its text
+    if kept.is_file():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        changed = [name for name, value in wanted.items() if before.get(name) != value]
+        if changed:
+            raise UsageError(
+                f"{folder}: holds an interrupted healing with other {' and '.join(changed)}. Give the same ones, "
+                "another --work, or remove the folder."
+            )
+        return load_config(folder / _RUN)
+    if SELF in [name for name, _ in weighted_texts(options.text)] and is_main():
+        write_own_text(options, teacher, folder / OWN_TEXT, trust_remote_code=trust_remote_code, tell=say)
+    values = heal_settings(options, source, teacher, folder, trust_remote_code=trust_remote_code)
+    config = parse_config(values, where="heal")
+    if is_main():
+        _write_whole(folder / _RUN, json.dumps(values, indent=1) + "\n")
+        _write_whole(kept, json.dumps(wanted, indent=1) + "\n")
+    return config
+
+
+def write_own_text(options: HealOptions, teacher: Path, path: Path, *, trust_remote_code: bool, tell: Tell) -> None:
+    """Let the original write the text, as many tokens as are trained on but at most `OWN_TOKENS`, one window a line.
+
+    Raises:
+        UnsupportedModelError: for an encoder-decoder, which answers and does not begin.
+        CheckpointError: if its tokenizer cannot be loaded.
+    """
+    if path.is_file():
+        return
+    from gqa_convert.calibrate.self_text import self_tokens
+    from gqa_convert.hf.loading import Source, max_positions
+
+    source = Source.open(teacher, trust_remote_code=trust_remote_code)
+    length = options.context or min(CONTEXT, max_positions(source.config) or CONTEXT)
+    count = max(64, min(options.tokens, OWN_TOKENS) // length)
+    tell(f"the original writes {count * length:,} tokens to be healed on")
+    ids_NT = self_tokens(source, sequences=count, length=length, seed=options.seed)
+    tokenizer = source.tokenizer()
+    texts = tokenizer.batch_decode(ids_NT[:, 1:])
+    _write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole under its name or not there."""
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        write_text(beside, text)
+        beside.replace(path)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"{folder}: cannot be written to ({error.strerror or error}). Choose another --work.")

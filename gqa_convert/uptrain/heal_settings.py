@@ -1,0 +1,180 @@
+"""What healing trains, on what and for how long: the uptraining run that a user's few options come to."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gqa_convert.conversion.recipe import SELF
+from gqa_convert.data.reading import DEMO
+from gqa_convert.errors import UsageError
+
+CONTEXT = 512
+"""Tokens of a sequence, where the model reads as many."""
+SEQUENCES = 2
+"""Of a step, or one for each process. More and smaller steps came closer on the same tokens."""
+RATE_TIMES_WIDTH = 0.9
+"""Peak learning rate times hidden size; `docs/healing.md` has the trials."""
+MOST = 4e-3
+"""Highest peak learning rate."""
+HIDDEN_WEIGHT = 10.0
+"""Weight of the distance between both models' hidden states (1 - cosine, mean over layers) beside the KL."""
+OWN_TOKENS = 131_072
+"""Most tokens that the original writes; they are then met more than once."""
+USUAL_WIDTH = 1024
+"""Hidden size that is assumed where a configuration states none."""
+OWN_TEXT = "original-wrote.jsonl"
+"""Name of the file, in the run's folder, that holds what the original wrote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealOptions:
+    """How a converted model is healed.
+
+    Raises:
+        UsageError: for values that mean nothing.
+    """
+
+    text: str | tuple[str, ...] = SELF
+    """A file, a folder, a hub dataset, `demo` (this Python's own modules), or `self`: the original writes it. Several
+    are mixed, evenly or by weight: `a.jsonl=0.7`, `b.jsonl=0.3`."""
+    held_out: str | None = None
+    """Text to measure on; by default a fiftieth of the documents of `text`, which is then not trained on."""
+    tokens: int = 500_000
+    """Tokens to train on at most."""
+    until: float | None = None
+    """Stop as soon as the held-out loss is within so many nats per token of the original's."""
+    rate: float | None = None
+    """Peak learning rate; None for a rule by width."""
+    context: int | None = None
+    """Tokens of a sequence; None for 512, or what the model reads."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.tokens < 1:
+            problems.append(f"tokens={self.tokens}: must be at least 1")
+        if self.until is not None and self.until <= 0:
+            problems.append(f"until={self.until}: must be above 0")
+        if self.rate is not None and not 0 < self.rate < 1:
+            problems.append(f"rate={self.rate}: must lie between 0 and 1")
+        if self.context is not None and self.context < 2:
+            problems.append(f"context={self.context}: must be at least 2")
+        if problems:
+            raise UsageError(f"heal: {'; '.join(problems)}.")
+
+
+def heal_settings(
+    options: HealOptions, source: Path, teacher: Path, folder: Path, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """The uptraining as `gqa uptrain` would read it from a file."""
+    from gqa_convert.hf.loading import Source, max_positions
+    from gqa_convert.uptrain.forecast import training_precision
+
+    model = Source.open(source, trust_remote_code=trust_remote_code).config
+    text = model.get_text_config(decoder=True)
+    longest = max_positions(model)
+    context = options.context or min(CONTEXT, longest or CONTEXT)
+    encodes = bool(getattr(model, "is_encoder_decoder", False))
+    micro_batch = -(-SEQUENCES // processes())
+    batch_tokens = micro_batch * processes() * context
+    tokens = max(options.tokens, batch_tokens)
+    data: dict[str, Any] = {**_sources(options.text, folder), "context": context}
+    if options.held_out is None:
+        data["held_out_fraction"] = 0.02
+    else:
+        data["held_out_source"] = _source(options.held_out, folder, held_out=True)
+    return {
+        "model": str(source),
+        "output": str(folder / "run"),
+        "budget": {"tokens": tokens},
+        "data": data,
+        "objective": {
+            "kind": "span_corruption" if encodes else "causal_lm",
+            "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT},
+        },
+        "optimizer": {"kind": heal_optimizer()},
+        "schedule": {
+            "kind": "cosine",
+            "peak": options.rate or heal_rate(int(getattr(text, "hidden_size", None) or USUAL_WIDTH)),
+            "final_fraction": 0.0,
+            "warmup_fraction": 0.1,
+        },
+        "train": {
+            "batch_sequences": micro_batch * processes(),
+            "micro_batch": micro_batch,
+            "precision": training_precision(),
+            "parameters": "attention",
+            "dropout": 0.0,
+            "seed": options.seed,
+        },
+        "checkpoints": {"every_minutes": 10.0},
+        "evaluation": {
+            "every_tokens": max(batch_tokens, tokens // 10),
+            "tokens": 8192,
+            "target": options.until,
+        },
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def weighted_texts(text: str | tuple[str, ...]) -> list[tuple[str, float]]:
+    """What to heal on, each with its weight.
+
+    Raises:
+        UsageError: for a weight that is none.
+    """
+    if isinstance(text, str):
+        return [(text, 1.0)]
+    named = []
+    for entry in text:
+        name, equals, weight = entry.rpartition("=")
+        if not equals or Path(entry).exists():
+            named.append((entry, 1.0))
+            continue
+        try:
+            share = float(weight)
+        except ValueError:
+            share = math.nan
+        if not name or not 0 < share < math.inf:
+            raise UsageError(f"--text {entry}: write a weight above 0 behind the last `=`, as in {name or 'DATA'}=0.7.")
+        named.append((name, share))
+    return named
+
+
+def _sources(text: str | tuple[str, ...], folder: Path) -> dict[str, Any]:
+    named = weighted_texts(text)
+    if len(named) == 1:
+        return {"source": _source(named[0][0], folder)}
+    return {"sources": [{"source": _source(name, folder), "weight": weight} for name, weight in named]}
+
+
+def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[str, Any]:
+    """What the uptraining is told of a text: `self` and `demo` are read from where they are."""
+    if text == SELF:
+        return {"kind": "jsonl", "paths": [str(folder / OWN_TEXT)]}
+    if text == DEMO and not Path(text).exists():
+        which = "held_out_texts" if held_out else "training_texts"
+        return {"kind": "python", "paths": [f"gqa_convert.data.stdlib:{which}"]}
+    return text
+
+
+def processes() -> int:
+    """How many processes a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def heal_rate(width: int) -> float:
+    """Peak learning rate for a model of this hidden size."""
+    return min(MOST, RATE_TIMES_WIDTH / width)
+
+
+def heal_optimizer() -> str:
+    """Muon where it can be had: older releases of torch have none, and ZeRO-3 cuts up the matrices it needs."""
+    import torch
+
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return "adamw" if zero or not hasattr(torch.optim, "Muon") else "muon"

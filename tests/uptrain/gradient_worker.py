@@ -1,0 +1,80 @@
+"""Gradients of one step under FSDP2 as accelerate sets it on GPUs, by as many processes as the launcher started.
+
+`OUT CONFIG`: for each precision, way of summing and number of accumulations writes the whole gradient, the losses and
+the number of reductions. Every process works through its share of the same micro-batches.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+
+from gqa_convert.hf.loading import Source, load_model
+from gqa_convert.uptrain import optim
+from gqa_convert.uptrain.config import OptimizerSection
+from gqa_convert.uptrain.engine import Engine
+from gqa_convert.uptrain.model import ScoredModel
+from gqa_convert.uptrain.objective import LossSpec
+from gqa_convert.uptrain.read_config import load_config
+from tests.uptrain.sharded_worker import ShardedEngine
+
+MOST = 64
+CASES = [(precision, sync) for precision in ("float32", "bf16") for sync in ("micro_batch", "step")]
+
+
+def micro_batches(count, processes, rank):
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count * 2):  # as many for any number of processes
+        ids = torch.randint(3, 20, (1, 24), generator=generator)
+        if number % processes == rank:
+            yield {"input_ids": ids}, ids.roll(-1, 1)
+
+
+def gradient(engine, config, accumulations):
+    torch.manual_seed(0)
+    model = load_model(Source.open(Path(config.model)), dtype=torch.float32)
+    scored = ScoredModel(model, LossSpec()).train()
+    prepared, optimizer = engine.prepare(scored, optim.make_optimizer(scored, OptimizerSection()))
+    batches = list(micro_batches(accumulations, engine.processes, engine.rank))
+    losses = torch.zeros(2)
+    with CommDebugMode() as sent:
+        for number, (inputs, labels) in enumerate(batches):
+            last = number == len(batches) - 1
+            with engine.accumulating(prepared, last=last):
+                with engine.autocast():
+                    loss, terms = prepared(inputs, labels)
+                assert loss.dtype == terms.dtype == torch.float32
+                engine.backward(prepared, loss * engine.processes, last=last)
+            losses += torch.stack([loss.detach(), terms[0]])
+    engine.sum(losses)
+    whole = {}
+    for name, parameter in prepared.named_parameters():
+        grad = parameter.grad
+        whole[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+    reductions = sum(n for kind, n in sent.get_comm_counts().items() if "reduce_scatter" in str(kind))
+    optimizer.zero_grad()
+    return {"gradient": whole, "losses": losses, "reductions": reductions}
+
+
+def main(out, path) -> None:
+    found = {}
+    for precision, sync in CASES:
+        config = load_config(Path(path), [f"train.precision={precision}", f"train.fsdp_sync={sync}"])
+        for accumulations in (1, 8, MOST):
+            engine = (ShardedEngine if torch.distributed.is_torchelastic_launched() else Engine)(config)
+            found[precision, sync, accumulations] = gradient(engine, config, accumulations)
+            rank = engine.rank
+            engine.accelerator.free_memory()
+            if not torch.distributed.is_initialized():
+                engine.close()
+            else:
+                from accelerate.state import AcceleratorState
+
+                AcceleratorState._reset_state()
+    if rank == 0:
+        torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
