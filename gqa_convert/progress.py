@@ -78,6 +78,7 @@ class Counter:
         self._err = plain_console(stderr=True, soft_wrap=True, highlight=False)
         self._pace = Pace(at_once=at_once)
         self._done, self._total = 0, 0
+        self._from, self._since = 0, time.monotonic()
         self.bar = Progress(*_columns(in_bytes, elapsed), console=self._err, transient=True)
         self._task = self.bar.add_task(what, total=None, start=False, note="")
 
@@ -91,7 +92,8 @@ class Counter:
 
     def start(self, total: int | None = None, done: int = 0) -> None:
         """Begin, perhaps not at nothing: an interrupted run goes on."""
-        self._done = done
+        self._done = self._from = done
+        self._since = time.monotonic()
         self.bar.update(self._task, completed=done)
         self.bar.start_task(self._task)
         if total is not None:
@@ -101,6 +103,8 @@ class Counter:
 
     def total(self, count: int) -> None:
         """Set how many there are."""
+        if count != self._total:
+            self._from, self._since = self._done if self._done < count else 0, time.monotonic()
         self._total = count
         self.bar.update(self._task, total=count)
 
@@ -122,7 +126,14 @@ class Counter:
             self.bar.start_task(self._task)
             self.bar.update(self._task, completed=done, note=note, description=self._what)
         elif self._pace.due() or (last and done == self._total):
-            self.say(self._line(self._what, done, self._total))
+            self.say(self._line(self._what, done, self._total) + self._left())
+
+    def _left(self) -> str:
+        """`, about 3 min left` by the time that what was done took; empty where nothing is done or left."""
+        done = self._done - self._from
+        if done <= 0 or self._done >= self._total:
+            return ""
+        return f", about {duration((time.monotonic() - self._since) * (self._total - self._done) / done)} left"
 
     def say(self, text: str) -> None:
         """Print a line above the bar, on standard error."""
@@ -156,6 +167,14 @@ def _columns(in_bytes: bool, elapsed: bool) -> list[ProgressColumn]:
     ]
 
 
+WRITING_TEXT = "writing calibration text"
+"""What `OnLayer` is told while windows are counted, not layers."""
+
+
+def _solving(what: str, done: int, total: int) -> str:
+    return f"{what}: {done} of {total} {'windows' if what == WRITING_TEXT else 'layers'}"
+
+
 OnBytes = Callable[[int], None]
 
 
@@ -170,7 +189,7 @@ def conversion_progress(total_bytes: int, *, quiet: bool) -> Iterator[tuple[OnBy
         A function to call with bytes written since its last call, and one to call with what is being done, the number
         of layers finished and of all layers.
     """
-    layers = Counter("solving layers", quiet=quiet, line=lambda what, done, total: f"{what}: {done} of {total} layers")
+    layers = Counter("solving layers", quiet=quiet, line=_solving)
     written = Counter(
         "writing", quiet=quiet, in_bytes=True, line=lambda what, done, total: f"written {size(done)} of {size(total)}"
     )

@@ -198,7 +198,7 @@ def test_progress_off_a_terminal_is_a_line_a_minute(
         for _ in range(4):
             on_bytes(1024)
             now[0] += 40.0
-    assert capsys.readouterr().err.splitlines() == ["written 3.0 KiB of 4.0 KiB"]
+    assert capsys.readouterr().err.splitlines() == ["written 3.0 KiB of 4.0 KiB, about 27 s left"]
 
 
 def test_quiet_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

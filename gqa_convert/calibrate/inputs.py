@@ -11,6 +11,7 @@ from gqa_convert.calibrate.store import LayerStore, identity
 from gqa_convert.calibrate.tokens import calibration_tokens, document_rows, token_hash, window_plan
 from gqa_convert.errors import UsageError
 from gqa_convert.hf.loading import max_positions
+from gqa_convert.progress import WRITING_TEXT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +115,6 @@ def _windows(on_layer: OnLayer | None, total: int) -> Any:
         nonlocal done
         done += count
         if on_layer:
-            on_layer("writing calibration text", done, total)
+            on_layer(WRITING_TEXT, done, total)
 
     return progress
