@@ -40,13 +40,6 @@ class Pace:
         return True
 
 
-def left(started: float, done: float, total: float) -> str:
-    """`, about 3 min left` by the time that what is done took; empty where nothing is done or left."""
-    if not 0 < done < total:
-        return ""
-    return f", about {duration((time.monotonic() - started) * (total - done) / done)} left"
-
-
 class Counter:
     """A count that is shown while it rises: a bar on a terminal, a line a minute elsewhere, nothing if `quiet`.
 
@@ -73,17 +66,13 @@ class Counter:
     ) -> None:
         self._quiet = quiet or talking().quiet
         self._what = what
-        self._line = line or self._with_time_left
-        self._started = time.monotonic()
+        self._line = line or (lambda what, done, total: f"{what}: {done} of {total}")
         self._err = plain_console(stderr=True, soft_wrap=True, highlight=False)
         self._pace = Pace(at_once=at_once)
         self._done, self._total = 0, 0
         self._from, self._since = 0, time.monotonic()
         self.bar = Progress(*_columns(in_bytes, elapsed), console=self._err, transient=True)
         self._task = self.bar.add_task(what, total=None, start=False, note="")
-
-    def _with_time_left(self, what: str, done: int, total: int) -> str:
-        return f"{what}: {done} of {total}{left(self._started, done, total)}"
 
     @property
     def on_terminal(self) -> bool:
