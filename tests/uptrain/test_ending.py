@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gqa_convert.errors import Preempted, UsageError
-from gqa_convert.uptrain import optim
+from gqa_convert.uptrain import loop, optim
 from gqa_convert.uptrain.checkpoints import CheckpointStore
 from gqa_convert.uptrain.config import OptimizerSection
 from gqa_convert.uptrain.metrics import read_metrics
@@ -20,12 +20,17 @@ BATCH = 4 * 32
 
 
 @pytest.fixture
-def worsening(settings):
-    """It learns for a few steps, and then a learning rate far too high undoes it."""
-    settings["schedule"] = {"kind": "wsd", "peak": 0.5, "warmup_fraction": 1.0, "decay_fraction": 0.0}
-    settings["guards"] = {"spike_factor": None}
+def worsening(settings, monkeypatch):
+    """Its held-out loss, measured every second step, falls until step 8 and then rises."""
     settings["evaluation"] = {"every_tokens": 2 * BATCH}
     settings["budget"] = {"steps": 30}
+    measured = iter(range(10**6))
+
+    def evaluate(*_, **__):
+        number = next(measured)
+        return {"loss": 3.0 - 0.1 * number if number <= 4 else 3.0 + number, "tokens": 100.0}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     return settings
 
 
@@ -46,7 +51,7 @@ def test_the_result_is_the_checkpoint_of_the_lowest_held_out_loss(worsening) -> 
     result = run(worsening)
     losses = evaluations(worsening)
     best = min(losses, key=lambda step: losses[step])
-    assert 0 < best < 30
+    assert best == 8
     assert result.loss_after == losses[best] < losses[30]
     kept = CheckpointStore(Path(worsening["output"]) / "checkpoints", 2).steps()
     assert kept == [best, 29, 30]
@@ -59,7 +64,7 @@ def test_a_run_without_progress_ends_and_stays_ended(worsening) -> None:
     first = run(worsening)
     losses = evaluations(worsening)
     best = min(losses, key=lambda step: losses[step])
-    assert first.steps == best + 3 * 2 < 30
+    assert first.steps == best + 3 * 2 == 14
     again = run(worsening)
     assert again.steps == first.steps
     told = json.loads((Path(worsening["output"]) / "final" / "gqa_convert.json").read_text())["uptraining"]
