@@ -13,6 +13,7 @@ import torch
 
 from gqa_convert.checkpoint.fingerprint import sampled_digest
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.data.strided import merged
 from gqa_convert.errors import CheckpointError, OutputError, Preempted, UsageError
 from gqa_convert.uptrain.build import build, load_reference
 from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, disk_problem, open_checkpoint
@@ -301,10 +302,12 @@ class _Run:
         stage = self.store.stage(self.step)
         main = self.engine.is_main
         self.parts.batches.settle()
+        block = self.step * self.config.train.batch_sequences
+        data = merged(self.engine.gather(self.parts.data.state(block)))
         phases = (
             lambda: self.store.begin(self.step) if main else None,
             lambda: save_training_state(stage, self.parts.model, self.parts.optimizer, is_main=main),
-            lambda: self.store.commit(self.step, self._state()) if main else None,
+            lambda: self.store.commit(self.step, self._state(data)) if main else None,
         )
         for phase in phases:
             problem: Exception | None = None
@@ -316,13 +319,12 @@ class _Run:
                 return problem or OutputError("another process could not write")
         return None
 
-    def _state(self) -> dict[str, Any]:
-        block = self.step * self.config.train.batch_sequences
+    def _state(self, data: dict[str, Any]) -> dict[str, Any]:
         return checkpoint_state(
             self.plan,
             weights=self.weights,
             step=self.step,
-            data=self.parts.data.state(block),
+            data=data,
             guards=self.guards.state(),
             losses=self.losses,
             seconds=self.seconds,

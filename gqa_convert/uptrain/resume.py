@@ -38,7 +38,13 @@ def identity(plan: UptrainPlan, weights: str) -> dict[str, Any]:
     }
 
 
-_NEWER: dict[str, Any] = {"loss_on": "assistant", "packing": "auto", "sources": []}
+_NEWER: dict[str, Any] = {
+    "loss_on": "assistant",
+    "packing": "auto",
+    "sources": [],
+    "streams": None,
+    "held_out_by": "auto",
+}
 
 
 def checkpoint_state(
