@@ -68,7 +68,8 @@ def write_card(folder: Path, record: Mapping[str, Any], quality: Mapping[str, An
         OSError: if it cannot be written.
     """
     beside = folder / f".{CARD}.part"
-    beside.write_text(sign_card(card_text(folder, record, quality)), encoding="utf-8")
+    text = card_text(folder, record, quality).encode(errors="backslashreplace").decode()  # names that are no text
+    beside.write_text(sign_card(text), encoding="utf-8")
     beside.replace(folder / CARD)
 
 
