@@ -209,6 +209,8 @@ class _Opening:
         limit = self.config.evaluation.tokens
         limit = None if limit is None else max(1, round(limit * share))
         blocks: SourceBlocks
+        held: TokenStore | None
+        train: TokenStore | None = None
         if data.streaming:
             if not apart and self._by_shard(corpus, state):
                 corpus, last = without_last(corpus)
@@ -216,16 +218,15 @@ class _Opening:
             else:
                 held = None if apart else self.making.evaluation(corpus, fraction, limit)
             blocks = self._streamed(corpus, state, seed, fraction, whole)
-            train = None
         else:
-            train, held = self.making.both(corpus, fraction)
-            held = None if apart else held
-            _check_same_text(state, train, name)
+            stored, held = self.making.both(corpus, fraction)
+            train, held = stored, None if apart else held
+            _check_same_text(state, stored, name)
             if whole:
-                blocks = PackedBlocks(train, self.length, seed=seed)
+                blocks = PackedBlocks(stored, self.length, seed=seed)
                 self.making.tell(f"packed whole: {blocks.padding:.1%} of each sequence is padding")
             else:
-                blocks = StoredBlocks(train, self.length, seed=seed, window=data.window)
+                blocks = StoredBlocks(stored, self.length, seed=seed, window=data.window)
         if held is not None and held.total < _FEWEST and name:
             self.making.tell(f"{name}: too few documents to hold any out; it has no curve of its own")
             held = None
