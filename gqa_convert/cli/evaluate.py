@@ -21,12 +21,14 @@ from gqa_convert.cli.options import (
     Eos,
     Field,
     MaxWindows,
+    QuantisedCache,
     SaveTo,
     Separator,
     Special,
     Stride,
     Trust,
     emit,
+    named_list,
     save,
 )
 from gqa_convert.progress import Counter
@@ -47,6 +49,7 @@ def eval_command(
         str, typer.Option(help="Of conversations (rows of messages): score the assistant's turns, or all.")
     ] = "assistant",
     batch_size: BatchSize = 8,
+    quantised_cache: QuantisedCache = "",
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -73,6 +76,7 @@ def eval_command(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        caches=named_list(quantised_cache),
     )
     with Counter("windows", quiet=json) as progress:
         evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
@@ -90,7 +94,9 @@ def bench_command(
     source_tokens: Annotated[
         str, typer.Option(help="Tokens that the encoder has read, for models with one (default: as the context)")
     ] = "",
-    cache: Annotated[str, typer.Option(help="dynamic, static, or both: a list.")] = "dynamic,static",
+    cache: Annotated[
+        str, typer.Option(help="dynamic, static; fp8, int8, int4: rounded as engines do: a list.")
+    ] = "dynamic,static",
     mode: Annotated[
         str,
         typer.Option(

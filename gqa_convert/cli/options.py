@@ -98,6 +98,10 @@ Stride = Annotated[
 MaxWindows = Annotated[int | None, typer.Option(help="Score only this many windows, evenly spread.")]
 Special = Annotated[bool, typer.Option("--special/--no-special", help="Let the tokenizer add BOS and the like.")]
 Eos = Annotated[bool, typer.Option("--eos/--no-eos", help="End every document with EOS.")]
+QuantisedCache = Annotated[
+    str,
+    typer.Option(help="Also measure every model with its KV cache in fewer bits: fp8, int8, int4, a list."),
+]
 BatchSize = Annotated[int, typer.Option(help="Windows run at a time.", min=1)]
 Dtype = Annotated[
     str, typer.Option(help="auto (the checkpoint's own on a GPU, else float32), float32, bfloat16, float16.")
@@ -130,6 +134,11 @@ def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         typer.echo(jsonlib.dumps(value, indent=2))
     else:
         show()
+
+
+def named_list(given: str) -> tuple[str, ...]:
+    """The names in `a,b`; none in an empty text."""
+    return tuple(part.strip() for part in given.split(",") if part.strip())
 
 
 def save(value: Any, out: Path | None) -> None:
