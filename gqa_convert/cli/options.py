@@ -55,6 +55,33 @@ Groups = Annotated[
         callback=_groups,
     ),
 ]
+AnyGroups = Annotated[
+    int | None,
+    typer.Option("--groups", "-g", help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention)."),
+]
+GroupsPerLayer = Annotated[
+    str | None,
+    typer.Option(
+        help="KV heads of each decoder layer instead, first to last: `8,8,4,2`, or a JSON file with such a list. "
+        "For Llama-like models and those that go with modelling code.",
+        metavar="LIST",
+    ),
+]
+KVBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Find the KV heads of each layer within this size of the KV cache instead: `25%`, `groups=4` (the size "
+        "that four in every layer would take), or bytes per token (`12KiB`). Measures every layer on --data.",
+        metavar="SIZE",
+    ),
+]
+KeepLayers = Annotated[
+    str, typer.Option(help="Layers that keep all their KV heads: `first,last`, `0,5`, `0-3`.", metavar="LAYERS")
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", help="Refuse a layer whose KV heads so many devices cannot share without copies.")
+]
+MinGroups = Annotated[int, typer.Option(help="Refuse a layer with fewer KV heads.")]
 CrossGroups = Annotated[
     int | None, typer.Option(help="KV heads of cross-attention, where a model sets them apart. (default: as --groups)")
 ]
