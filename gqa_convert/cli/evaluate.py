@@ -22,6 +22,7 @@ from gqa_convert.cli.options import (
     Eos,
     Field,
     MaxWindows,
+    QuantisedCache,
     Revision,
     SaveTo,
     Separator,
@@ -29,6 +30,7 @@ from gqa_convert.cli.options import (
     Stride,
     Trust,
     held_out,
+    named_list,
     save,
 )
 from gqa_convert.cli.running import emit
@@ -53,6 +55,7 @@ def eval_command(
         str, typer.Option(help="Of conversations (rows of messages): score the assistant's turns, or all.")
     ] = "assistant",
     batch_size: BatchSize = 8,
+    quantised_cache: QuantisedCache = "",
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -81,6 +84,7 @@ def eval_command(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        caches=named_list(quantised_cache),
     )
     base = located(base, revision)
     with Counter("windows", quiet=json) as progress:
@@ -99,7 +103,9 @@ def bench_command(
     source_tokens: Annotated[
         str, typer.Option(help="Tokens that the encoder has read, for models with one (default: as the context)")
     ] = "",
-    cache: Annotated[str, typer.Option(help="dynamic, static, or both: a list.")] = "dynamic,static",
+    cache: Annotated[
+        str, typer.Option(help="dynamic, static; fp8, int8, int4: rounded as engines do: a list.")
+    ] = "dynamic,static",
     mode: Annotated[
         str,
         typer.Option(

@@ -144,6 +144,10 @@ MOST_WINDOWS = 128
 """Windows that are scored unless the user says otherwise: at most 128 x 2048 tokens."""
 Special = Annotated[bool, typer.Option("--special/--no-special", help="Let the tokenizer add BOS and the like.")]
 Eos = Annotated[bool, typer.Option("--eos/--no-eos", help="End every document with EOS.")]
+QuantisedCache = Annotated[
+    str,
+    typer.Option(help="Also measure every model with its KV cache in fewer bits: fp8, int8, int4, a list."),
+]
 BatchSize = Annotated[int, typer.Option(help="Windows run at a time.", min=1)]
 Dtype = Annotated[
     str,
@@ -200,6 +204,11 @@ def held_out(data: str | None, base: str) -> str:
     if data.startswith(("/", "./", "../", "~")) and not Path(data).expanduser().exists():
         raise UsageError(f"--data {data}: does not exist.")
     return data
+
+
+def named_list(given: str) -> tuple[str, ...]:
+    """The names in `a,b`; none in an empty text."""
+    return tuple(part.strip() for part in given.split(",") if part.strip())
 
 
 def save(value: Any, out: Path | None) -> None:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from gqa_convert.console import console, size
 from gqa_convert.evaluate import metrics
+from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, Metric
 from gqa_convert.evaluate.results import Comparison, Evaluation
 
@@ -18,7 +19,7 @@ _MODELS_PER_TABLE = 4
 def show_evaluation(evaluation: Evaluation) -> None:
     """Print an evaluation: a row per metric, a column per model, so that it fits a narrow terminal."""
     out = console()
-    converted = evaluation.converted
+    converted = (*evaluation.converted, *evaluation.quantised)
     for start in range(0, max(len(converted), 1), _MODELS_PER_TABLE):
         out.print(_table(evaluation, converted[start : start + _MODELS_PER_TABLE]))
     out.print(
@@ -29,6 +30,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
         markup=False,
         style="dim",
     )
+    for line in conclusions(evaluation):
+        out.print(line, highlight=False, markup=False)
     for name, scores in evaluation.tasks.items():
         for task, values in scores.items():
             line = f"{name}  {task}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items())
@@ -37,8 +40,9 @@ def show_evaluation(evaluation: Evaluation) -> None:
 
 def _shown(evaluation: Evaluation) -> list[Metric]:
     """A model's own figures first, then those of a pair."""
-    own = metrics.shown("eval", [evaluation.base.figures, *(c.model.figures for c in evaluation.converted)], "model")
-    return own + metrics.shown("eval", [comparison.figures for comparison in evaluation.converted], "pair")
+    pairs = (*evaluation.converted, *evaluation.quantised)
+    own = metrics.shown("eval", [evaluation.base.figures, *(c.model.figures for c in pairs)], "model")
+    return own + metrics.shown("eval", [comparison.figures for comparison in pairs], "pair")
 
 
 def _table(evaluation: Evaluation, converted: Sequence[Comparison]) -> Table:

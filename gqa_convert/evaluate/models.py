@@ -98,7 +98,8 @@ def cache_tensors(cache: Any) -> Iterator[Tensor]:
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
     for layer in getattr(cache, "layers", ()):
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            tensor = getattr(layer, name, None)
             if isinstance(tensor, Tensor):
                 yield tensor
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, FromBench, Metric
 from gqa_convert.evaluate.metrics import from_json, rows, to_json
 
@@ -30,12 +31,14 @@ class ModelResult:
         query_heads: of the decoder.
         kv_heads: of the decoder.
         figures: by metric, see `metrics`.
+        cache: format of its cache, of `gqa_convert.evaluate.decode.settings.QUANTISED`; empty for the model's dtype.
     """
 
     name: str
     query_heads: int
     kv_heads: int
     figures: Figures
+    cache: str = ""
 
     @property
     def loss(self) -> float:
@@ -70,7 +73,9 @@ class ModelResult:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values, each by its metric's name."""
-        heads = {"name": self.name, "query_heads": self.query_heads, "kv_heads": self.kv_heads}
+        heads: dict[str, Any] = {"name": self.name, "query_heads": self.query_heads, "kv_heads": self.kv_heads}
+        if self.cache:
+            heads["cache"] = self.cache
         return heads | to_json(self.figures, rows("model"))
 
 
@@ -175,6 +180,7 @@ class Evaluation:
         base: the original's figures.
         converted: one entry per conversion.
         tasks: results of lm-eval by model name, where asked for.
+        quantised: original and conversions with caches in fewer bits, each beside the original with its whole cache.
         date: the day it was measured on (UTC), as 2026-01-31; empty in files written before it was recorded.
     """
 
@@ -193,13 +199,15 @@ class Evaluation:
     converted: tuple[Comparison, ...]
     tasks: Tasks = field(default_factory=dict)
     date: str = ""
+    quantised: tuple[Comparison, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The evaluation as JSON values."""
         values: dict[str, Any] = {"format": 1, "kind": "evaluation"} | asdict(self)
         values["base"] = self.base.to_json()
-        values["converted"] = [comparison.to_json() for comparison in self.converted]
-        return values
+        for name in ("converted", "quantised"):
+            values[name] = [comparison.to_json() for comparison in getattr(self, name)]
+        return values | {"conclusions": conclusions(self)}
 
     @classmethod
     def from_json(cls, values: Any) -> Evaluation:
@@ -210,16 +218,8 @@ class Evaluation:
         """
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-        converted = values.get("converted")
-        nested = {
-            "base": _with_figures(values.get("base")),
-            "converted": [
-                _with_figures(entry, pair_rows()) | {"model": _with_figures(entry["model"])}
-                for entry in (converted if isinstance(converted, list) else ())
-                if isinstance(entry, dict) and isinstance(entry.get("model"), dict)
-            ],
-        }
-        return _adapter().validate_python(values | nested)
+        pairs = {name: _pairs(values.get(name)) for name in ("converted", "quantised")}
+        return _adapter().validate_python(values | {"base": _with_figures(values.get("base"))} | pairs)
 
 
 @cache
@@ -227,6 +227,14 @@ def _adapter() -> TypeAdapter[Evaluation]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Evaluation)
+
+
+def _pairs(values: Any) -> list[dict[str, Any]]:
+    return [
+        _with_figures(entry, pair_rows()) | {"model": _with_figures(entry["model"])}
+        for entry in (values if isinstance(values, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("model"), dict)
+    ]
 
 
 def _with_figures(values: Any, metrics: list[Metric] | None = None) -> dict[str, Any]:

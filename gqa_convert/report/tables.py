@@ -94,7 +94,8 @@ def _point_row(point: SweepPoint, shown: Sequence[Metric]) -> Row:
 def quality(evaluation: Evaluation) -> Quality:
     """One `gqa eval`."""
     base = evaluation.base
-    pairs = [(comparison.model, comparison.model.figures | comparison.figures) for comparison in evaluation.converted]
+    compared = (*evaluation.converted, *evaluation.quantised)
+    pairs = [(comparison.model, comparison.model.figures | comparison.figures) for comparison in compared]
     shown = metrics.shown("page", [base.figures, *(figures for _, figures in pairs)])
     rows = [_row(f"{base.name} (original)", base.kv_heads, base.figures, shown)]
     rows += [_row(model.name, model.kv_heads, figures, shown) for model, figures in pairs]
