@@ -56,6 +56,10 @@ def eval_command(
     ] = "assistant",
     batch_size: BatchSize = 8,
     quantised_cache: QuantisedCache = "",
+    recall: Annotated[
+        str, typer.Option(help="Also ask for what was told in texts of so many tokens: 512,1k,2k, a list.")
+    ] = "",
+    recall_items: Annotated[int, typer.Option(help="Questions of each kind at each length.", min=1)] = 20,
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -69,6 +73,7 @@ def eval_command(
     data = held_out(data, base)
     from gqa_convert.cli import show_evaluation
     from gqa_convert.evaluate.evaluation import EvalSettings, evaluate, with_tasks
+    from gqa_convert.evaluate.metrics import RECALL
 
     settings = EvalSettings(
         data=data,
@@ -89,6 +94,17 @@ def eval_command(
     base = located(base, revision)
     with Counter("windows", quiet=json) as progress:
         evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
+    if recall:
+        from gqa_convert.budget.counts import parse_counts
+        from gqa_convert.evaluate.recall import with_recall
+
+        contexts = parse_counts(recall, "--recall")
+        folders = [base, *(converted or [])]
+        with Counter("questions", quiet=json) as progress:
+            progress.total(len(RECALL) * len(contexts) * recall_items * len(folders))
+            evaluation = with_recall(
+                evaluation, folders, contexts, settings, count=recall_items, on_items=progress.advance
+            )
     if tasks:
         evaluation = with_tasks(evaluation, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
     save(evaluation.to_json(), out)
@@ -186,6 +202,7 @@ def sweep_command(
     special: Special = True,
     eos: Eos = True,
     batch_size: BatchSize = 8,
+    quantised_cache: QuantisedCache = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -226,6 +243,7 @@ def sweep_command(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            caches=named_list(quantised_cache),
         ),
         benchmark=timing if benchmark else None,
         tolerance=tolerance,

@@ -11,7 +11,7 @@ from gqa_convert.console import console, size
 from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, Metric
-from gqa_convert.evaluate.results import Comparison, Evaluation
+from gqa_convert.evaluate.results import Comparison, Evaluation, recall_rows
 
 _MODELS_PER_TABLE = 4
 
@@ -30,12 +30,24 @@ def show_evaluation(evaluation: Evaluation) -> None:
         markup=False,
         style="dim",
     )
+    if evaluation.recall:
+        out.print(_recall(evaluation))
     for line in conclusions(evaluation):
         out.print(line, highlight=False, markup=False)
     for name, scores in evaluation.tasks.items():
         for task, values in scores.items():
             line = f"{name}  {task}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             out.print(line, markup=False)
+
+
+def _recall(evaluation: Evaluation) -> Table:
+    names, rows = recall_rows(evaluation)
+    table = Table("recall, tokens", box=None, pad_edge=False)
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _shown(evaluation: Evaluation) -> list[Metric]:

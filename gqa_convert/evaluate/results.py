@@ -162,6 +162,23 @@ class LayerSimilarity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recall:
+    """What one model found again in texts of one length; see `gqa_convert.evaluate.recall`.
+
+    Attributes:
+        model: its name.
+        kind: of `metrics.RECALL`.
+        context: tokens of each text.
+        right: of each item, in order of depth; the items of all models are the same.
+    """
+
+    model: str
+    kind: str
+    context: int
+    right: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """An original, its conversions, and how they were measured.
 
@@ -181,6 +198,7 @@ class Evaluation:
         converted: one entry per conversion.
         tasks: results of lm-eval by model name, where asked for.
         quantised: original and conversions with caches in fewer bits, each beside the original with its whole cache.
+        recall: by model, kind and context, where asked for.
         date: the day it was measured on (UTC), as 2026-01-31; empty in files written before it was recorded.
     """
 
@@ -200,6 +218,7 @@ class Evaluation:
     tasks: Tasks = field(default_factory=dict)
     date: str = ""
     quantised: tuple[Comparison, ...] = ()
+    recall: tuple[Recall, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The evaluation as JSON values."""
@@ -220,6 +239,16 @@ class Evaluation:
             raise ValueError("not a JSON object")
         pairs = {name: _pairs(values.get(name)) for name in ("converted", "quantised")}
         return _adapter().validate_python(values | {"base": _with_figures(values.get("base"))} | pairs)
+
+
+def recall_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """The models, and for each kind and context a row: its name, and what each model has right of how many."""
+    names = list(dict.fromkeys(result.model for result in evaluation.recall))
+    seen = {(r.kind, r.context, r.model): f"{sum(r.right)} of {len(r.right)}" for r in evaluation.recall}
+    keys = dict.fromkeys((r.kind, r.context) for r in evaluation.recall)
+    return names, [
+        [f"{kind}, {context:,}", *(seen.get((kind, context, n), "") for n in names)] for kind, context in keys
+    ]
 
 
 @cache

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from gqa_convert.console import size
 from gqa_convert.evaluate import metrics
+from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.decode.results import DecodeResult, lengths
 from gqa_convert.evaluate.metric import Figures, Metric
-from gqa_convert.evaluate.results import Evaluation, Tasks
+from gqa_convert.evaluate.results import Evaluation, Tasks, recall_rows
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run, Timed
 
@@ -53,11 +54,13 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """An evaluation: its table, how it was measured, and tasks of lm-eval where they were run."""
+    """An evaluation: its table, how it was measured, what follows, and tasks of lm-eval where they were run."""
 
     table: Table
     measured_on: str
+    conclusions: tuple[str, ...] = ()
     tasks: Table | None = field(default=None)
+    recall: Table | None = field(default=None)
 
 
 def _heads(shown: Sequence[Metric]) -> tuple[Column, ...]:
@@ -102,8 +105,17 @@ def quality(evaluation: Evaluation) -> Quality:
     return Quality(
         table=Table(caption="Quality of the conversions", head=_heads(shown), rows=tuple(rows)),
         measured_on=measured_on(evaluation, shown),
+        conclusions=tuple(conclusions(evaluation)),
         tasks=tasks_table(evaluation.tasks),
+        recall=recall_table(evaluation),
     )
+
+
+def recall_table(evaluation: Evaluation) -> Table | None:
+    """What each model finds again, a row per kind and length of the text; None where it was not measured."""
+    names, rows = recall_rows(evaluation)
+    head = (Column("recall, tokens"), *(Column(name) for name in names))
+    return Table(caption="Recall", head=head, rows=tuple(Row(tuple(row)) for row in rows)) if rows else None
 
 
 def tasks_table(tasks: Tasks) -> Table | None:

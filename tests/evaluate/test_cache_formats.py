@@ -160,7 +160,27 @@ def test_the_commands_take_formats(llama: Path, llama_gqa2: Path, lines: Path) -
     assert timed.exit_code == 0, timed.output
     points = json.loads(timed.stdout)["points"]
     held = {point["cache"]: [model["cache_bytes"] for model in point["models"]] for point in points}
+    assert any("tiny-llama-gqa2, int4 cache: 19%" in line for line in json.loads(timed.stdout)["conclusions"])
     assert [small / whole for small, whole in zip(held["int4"], held["dynamic"], strict=True)] == [6 / 32, 6 / 32]
+
+
+def test_a_sweep_and_its_page_tell_the_deal(llama: Path, lines: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["sweep", str(llama), "--groups", "1", "--data", str(lines), "--max-windows", "2", "--run", str(run)]
+    quick = ["--no-bench", "--no-sensitivity", "--quantised-cache", "int4"]
+    shown = CliRunner().invoke(app, [*arguments, *quick])
+    assert shown.exit_code == 0, shown.output
+    point = json.loads((run / "points" / "mean-g1" / "point.json").read_text())
+    assert [c["model"]["name"] for c in point["evaluation"]["quantised"]] == [
+        "tiny-llama, int4 cache",
+        "mean-g1, int4 cache",
+    ]
+    deal = point["point"]["deal"]
+    assert deal.startswith("mean-g1: 0.25 of the cache")
+    assert deal in shown.output.replace("\n", " ")
+    paged = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "report")])
+    assert paged.exit_code == 0, paged.output
+    assert deal in "".join(page.read_text() for page in (tmp_path / "report").rglob("*.html"))
 
 
 def test_a_format_that_is_none_is_refused() -> None:
