@@ -9,6 +9,7 @@ adjacent heads (Ainslie et al. 2023, section 2.2). Pooling strided heads instead
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,13 @@ def fewest_groups(groups: Groups) -> int:
     return groups if isinstance(groups, int) else groups.fewest
 
 
+def kv_heads_words(most: int, per_layer: Sequence[int] = ()) -> str:
+    """KV heads in words: `8`, or `1 to 8 (3.25 on average)` where layers differ."""
+    if not per_layer:
+        return str(most)
+    return f"{min(per_layer)} to {most} ({sum(per_layer) / len(per_layer):.3g} on average)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadLayout:
     """Head counts of the attention layers of a decoder.
@@ -121,10 +129,7 @@ class HeadLayout:
     @property
     def kv_heads_words(self) -> str:
         """The KV heads in words: `8`, or `1 to 8 (3.25 on average)` where layers differ."""
-        if not self.per_layer:
-            return str(self.num_kv_heads)
-        mean = sum(self.per_layer) / len(self.per_layer)
-        return f"{min(self.per_layer)} to {self.num_kv_heads} ({mean:.3g} on average)"
+        return kv_heads_words(self.num_kv_heads, self.per_layer)
 
     @property
     def legal_groups(self) -> tuple[int, ...]:

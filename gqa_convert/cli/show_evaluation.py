@@ -63,7 +63,7 @@ def _table(evaluation: Evaluation, converted: Sequence[Comparison]) -> Table:
     models = (evaluation.base, *(comparison.model for comparison in converted))
     for model in models:
         table.add_column(Text(model.name), justify="right", overflow="fold")
-    table.add_row("KV heads", *(f"{model.kv_heads} of {model.query_heads}" for model in models))
+    table.add_row("KV heads", *(f"{model.heads} of {model.query_heads}" for model in models))
     pairs: list[Figures] = [{}, *(comparison.figures for comparison in converted)]
     for metric in _shown(evaluation):
         figures = [model.figures for model in models] if metric.of == "model" else pairs

@@ -159,6 +159,7 @@ def _result(subject: models.Subject, model: Any, sums: WindowSums, task: Task, c
         cache=cache,
         query_heads=subject.query_heads,
         kv_heads=subject.kv_heads,
+        kv_heads_per_layer=subject.per_layer,
         figures=model_figures(subject, model, sums, block=task.block),
     )
 

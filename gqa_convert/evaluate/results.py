@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, FromBench, Metric
 from gqa_convert.evaluate.metrics import from_json, rows, to_json
+from gqa_convert.heads import kv_heads_words
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -29,7 +30,8 @@ class ModelResult:
     Attributes:
         name: folder name.
         query_heads: of the decoder.
-        kv_heads: of the decoder.
+        kv_heads: of the decoder; where layers differ, of the one that has most.
+        kv_heads_per_layer: where layers differ; else empty.
         figures: by metric, see `metrics`.
         cache: format of its cache, of `gqa_convert.evaluate.decode.settings.QUANTISED`; empty for the model's dtype.
     """
@@ -37,8 +39,14 @@ class ModelResult:
     name: str
     query_heads: int
     kv_heads: int
+    kv_heads_per_layer: tuple[int, ...] = ()
     figures: Figures
     cache: str = ""
+
+    @property
+    def heads(self) -> str:
+        """The KV heads in words."""
+        return kv_heads_words(self.kv_heads, self.kv_heads_per_layer)
 
     @property
     def loss(self) -> float:
@@ -76,6 +84,8 @@ class ModelResult:
         heads: dict[str, Any] = {"name": self.name, "query_heads": self.query_heads, "kv_heads": self.kv_heads}
         if self.cache:
             heads["cache"] = self.cache
+        if self.kv_heads_per_layer:
+            heads["kv_heads_per_layer"] = list(self.kv_heads_per_layer)
         return heads | to_json(self.figures, rows("model"))
 
 

@@ -67,7 +67,7 @@ def _heads(shown: Sequence[Metric]) -> tuple[Column, ...]:
     return (Column("model"), Column("KV heads"), *(Column(metric.column, metric.hint) for metric in shown))
 
 
-def _row(name: str, kv_heads: int, figures: Figures, shown: Sequence[Metric]) -> Row:
+def _row(name: str, kv_heads: int | str, figures: Figures, shown: Sequence[Metric]) -> Row:
     return Row((name, str(kv_heads), *(metric.cell(figures.get(metric.name)) for metric in shown)))
 
 
@@ -82,7 +82,7 @@ def points_table(run: Run) -> Table | None:
         return None
     shown = points_metrics(run)
     base = run.base.base
-    rows = [_row(f"{base.name} (original)", base.kv_heads, base.figures, shown)]
+    rows = [_row(f"{base.name} (original)", base.heads, base.figures, shown)]
     rows += [_point_row(point, shown) for point in run.points]
     best = run.points.index(run.recommended) + 1 if run.recommended else None
     return Table(caption="All points of the sweep", head=_heads(shown), rows=tuple(rows), best=best)
@@ -100,8 +100,8 @@ def quality(evaluation: Evaluation) -> Quality:
     compared = (*evaluation.converted, *evaluation.quantised)
     pairs = [(comparison.model, comparison.model.figures | comparison.figures) for comparison in compared]
     shown = metrics.shown("page", [base.figures, *(figures for _, figures in pairs)])
-    rows = [_row(f"{base.name} (original)", base.kv_heads, base.figures, shown)]
-    rows += [_row(model.name, model.kv_heads, figures, shown) for model, figures in pairs]
+    rows = [_row(f"{base.name} (original)", base.heads, base.figures, shown)]
+    rows += [_row(model.name, model.heads, figures, shown) for model, figures in pairs]
     return Quality(
         table=Table(caption="Quality of the conversions", head=_heads(shown), rows=tuple(rows)),
         measured_on=measured_on(evaluation, shown),
@@ -167,7 +167,7 @@ def _decode_row(where: str, model: DecodeResult) -> Row:
     ratio = model.time_ratio
     cells = (
         where,
-        f"{model.name} ({model.kv_heads})",
+        f"{model.name} ({model.heads})",
         f"{model.seconds.median * 1e3:.3g}",
         "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
         f"{model.tokens_per_second:,.0f}",

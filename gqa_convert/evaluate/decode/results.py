@@ -8,6 +8,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from gqa_convert.evaluate.decode.settings import QUANTISED
+from gqa_convert.heads import kv_heads_words
 
 NO_DIFFERENCE = 0.03
 """Time ratios within this of 1, or whose spread reaches there, are called no difference."""
@@ -37,7 +38,8 @@ class DecodeResult:
     Attributes:
         name: of the model.
         query_heads: of the model.
-        kv_heads: of the model.
+        kv_heads: of the model; where layers differ, of the one that has most.
+        kv_heads_per_layer: where layers differ; else empty.
         seconds: per decoded token of every sequence (one step), over the rounds.
         tokens_per_second: over all sequences, from the median.
         cache_bytes: measured, of all sequences; with an encoder, both caches in sum.
@@ -73,6 +75,12 @@ class DecodeResult:
     verdict: str
     self_cache_bytes: int = 0
     cross_cache_bytes: int = 0
+    kv_heads_per_layer: tuple[int, ...] = ()
+
+    @property
+    def heads(self) -> str:
+        """The KV heads in words."""
+        return kv_heads_words(self.kv_heads, self.kv_heads_per_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
