@@ -36,7 +36,7 @@ def cheapest(
     best: list[float] = [0.0] + [math.inf] * room  # least cost of the items so far at exactly so many units
     chosen: list[list[int | None]] = []
     for cost, weight in zip(costs, weights, strict=True):
-        after, option_at = [math.inf] * (room + 1), [None] * (room + 1)
+        after, option_at = [math.inf] * (room + 1), _none(room + 1)
         for option, price in cost.items():
             units = weight[option] // unit
             for total in range(units, room + 1):
@@ -44,12 +44,16 @@ def cheapest(
                     after[total] = best[total - units] + price
                     option_at[total] = option
         best = after
-        chosen.append(list(option_at))
+        chosen.append(option_at)
     total = min(range(room + 1), key=lambda units: (best[units], units))
     options: list[int] = []
     for weight, option_at in zip(reversed(weights), reversed(chosen), strict=True):
-        option = option_at[total]
-        assert option is not None
-        options.append(option)
-        total -= weight[option] // unit
+        taken = option_at[total]
+        assert taken is not None
+        options.append(taken)
+        total -= weight[taken] // unit
     return tuple(reversed(options))
+
+
+def _none(count: int) -> list[int | None]:
+    return [None] * count

@@ -22,7 +22,9 @@ def as_groups(groups: int | Sequence[int] | HeadPlan) -> Groups:
     Raises:
         UsageError: if a number is none, or below 1.
     """
-    if isinstance(groups, int) and not isinstance(groups, bool):
+    if isinstance(groups, bool):
+        raise UsageError(f"KV heads of each layer: {groups!r} is no whole number.")
+    if isinstance(groups, int):
         return groups
     if not isinstance(groups, HeadPlan):
         strange = [each for each in groups if not isinstance(each, int) or isinstance(each, bool)]

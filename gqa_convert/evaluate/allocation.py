@@ -331,7 +331,7 @@ class _Ledger:
     def measure(self, assembly: Assembly, counts: Mapping[int, int]) -> Cost:
         """Measure a choice of KV heads, or take it from the file."""
         name = ",".join(f"{layer}:{count}" for layer, count in sorted(counts.items()))
-        kept = self._seen.get(name)
+        kept: Any = self._seen.get(name)
         try:
             return Cost(float(kept["kl"]), float(kept["loss"]))
         except (TypeError, KeyError, ValueError):

@@ -67,11 +67,13 @@ def restore(stored: Stored, name: str, dtype: torch.dtype) -> Tensor:
         whole = codes.view(torch.int8).float()
     else:
         whole = torch.stack((codes & 15, codes >> 4), -1).flatten(-2).float() - 8
-    return (whole.unflatten(-1, (scales.shape[-1], -1)) * scales[..., None].float()).flatten(-2).to(dtype)
+    scaled: Tensor = whole.unflatten(-1, (scales.shape[-1], -1)) * scales[..., None].float()
+    return scaled.flatten(-2).to(dtype)
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, 0, 1 / scale)
+    inverse: Tensor = torch.where(scale == 0, 0, 1 / scale)
+    return inverse
 
 
 class QuantisedLayer(DynamicLayer):
@@ -81,7 +83,7 @@ class QuantisedLayer(DynamicLayer):
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.format = name
         self.key_scales: Tensor | None = None
         self.value_scales: Tensor | None = None
@@ -135,7 +137,8 @@ class QuantisedLayer(DynamicLayer):
 
 def quantised_cache(name: str, *, across: bool = False) -> Any:
     """An empty cache of a format; with `across` also for the encoder's output."""
-    own, cross = (Cache(layer_class_to_replicate=partial(QuantisedLayer, name)) for _ in range(2))
+    layer: Any = partial(QuantisedLayer, name)
+    own, cross = (Cache(layer_class_to_replicate=layer) for _ in range(2))
     return EncoderDecoderCache(own, cross) if across else own
 
 

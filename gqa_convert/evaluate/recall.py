@@ -190,7 +190,7 @@ def with_recall(
     plain = [document for document in documents if isinstance(document, str)]
     if not plain:
         raise UsageError(f"--recall: {settings.data} holds conversations alone; give plain text by --data.")
-    text_ids = text.encode(plain, tokenizer, special=False, eos=False).ids.tolist()
+    text_ids = text.encode(plain, tokenizer, special=False, eos=False).ids
     recall: list[Recall] = []
     for subject in subjects:
         model = models.load(subject, dtype=settings.dtype, device=settings.device)

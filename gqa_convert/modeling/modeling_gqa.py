@@ -413,7 +413,7 @@ def _per_layer(config: Any) -> Any:
     """The configuration of each layer, of which transformers sizes its caches."""
     counts = getattr(config, SELF_FIELD, None)
     if not isinstance(counts, (list, tuple)):
-        return PreTrainedConfig.per_layer_config.fget(config)
+        return PreTrainedConfig.per_layer_config.fget(config)  # type: ignore[attr-defined]
     layers = Layers()
     layers.whole = config
     for groups in counts:

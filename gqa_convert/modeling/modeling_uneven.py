@@ -55,7 +55,7 @@ class DeciLMConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the blocks and make their entries attributes."""
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         blocks = [
             Settings({name: Settings(part) for name, part in block.items()}) for block in self.block_configs or []
         ]
@@ -104,7 +104,8 @@ class DeciLMConfig(LlamaConfig):
 def ffn_size(ffn: Any, width: int) -> int | None:
     """The intermediate size that a block's `ffn` states, as engines compute it; None where it states none."""
     if ffn.get("ffn_mult") is None:
-        return ffn.get("intermediate_size")
+        stated: int | None = ffn.get("intermediate_size")
+        return stated
     size = int(2 * ffn["ffn_mult"] * width / 3)
     return -(-size // 256) * 256
 

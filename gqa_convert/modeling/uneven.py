@@ -27,7 +27,7 @@ def is_uneven(values: Any) -> bool:
 
     NVIDIA's own models of this model type bring other code, which its `auto_map` names.
     """
-    get = values.get if isinstance(values, Mapping) else lambda name: getattr(values, name, None)
+    get: Any = values.get if isinstance(values, Mapping) else lambda name: getattr(values, name, None)
     if get("model_type") != MODEL_TYPE:
         return False
     if not isinstance(values, Mapping) and hasattr(type(values), "kv_heads"):

@@ -26,7 +26,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
              "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
 }  # fmt: skip
-CASES = [
+CASES: list[tuple[str, dict[str, Any]]] = [
     ("13M", {"context": 512, "micro": 8}),
     ("13M", {"context": 512, "micro": 8, "distil": True}),
     ("60M", {"context": 512, "micro": 4}),

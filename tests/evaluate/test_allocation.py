@@ -96,7 +96,7 @@ def test_what_was_measured_is_not_measured_again(model: Path, tmp_path: Path, mo
     values["0:1"] = "damaged"
     kept.write_text(json.dumps(values))
     monkeypatch.setattr(allocation.Assembly, "measure", lambda self, counts: allocation.Cost(0.5, 0.25))
-    assert choose("50%")["costs"][0]["1"] == {"kl": 0.5, "loss": 0.25}  # type: ignore[index]
+    assert choose("50%")["costs"][0]["1"] == {"kl": 0.5, "loss": 0.25}
 
 
 def test_a_layer_alone_is_put_in_and_taken_out(model: Path) -> None:

@@ -74,7 +74,7 @@ def test_following_the_variables_gives_the_answer(seed: int) -> None:
     item = make_item("variables", random.Random(seed))
     values: dict[str, str] = {}
     for line in item.told:
-        name, value = re.fullmatch(r"VAR (\w) = (.*)\.", line).groups()  # type: ignore[union-attr]
+        name, value = re.fullmatch(r"VAR (\w) = (.*)\.", line).groups()
         values[name] = values[value.removeprefix("VAR ")] if value.startswith("VAR ") else value
     asked = re.search(r"VAR (\w),", item.asked)
     assert asked is not None

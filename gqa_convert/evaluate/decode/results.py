@@ -161,8 +161,8 @@ def _of_formats(bench: Bench) -> list[str]:
     """For each model what storing its cache in fewer bits does to the time of a step, beside the dynamic cache."""
     points = {(p.cache, p.mode, p.batch, p.context, p.source_tokens): p.models for p in bench.points}
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for (kind, *where), models in points.items():
-        whole = points.get(("dynamic", *where), ()) if kind in QUANTISED else ()
+    for (kind, mode, batch, context, source), models in points.items():
+        whole = points.get(("dynamic", mode, batch, context, source), ()) if kind in QUANTISED else ()
         for small, large in zip(models, whole, strict=False):
             time = small.seconds.median / large.seconds.median
             ratios.setdefault((small.name, kind), []).append((time, small.cache_bytes / large.cache_bytes))
