@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.evaluate.metric import Figures, FromBench, Metric
 from gqa_convert.evaluate.metrics import from_json, rows, to_json
+from gqa_convert.outcome import Outcome
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -157,7 +158,7 @@ class LayerSimilarity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Outcome):
     """An original, its conversions, and how they were measured.
 
     Attributes:
@@ -200,6 +201,14 @@ class Evaluation:
         values["base"] = self.base.to_json()
         values["converted"] = [comparison.to_json() for comparison in self.converted]
         return values
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row per model, the original first; what was measured of a pair stands with the converted one."""
+        rows = [self.base.to_json()]
+        for comparison in self.converted:
+            pair = comparison.to_json()
+            rows.append(pair.pop("model") | pair)
+        return rows
 
     @classmethod
     def from_json(cls, values: Any) -> Evaluation:

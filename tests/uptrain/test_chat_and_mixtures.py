@@ -102,7 +102,7 @@ def test_show_data_and_dry_run_tell_what_is_learnt(settings, chat_folder, chat_f
     settings["model"] = str(chat_folder)
     settings["data"]["source"] = str(chat_file)
     path = write_config(settings)
-    shown = json.loads(command("gqa", "uptrain", "show-data", path, "--json").out)[0]
+    shown = json.loads(command("gqa", "uptrain", "show-data", path, "--json").out)["documents"][0]
     assert shown["kind"] == "conversation"
     assert [t for t, learnt in zip(shown["tokens"], shown["learnt"], strict=True) if learnt][-1] == "</s>"
     assert 0 < sum(shown["learnt"]) < len(shown["ids"])
