@@ -9,6 +9,7 @@ adjacent heads (Ainslie et al. 2023, section 2.2). Pooling strided heads instead
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,74 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(d for d in range(1, number + 1) if number % d == 0)
 
 
+@dataclass(frozen=True)
+class HeadPlan:
+    """KV heads of every decoder layer, first to last, where layers differ in them.
+
+    Raises:
+        UsageError: if it names no layer, or a layer without a KV head.
+    """
+
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        low = next((layer for layer, count in enumerate(self.counts) if count < 1), None)
+        if low is not None:
+            raise UsageError(f"layer {low}: {self.counts[low]} KV heads; attention needs at least one.")
+        if not self.counts:
+            raise UsageError("KV heads of no layer: at least one layer's are needed.")
+
+    @property
+    def most(self) -> int:
+        """KV heads of the layer that has most."""
+        return max(self.counts)
+
+    @property
+    def fewest(self) -> int:
+        """KV heads of the layer that has fewest."""
+        return min(self.counts)
+
+    @property
+    def even(self) -> int | None:
+        """KV heads of every layer; None where layers differ."""
+        return self.most if self.most == self.fewest else None
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.counts))
+
+
+Groups = int | HeadPlan
+"""KV heads after a conversion: of every layer alike, or of each."""
+
+
+def groups_at(groups: Groups, layer: int) -> int:
+    """KV heads of one layer."""
+    return groups if isinstance(groups, int) else groups.counts[layer]
+
+
+def most_groups(groups: Groups) -> int:
+    """KV heads of the layer that has most."""
+    return groups if isinstance(groups, int) else groups.most
+
+
+def fewest_groups(groups: Groups) -> int:
+    """KV heads of the layer that has fewest."""
+    return groups if isinstance(groups, int) else groups.fewest
+
+
+def kv_heads_words(most: int, per_layer: Sequence[int] = ()) -> str:
+    """KV heads in words: `8`, or `1 to 8 (3.25 on average)` where layers differ."""
+    if not per_layer:
+        return str(most)
+    return f"{min(per_layer)} to {most} ({sum(per_layer) / len(per_layer):.3g} on average)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadLayout:
-    """Head counts of one attention layer.
+    """Head counts of the attention layers of a decoder.
+
+    `per_layer` holds the KV heads of each layer where they differ; `num_kv_heads` are then those of the layer that has
+    most.
 
     Raises:
         UsageError: if a count is not positive or the query heads cannot be shared equally by the KV heads.
@@ -34,6 +100,7 @@ class HeadLayout:
     num_query_heads: int
     num_kv_heads: int
     head_dim: int
+    per_layer: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_query_heads", "num_kv_heads", "head_dim"):
@@ -52,10 +119,17 @@ class HeadLayout:
 
     @property
     def kind(self) -> str:
-        """`MHA`, `GQA` or `MQA`."""
+        """`MHA`, `GQA` or `MQA`; layers that differ are `GQA` together."""
+        if self.per_layer:
+            return "GQA"
         if self.num_kv_heads == self.num_query_heads:
             return "MHA"
         return "MQA" if self.num_kv_heads == 1 else "GQA"
+
+    @property
+    def kv_heads_words(self) -> str:
+        """The KV heads in words: `8`, or `1 to 8 (3.25 on average)` where layers differ."""
+        return kv_heads_words(self.num_kv_heads, self.per_layer)
 
     @property
     def legal_groups(self) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 OnProgress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much."""
 Model = str | Path
+Groups = int | Sequence[int]
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 _RENAMED = {"calibration-sequences": "sequences", "calibration-length": "length", "set": "overrides"}
@@ -58,15 +59,15 @@ def as_arguments(message: str) -> str:
 
 
 @overload
-def convert(model: Model, groups: int, **choices: Any) -> ConvertResult: ...
+def convert(model: Model, groups: Groups, **choices: Any) -> ConvertResult: ...
 @overload
-def convert(model: PreTrainedModel, groups: int, *, out: None = None, **choices: Any) -> PreTrainedModel: ...
+def convert(model: PreTrainedModel, groups: Groups, *, out: None = None, **choices: Any) -> PreTrainedModel: ...
 @overload
-def convert(model: PreTrainedModel, groups: int, *, out: Model, **choices: Any) -> ConvertResult: ...
+def convert(model: PreTrainedModel, groups: Groups, *, out: Model, **choices: Any) -> ConvertResult: ...
 @_named_as_arguments
 def convert(
     model: Any,
-    groups: int,
+    groups: Groups,
     *,
     preset: str | None = None,
     calibrate: str | None = None,
@@ -75,6 +76,9 @@ def convert(
     seed: int | None = None,
     out: Model | None = None,
     cross_groups: int | None = None,
+    keep_layers: str = "",
+    tensor_parallel: int = 1,
+    min_groups: int = 1,
     route: str = "auto",
     allow_slow: bool = False,
     verify: str = "structure",
@@ -96,7 +100,7 @@ def convert(
 
     Args:
         model: a checkpoint folder, a hub id, `demo`, or a live transformers model, which is not changed.
-        groups: KV heads after the conversion; 1 is multi-query attention.
+        groups: KV heads after the conversion; 1 is multi-query attention. A sequence: one number per decoder layer.
         preset: `paper`, `fast` or `best`; see `gqa_convert.conversion.recipe.PRESETS`.
         calibrate: text to measure layers on: a file, a folder, a hub dataset, `demo` or `self`.
         recipe: all choices about the merge at once, in place of `preset`, `calibrate`, `method` and `seed`.
@@ -105,6 +109,9 @@ def convert(
         out: folder to write; by default `<model>-gqa<groups>` beside the model. For a live model, None gives a live
             model back.
         cross_groups: KV heads of cross-attention, where a model sets them apart.
+        keep_layers: layers that keep all their KV heads: `first,last`, `0,5`, `0-3`.
+        tensor_parallel: devices that are to share the KV heads of every layer without copies.
+        min_groups: KV heads that every layer is to have at least.
         route: `native`, `remote-code` or `auto`, for families without a setting for KV heads.
         allow_slow: also convert families that decode no faster.
         verify: `none`, `structure` or `logits`.
@@ -134,6 +141,9 @@ def convert(
     chosen: dict[str, Any] = {
         "groups": groups,
         "cross_groups": cross_groups,
+        "keep_layers": keep_layers,
+        "tensor_parallel": tensor_parallel,
+        "min_groups": min_groups,
         "recipe": settled,
         "route": route,
         "allow_slow": allow_slow,
@@ -165,7 +175,18 @@ def _convert_folder(
     from gqa_convert.conversion.plan import plan
     from gqa_convert.evaluate.quality import measure_conversion
 
-    of_plan = ("groups", "cross_groups", "recipe", "route", "allow_slow", "trust_remote_code", "revision")
+    of_plan = (
+        "groups",
+        "cross_groups",
+        "keep_layers",
+        "tensor_parallel",
+        "min_groups",
+        "recipe",
+        "route",
+        "allow_slow",
+        "trust_remote_code",
+        "revision",
+    )
     planned = plan(model, out=out, **{name: chosen.pop(name) for name in of_plan if name in chosen})
     if on_progress is not None:
         chosen["on_bytes"] = _both(chosen["on_bytes"], _counted(on_progress, "writing", planned.bytes_out))

@@ -314,11 +314,11 @@ def test_what_is_not_finite_cannot_be_solved(method: str, value: float, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("source", "code"),
-    [("./nowhere", CHECKPOINT), ("/nowhere/at/all", CHECKPOINT), ("../x", CHECKPOINT), ("a/b/c", CHECKPOINT)],
+    "source",
+    ["./nowhere", "/nowhere/at/all", "../x", "a/b/c"],
 )
-def test_missing_folder(source: str, code: int, tmp_path: Path, command: Command) -> None:
-    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "out"), code, source)
+def test_missing_folder(source: str, tmp_path: Path, command: Command) -> None:
+    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "out"), USAGE, source)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -544,8 +544,11 @@ def test_output_through_a_link_to_the_source(tmp_path: Path, command: Command) -
 
 def test_output_in_a_folder_that_is_not_there(tmp_path: Path, command: Command) -> None:
     source = factories.make(tmp_path / "source")
-    assert_refused(command("gqa-convert", source, "--groups", 4, "--out", tmp_path / "no" / "out"), OUTPUT, "no such")
+    deep = tmp_path / "no" / "such" / "out"
+    assert_refused(command("gqa-convert", source, "--groups", 3, "--out", deep), USAGE, "--groups 3")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert command("gqa-convert", source, "--groups", 4, "--out", deep).code == 0
+    assert [path.name for path in deep.parent.iterdir()] == ["out"]
 
 
 @contextmanager
@@ -627,9 +630,12 @@ def test_errors_of_other_commands_are_one_line_too(tmp_path: Path, command: Comm
         assert_refused(command("gqa", *arguments), CHECKPOINT, "truncated")
 
 
-def test_json_does_not_change_errors(tmp_path: Path, command: Command) -> None:
+def test_json_adds_an_object_to_an_error(tmp_path: Path, command: Command) -> None:
     source = factories.make(tmp_path / "source")
-    assert_refused(command("gqa-convert", source, "--groups", 3, "--json"), USAGE, "--groups 3")
+    finished = command("gqa-convert", source, "--groups", 3, "--json")
+    told = json.loads(finished.out)["error"]
+    assert (told["kind"], told["exit_code"]) == ("UsageError", USAGE)
+    assert finished.err == f"error: {told['message']}\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_leaves_nothing(

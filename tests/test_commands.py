@@ -90,7 +90,7 @@ WRONG = [
     (("convert", "x", "-g", 0), "--groups 0"),
     (("convert", "x", "-g", 2, "--refit"), "--refit: needs text"),
     (("convert", "x", "-g", 2, "--gruops", 2), "--groups"),
-    (("convert", "x", "-g", "two"), "two"),
+    (("convert", "x", "-g", "two"), "'--groups' / '-g'"),
     (("convert", "x"), "--groups"),
     (("sweep", "demo", "-g", 2, "--methods", "mean,bset"), "did you mean best?"),
     (("eval", "x"), "--data is missing"),

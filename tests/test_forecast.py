@@ -6,7 +6,7 @@ import pytest
 
 from gqa_convert import ConvertPlan, plan
 from gqa_convert.checkpoint.embedded import CHECKPOINT
-from gqa_convert.cli.show_conversion import duration
+from gqa_convert.console import duration
 from gqa_convert.conversion.forecast import Forecast, forecast
 from gqa_convert.conversion.recipe import make_recipe
 from tests.support import Command

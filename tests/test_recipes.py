@@ -79,7 +79,7 @@ def test_search_alone_moves_heads_under_the_mean(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"preset": "fastest"}, "--preset fastest: choose one of paper, fast, best"),
+        ({"preset": "fastest"}, "--preset fastest: did you mean fast.*paper, fast, best"),
         ({"method": "meen"}, "Did you mean mean"),
         ({"grouping": "random"}, "--grouping random: choose one of contiguous, search"),
         ({"fold": True}, "--fold: the method mean has no use for it"),

@@ -14,26 +14,31 @@ from typing import Any
 
 from gqa_convert.anatomy import family_facts
 from gqa_convert.anatomy.filling import Filling, check_filled, filling, filling_notes, packed_keys, tied_names
-from gqa_convert.anatomy.kv_fields import KVField, aim, check_groups, get_path
+from gqa_convert.anatomy.kv_fields import KVField, aim, check_groups, check_plan, get_path
 from gqa_convert.anatomy.own_code import prove_own_code
 from gqa_convert.anatomy.shapes import ShapeDifference
 from gqa_convert.anatomy.stated import stated_heads
-from gqa_convert.anatomy.target import fields_of, retarget
+from gqa_convert.anatomy.target import decoder_layers, fields_of, retarget
 from gqa_convert.anatomy.tensor_merges import Finder, Merge
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import UnsupportedModelError, VerificationError
+from gqa_convert.heads import Groups, HeadPlan, fewest_groups
 from gqa_convert.hf import api
 from gqa_convert.hf.loading import Source
-from gqa_convert.modeling import shipping
+from gqa_convert.modeling import shipping, uneven
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """A checkpoint's attention, as far as converting it to `groups` KV heads needs to know it."""
+    """A checkpoint's attention, as far as converting it to `groups` KV heads needs to know it.
+
+    `layers` are the KV heads of each decoder layer before and after, where either differ in them; else empty.
+    """
 
     model_type: str
     class_name: str
-    groups: int
+    groups: Groups
+    layers: tuple[tuple[int, ...], tuple[int, ...]] | tuple[()]
     fields: tuple[KVField, ...]
     changed_fields: tuple[KVField, ...]
     head_dim: int
@@ -83,8 +88,19 @@ def read_fields(source: Source) -> tuple[KVField, ...]:
     return fields
 
 
-def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> Anatomy:
+def read_layers(source: Source) -> int:
+    """Return the number of a checkpoint's decoder layers.
+
+    Raises:
+        UnsupportedModelError: if its configuration does not say.
+    """
+    return decoder_layers(source.config, lambda: source.meta_model)
+
+
+def dissect(source: Source, groups: Groups, *, cross_groups: int | None = None) -> Anatomy:
     """Find what converting `source` to `groups` KV heads must merge, edit and drop.
+
+    `groups` are those of every decoder layer, or of each.
 
     `cross_groups` sets the KV heads of cross-attention apart, where the model can.
 
@@ -95,8 +111,13 @@ def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> 
     """
     checkpoint, config = source.checkpoint, source.config
     fields = aim(read_fields(source), cross_groups)
-    changed = check_groups(fields, groups, stated_heads((checkpoint.stored or checkpoint).config, fields[0]))
-    why = family_facts.refusal(config, groups, fields[0].kv_heads)
+    apart = isinstance(groups, HeadPlan) or any(field.layers for field in fields)
+    layers = read_layers(source) if apart else 1
+    if isinstance(groups, HeadPlan):
+        changed = check_plan(fields, groups, layers)
+    else:
+        changed = check_groups(fields, groups, stated_heads((checkpoint.stored or checkpoint).config, fields[0]))
+    why = family_facts.refusal(config, fewest_groups(groups), fields[0].kv_heads)
     if why:
         raise UnsupportedModelError(f"--groups {groups}: {why}")
     if changed and shipping.ships(source.model_type) and api.own_code(config):
@@ -106,8 +127,11 @@ def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> 
             "not by that. If both compute the same, convert a copy of the folder without auto_map in its config.json."
         )
     cls = source.model_class
-    edits, target_config, target_cls = retarget(config, checkpoint.config, cls, fields, groups, checkpoint.folder)
+    edits, target_config, target_cls = retarget(
+        config, checkpoint.config, cls, fields, groups, checkpoint.folder, layers
+    )
     files = (shipping.FILE,) if shipping.is_shipped(str(target_config.model_type)) else ()
+    files = (uneven.FILE,) if uneven.is_uneven(target_config) else files
     source_model = source.meta_model
     target_model = api.build_on_meta(target_cls, target_config) if changed else source_model
     difference = ShapeDifference(source_model, target_model, fields, groups) if changed else None
@@ -121,6 +145,7 @@ def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> 
         model_type=str(config.model_type),
         class_name=cls.__name__,
         groups=groups,
+        layers=_per_layer(fields[0], groups, layers) if apart else (),
         fields=fields,
         changed_fields=changed,
         head_dim=(finder.head_dim if finder else 0) or _config_head_dim(config, fields[0]),
@@ -136,6 +161,11 @@ def dissect(source: Source, groups: int, *, cross_groups: int | None = None) -> 
         difference=difference,
         files=files,
     )
+
+
+def _per_layer(main: KVField, groups: Groups, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    before = tuple(main.at(layer) for layer in range(layers))
+    return before, tuple(main.wanted_at(groups, layer) for layer in range(layers))
 
 
 def _config_head_dim(config: Any, main: KVField) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gqa_convert.anatomy import family_facts
 from gqa_convert.errors import CheckpointError, UnsupportedModelError, UsageError
-from gqa_convert.heads import divisors
+from gqa_convert.heads import Groups, HeadPlan, divisors, groups_at
 from gqa_convert.hf.api import config_from_dict
 
 Path = tuple[str, ...]
@@ -32,13 +32,15 @@ class KVField:
 
     `path` leads through the configuration's attributes; `kv_heads` is its present value, `query_heads` the number of
     query heads of the same (sub-)configuration. `target` is the value it is to get, where that is not the one that
-    all fields get.
+    all fields get. `layers` are the KV heads of each decoder layer where they differ already; `kv_heads` are then those
+    of the layer that has most.
     """
 
     path: Path
     kv_heads: int
     query_heads: int
     target: int | None = None
+    layers: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -50,9 +52,29 @@ class KVField:
         """True if it counts the KV heads of cross-attention only."""
         return self.path[-1].startswith("cross_")
 
+    def at(self, layer: int) -> int:
+        """KV heads of one decoder layer now."""
+        return self.layers[layer] if self.layers else self.kv_heads
+
     def wanted(self, groups: int) -> int:
-        """The KV heads of this field in a conversion to `groups`; never more than it has."""
+        """The KV heads of this field in a conversion of all layers to `groups`; never more than it has."""
         return min(self.kv_heads, self.target or groups)
+
+    def wanted_at(self, groups: Groups, layer: int) -> int:
+        """The KV heads of one layer in a conversion to `groups`; never more than it has."""
+        return min(self.at(layer), self.target or groups_at(groups, layer))
+
+    def changes(self, groups: Groups) -> bool:
+        """True if a conversion to `groups` leaves any layer fewer KV heads."""
+        if isinstance(groups, int) and not self.layers:
+            return self.kv_heads > self.wanted(groups)
+        layers = len(self.layers or groups.counts) if isinstance(groups, HeadPlan) else len(self.layers)
+        return any(self.at(layer) > self.wanted_at(groups, layer) for layer in range(layers))
+
+    def after(self, groups: Groups, layers: int) -> int | tuple[int, ...]:
+        """The KV heads that a conversion to `groups` leaves: of every one of `layers` layers alike, or of each."""
+        counts = tuple(self.wanted_at(groups, layer) for layer in range(layers))
+        return counts[0] if len(set(counts)) == 1 else counts
 
 
 def get_path(config: Any, path: Path) -> Any:
@@ -170,7 +192,8 @@ def check_groups(fields: tuple[KVField, ...], groups: int, stated: str = "") -> 
     """
     main = fields[0]
     free = [f for f in fields if f.target is None]
-    legal = [d for d in divisors(main.kv_heads) if all(d >= f.kv_heads or f.kv_heads % d == 0 for f in free)]
+    counts = {count for f in free for count in (f.layers or (f.kv_heads,))}
+    legal = [d for d in divisors(main.kv_heads) if all(d >= count or count % d == 0 for count in counts)]
     if groups not in legal:
         what = "query heads cannot be shared by" if main.kv_heads == main.query_heads else "KV heads cannot become"
         more = "" if groups <= main.kv_heads else " Groups are KV heads: converting only ever lowers their number."
@@ -179,7 +202,31 @@ def check_groups(fields: tuple[KVField, ...], groups: int, stated: str = "") -> 
             f"({stated or f'config.json: {main.name}={main.kv_heads}'}). "
             f"Choose one of {', '.join(map(str, legal))}.{more}"
         )
-    return tuple(field for field in fields if field.kv_heads > field.wanted(groups))
+    return tuple(field for field in fields if field.changes(groups))
+
+
+def check_plan(fields: tuple[KVField, ...], plan: HeadPlan, layers: int) -> tuple[KVField, ...]:
+    """Return the fields that a plan for each of `layers` decoder layers changes.
+
+    Raises:
+        UsageError: if it is of another number of layers, or a layer's heads cannot share so many KV heads.
+    """
+    if len(plan.counts) != layers:
+        raise UsageError(
+            f"--groups-per-layer: KV heads of {len(plan.counts)} layers, but the decoder has {layers}. Give one number "
+            "for each layer, first to last."
+        )
+    main, free = fields[0], [f for f in fields if f.target is None]
+    for layer, count in enumerate(plan.counts):
+        have = main.at(layer)
+        legal = [d for d in divisors(have) if all(d >= f.at(layer) or f.at(layer) % d == 0 for f in free)]
+        if count not in legal:
+            more = " Converting only ever lowers their number." if count > have else ""
+            raise UsageError(
+                f"--groups-per-layer: layer {layer} has {have} KV heads, which cannot become {count}. Choose one of "
+                f"{', '.join(map(str, legal))}.{more}"
+            )
+    return tuple(field for field in fields if field.changes(plan))
 
 
 def aim(fields: tuple[KVField, ...], cross_groups: int | None) -> tuple[KVField, ...]:

@@ -14,13 +14,14 @@ from gqa_convert.anatomy import family_facts
 from gqa_convert.anatomy.head_axis import Rows
 from gqa_convert.anatomy.kv_fields import KVField, get_path
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.heads import Groups
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class ShapeDifference:
-    """The difference between a model built with K and with `groups` KV heads.
+    """The difference between a model built with K and with `groups` KV heads (those of every layer, or of each).
 
     Attributes:
         rows: parameter name -> heads along its differing axis.
@@ -30,7 +31,7 @@ class ShapeDifference:
         UnsupportedModelError: if a difference is none that merging heads can produce.
     """
 
-    def __init__(self, source: Any, target: Any, fields: tuple[KVField, ...], groups: int) -> None:
+    def __init__(self, source: Any, target: Any, fields: tuple[KVField, ...], groups: Groups) -> None:
         self.source = source
         self.fields = fields
         self.groups = groups
@@ -89,10 +90,10 @@ class ShapeDifference:
         dim = differing[0]
         size, target_size = before[dim], after[dim]
         # Fused rows first: all q, k and v may shrink by the ratio that another field has.
-        fused = self._fused_rows(dim, size, target_size)
+        fused = self._fused_rows(name, dim, size, target_size)
         if fused is not None:
             return fused
-        if size % target_size == 0 and self._ratio_known(size // target_size):
+        if size % target_size == 0 and self._counts(name, size // target_size):
             head_dim = self._head_dim(name, size, target_size)
             return Rows(dim=dim, heads=size // head_dim, groups=target_size // head_dim, head_dim=head_dim)
         raise UnsupportedModelError(
@@ -100,13 +101,21 @@ class ShapeDifference:
             f"from {size} to {target_size})."
         )
 
-    def _ratio_known(self, ratio: int) -> bool:
-        return any(f.kv_heads == ratio * f.wanted(self.groups) for f in self.fields)
+    def _heads(self, field: KVField, name: str) -> tuple[int, int]:
+        """KV heads of a field, before and after, in the layer of a parameter."""
+        if isinstance(self.groups, int) and not field.layers:
+            return field.kv_heads, field.wanted(self.groups)
+        layer = layer_number(name)
+        return field.at(layer), field.wanted_at(self.groups, layer)
+
+    def _counts(self, name: str, ratio: int) -> list[int]:
+        """KV heads of the fields of which one in `ratio` is left in the layer of a parameter."""
+        pairs = [self._heads(field, name) for field in self.fields]
+        return [before for before, after in pairs if before == ratio * after]
 
     def _head_dim(self, name: str, size: int, target_size: int) -> int:
         """Width of one head along an axis of `size`, from the attention module itself where it tells."""
-        ratio = size // target_size
-        counts = [f.kv_heads for f in self.fields if f.kv_heads == ratio * f.wanted(self.groups)]
+        counts = self._counts(name, size // target_size)
         widths = [size // count for count in counts if size % count == 0 and target_size % (size // count) == 0]
         own = self._module_widths(name)
         for width in own:
@@ -131,17 +140,18 @@ class ShapeDifference:
             path = path[:-1]
         return widths
 
-    def _fused_rows(self, dim: int, size: int, target_size: int) -> Rows | None:
+    def _fused_rows(self, name: str, dim: int, size: int, target_size: int) -> Rows | None:
         """The rows of a fused projection of a family whose layout is known; None if this is none."""
         main = self.fields[0]
-        layouts = family_facts.fused_layouts(self._decoder_type(), main.query_heads, main.kv_heads)
-        gone = 2 * (main.kv_heads - self.groups)
+        heads, groups = self._heads(main, name)
+        layouts = family_facts.fused_layouts(self._decoder_type(), main.query_heads, heads)
+        gone = 2 * (heads - groups)
         if layouts is None or gone <= 0 or (size - target_size) % gone:
             return None
         rows = Rows(
             dim=dim,
-            heads=main.kv_heads,
-            groups=self.groups,
+            heads=heads,
+            groups=groups,
             head_dim=(size - target_size) // gone,
             layout=layouts[0],
             target_layout=layouts[1],
@@ -168,6 +178,11 @@ class ShapeDifference:
                 )
             stacks.update(dict.fromkeys(names, tuple(names)))
         return stacks
+
+
+def layer_number(name: str) -> int:
+    """The number of the decoder layer that a parameter lies in: the first number in its name."""
+    return int(next((part for part in name.split(".") if part.isdigit()), "0"))
 
 
 def index_split(name: str) -> tuple[str, str]:

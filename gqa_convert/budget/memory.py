@@ -212,8 +212,8 @@ def _activations(shape: ModelShape, setup: TrainingSetup, narrow: int) -> int:
     mlp = max(0, _layer_parameters(shape) - _attention_parameters(shape))
     inner = mlp // (3 * width)
     learns_mlp = setup.parameters == "all"
-    # A norm computes in float32: its input, that times the root, and the product before its weight.
-    norms = 2 * width * (4 + 4 + narrow * learns_mlp)
+    # A norm computes in float32: its input, and what its weight is multiplied with if that is learnt.
+    norms = 2 * width * (4 + narrow * learns_mlp)
     # Its input, rotated queries, keys and values (repeated for as many heads), what attention gives, and its input.
     attention = (width + 4 * shape.attention_width) * narrow + width * narrow
     gated = (3 * inner + (inner + width) * learns_mlp) * narrow

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,7 @@ from gqa_convert.cli import show_conversion
 from gqa_convert.cli.heal import HEAL, convert_healed, heal_options
 from gqa_convert.cli.options import (
     AllowSlow,
+    AnyGroups,
     AsJson,
     Calibrate,
     ComputeDtype,
@@ -20,16 +22,20 @@ from gqa_convert.cli.options import (
     DryRun,
     Force,
     Grouping,
-    Groups,
+    GroupsPerLayer,
+    KeepLayers,
+    KVBudget,
     Measure,
     MeasuredOn,
     Method,
+    MinGroups,
     Model,
     Out,
     Preset,
     Revision,
     Route,
     Seed,
+    TensorParallel,
     Trust,
     Verify,
     Version,
@@ -37,6 +43,7 @@ from gqa_convert.cli.options import (
 from gqa_convert.cli.running import emit
 from gqa_convert.cli.signals import stopped_by_signals
 from gqa_convert.console import note
+from gqa_convert.conversion.head_plan import asked_groups
 from gqa_convert.conversion.recipe import make_recipe
 from gqa_convert.progress import conversion_progress
 
@@ -46,7 +53,12 @@ if TYPE_CHECKING:
 
 def convert_command(
     model: Model,
-    groups: Groups,
+    groups: AnyGroups = None,
+    groups_per_layer: GroupsPerLayer = None,
+    kv_budget: KVBudget = None,
+    keep_layers: KeepLayers = "",
+    tp: TensorParallel = 1,
+    min_groups: MinGroups = 1,
     cross_groups: CrossGroups = None,
     out: Out = None,
     preset: Preset = None,
@@ -103,7 +115,7 @@ def convert_command(
     revision: Revision = None,
     version: Version = False,
 ) -> None:
-    """Convert a checkpoint to grouped-query attention with GROUPS KV heads.
+    """Convert a checkpoint to grouped-query attention with GROUPS KV heads, or another number in each layer.
 
     More groups are closer to the source; fewer are smaller and faster to decode. The source is never written to, and
     the output appears whole or not at all.
@@ -124,22 +136,32 @@ def convert_command(
         seed=seed,
     )
     healing = heal_options(preset, calibrate, heal_tokens, heal_until, seed)
+    asked = asked_groups(groups, groups_per_layer, kv_budget)
     from gqa_convert.conversion import execute, plan
     from gqa_convert.conversion.forecast import forecast
 
-    planned = plan.plan(
-        model,
-        groups=groups,
-        cross_groups=cross_groups,
-        out=out,
-        recipe=recipe,
-        route=route,
-        allow_slow=allow_slow,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-    )
+    shared: dict[str, Any] = {
+        "cross_groups": cross_groups,
+        "keep_layers": keep_layers,
+        "tensor_parallel": tp,
+        "min_groups": min_groups,
+        "out": out,
+        "recipe": recipe,
+        "route": route,
+        "allow_slow": allow_slow,
+        "trust_remote_code": trust_remote_code,
+        "revision": revision,
+    }
+    if asked is None:
+        from gqa_convert.evaluate.kv_budget import plan_within
+
+        with stopped_by_signals(), conversion_progress(0, quiet=json) as (_, on_layer):
+            planned = plan_within(model, budget=kv_budget or "", data=data, work=work, on_layer=on_layer, **shared)
+    else:
+        planned = plan.plan(model, groups=asked, **shared)
     if dry_run:
         _emit_plan(planned, json)
+        _clear_work(planned, work)
         return
     cost = forecast(planned)
     if cost is not None and not json:
@@ -168,6 +190,7 @@ def convert_command(
             on_bytes=on_bytes,
             on_layer=on_layer,
         )
+    _clear_work(planned, work)
     quality = None
     if measure is not False:
         from gqa_convert.evaluate.quality import measure_conversion
@@ -182,9 +205,22 @@ def convert_command(
     emit(described, json, lambda: show_conversion.show_result(result, quality))
 
 
+def _clear_work(planned: ConvertPlan, work: Path | None) -> None:
+    """Remove what choosing heads within a budget left beside the output, if it is not the user's to keep."""
+    from gqa_convert.conversion.solve import work_folder
+
+    if planned.allocation is not None:
+        with suppress(OSError), work_folder(planned, work):
+            pass
+
+
 def plan_command(
     model: Model,
-    groups: Groups,
+    groups: AnyGroups = None,
+    groups_per_layer: GroupsPerLayer = None,
+    keep_layers: KeepLayers = "",
+    tp: TensorParallel = 1,
+    min_groups: MinGroups = 1,
     cross_groups: CrossGroups = None,
     out: Out = None,
     preset: Preset = None,
@@ -201,8 +237,11 @@ def plan_command(
     recipe = make_recipe("best" if preset == HEAL else preset, method=method)
     planned = plan.plan(
         model,
-        groups=groups,
+        groups=asked_groups(groups, groups_per_layer) or 0,
         cross_groups=cross_groups,
+        keep_layers=keep_layers,
+        tensor_parallel=tp,
+        min_groups=min_groups,
         out=out,
         recipe=recipe,
         route=route,

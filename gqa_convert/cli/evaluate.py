@@ -22,6 +22,7 @@ from gqa_convert.cli.options import (
     Eos,
     Field,
     MaxWindows,
+    QuantisedCache,
     Revision,
     SaveTo,
     Separator,
@@ -29,6 +30,7 @@ from gqa_convert.cli.options import (
     Stride,
     Trust,
     held_out,
+    named_list,
     save,
 )
 from gqa_convert.cli.running import emit
@@ -53,6 +55,11 @@ def eval_command(
         str, typer.Option(help="Of conversations (rows of messages): score the assistant's turns, or all.")
     ] = "assistant",
     batch_size: BatchSize = 8,
+    quantised_cache: QuantisedCache = "",
+    recall: Annotated[
+        str, typer.Option(help="Also ask for what was told in texts of so many tokens: 512,1k,2k, a list.")
+    ] = "",
+    recall_items: Annotated[int, typer.Option(help="Questions of each kind at each length.", min=1)] = 20,
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -66,6 +73,7 @@ def eval_command(
     data = held_out(data, base)
     from gqa_convert.cli import show_evaluation
     from gqa_convert.evaluate.evaluation import EvalSettings, evaluate, with_tasks
+    from gqa_convert.evaluate.metrics import RECALL
 
     settings = EvalSettings(
         data=data,
@@ -81,10 +89,22 @@ def eval_command(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        caches=named_list(quantised_cache),
     )
     base = located(base, revision)
     with Counter("windows", quiet=json) as progress:
         evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
+    if recall:
+        from gqa_convert.budget.counts import parse_counts
+        from gqa_convert.evaluate.recall import with_recall
+
+        contexts = parse_counts(recall, "--recall")
+        folders = [base, *(converted or [])]
+        with Counter("questions", quiet=json) as progress:
+            progress.total(len(RECALL) * len(contexts) * recall_items * len(folders))
+            evaluation = with_recall(
+                evaluation, folders, contexts, settings, count=recall_items, on_items=progress.advance
+            )
     if tasks:
         evaluation = with_tasks(evaluation, [base, *(converted or [])], tasks.split(","), settings, limit=tasks_limit)
     save(evaluation.to_json(), out)
@@ -99,7 +119,9 @@ def bench_command(
     source_tokens: Annotated[
         str, typer.Option(help="Tokens that the encoder has read, for models with one (default: as the context)")
     ] = "",
-    cache: Annotated[str, typer.Option(help="dynamic, static, or both: a list.")] = "dynamic,static",
+    cache: Annotated[
+        str, typer.Option(help="dynamic, static; fp8, int8, int4: rounded as engines do: a list.")
+    ] = "dynamic,static",
     mode: Annotated[
         str,
         typer.Option(
@@ -180,6 +202,7 @@ def sweep_command(
     special: Special = True,
     eos: Eos = True,
     batch_size: BatchSize = 8,
+    quantised_cache: QuantisedCache = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -220,6 +243,7 @@ def sweep_command(
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
+            caches=named_list(quantised_cache),
         ),
         benchmark=timing if benchmark else None,
         tolerance=tolerance,

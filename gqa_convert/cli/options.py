@@ -55,6 +55,33 @@ Groups = Annotated[
         callback=_groups,
     ),
 ]
+AnyGroups = Annotated[
+    int | None,
+    typer.Option("--groups", "-g", help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention)."),
+]
+GroupsPerLayer = Annotated[
+    str | None,
+    typer.Option(
+        help="KV heads of each decoder layer instead, first to last: `8,8,4,2`, or a JSON file with such a list. "
+        "For Llama-like models and those that go with modelling code.",
+        metavar="LIST",
+    ),
+]
+KVBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Find the KV heads of each layer within this size of the KV cache instead: `25%`, `groups=4` (the size "
+        "that four in every layer would take), or bytes per token (`12KiB`). Measures every layer on --data.",
+        metavar="SIZE",
+    ),
+]
+KeepLayers = Annotated[
+    str, typer.Option(help="Layers that keep all their KV heads: `first,last`, `0,5`, `0-3`.", metavar="LAYERS")
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", help="Refuse a layer whose KV heads so many devices cannot share without copies.")
+]
+MinGroups = Annotated[int, typer.Option(help="Refuse a layer with fewer KV heads.")]
 CrossGroups = Annotated[
     int | None, typer.Option(help="KV heads of cross-attention, where a model sets them apart. (default: as --groups)")
 ]
@@ -144,6 +171,10 @@ MOST_WINDOWS = 128
 """Windows that are scored unless the user says otherwise: at most 128 x 2048 tokens."""
 Special = Annotated[bool, typer.Option("--special/--no-special", help="Let the tokenizer add BOS and the like.")]
 Eos = Annotated[bool, typer.Option("--eos/--no-eos", help="End every document with EOS.")]
+QuantisedCache = Annotated[
+    str,
+    typer.Option(help="Also measure every model with its KV cache in fewer bits: fp8, int8, int4, a list."),
+]
 BatchSize = Annotated[int, typer.Option(help="Windows run at a time.", min=1)]
 Dtype = Annotated[
     str,
@@ -200,6 +231,11 @@ def held_out(data: str | None, base: str) -> str:
     if data.startswith(("/", "./", "../", "~")) and not Path(data).expanduser().exists():
         raise UsageError(f"--data {data}: does not exist.")
     return data
+
+
+def named_list(given: str) -> tuple[str, ...]:
+    """The names in `a,b`; none in an empty text."""
+    return tuple(part.strip() for part in given.split(",") if part.strip())
 
 
 def save(value: Any, out: Path | None) -> None:

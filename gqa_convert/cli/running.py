@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -87,7 +88,7 @@ def run_command(app: typer.Typer) -> None:
     speak(quiet=False, verbose=False)
     try:
         _check_working_directory()
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name=_called())
     except GQAConvertError as error:
         if talking().verbose:
             traceback.print_exc()
@@ -99,6 +100,12 @@ def run_command(app: typer.Typer) -> None:
     if code == _INTERRUPTED:
         typer.echo("interrupted.", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _called() -> str:
+    """The command's name as the user knows it, however Python was started."""
+    name = Path(sys.argv[0]).name
+    return name if name in ("gqa", "gqa-convert") else "gqa"
 
 
 def _usage_error(error: Any) -> int:

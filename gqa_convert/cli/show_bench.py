@@ -38,7 +38,7 @@ def show_bench(bench: Bench) -> None:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         table.add_column("", no_wrap=True)
         for model in point.models:
-            table.add_column(f"{model.name} ({model.kv_heads} of {model.query_heads})", justify="right")
+            table.add_column(f"{model.name} ({model.heads} of {model.query_heads})", justify="right")
         for label, cells in _rows(point.models):
             table.add_row(label, *cells)
         out.print(table)

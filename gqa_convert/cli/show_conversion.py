@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,29 @@ if TYPE_CHECKING:
 
 def layout(heads: HeadLayout) -> str:
     """A head layout in words: `MHA (32 query heads, 32 KV heads of 128)`."""
-    return f"{heads.kind} ({heads.num_query_heads} query heads, {heads.num_kv_heads} KV heads of {heads.head_dim})"
+    return f"{heads.kind} ({heads.num_query_heads} query heads, {heads.kv_heads_words} KV heads of {heads.head_dim})"
+
+
+def per_layer(heads: HeadLayout) -> str:
+    """The KV heads of each layer, runs of equal ones together: `8 x 2, 4, 2 x 3`."""
+    runs = [(count, len(list(same))) for count, same in itertools.groupby(heads.per_layer)]
+    return ", ".join(f"{count} x {layers}" if layers > 1 else str(count) for count, layers in runs)
+
+
+def _chosen(found: Mapping[str, Any]) -> str:
+    """How the heads of each layer were chosen, in words."""
+    measured = found["measured"]
+    return (
+        f"within {size(found['budget'])} per token by what each layer costs alone: divergence "
+        f"{found['predicted_kl']:.3f} predicted, {measured['kl']:.3f} measured ({measured['loss']:+.3f} nats per "
+        f"token) on {found['tokens']} tokens"
+    )
+
+
+def _edit(key: str, value: object) -> str:
+    """One change of config.json; what fills pages is named alone."""
+    text = f"{key} = {value}"
+    return text if len(text) <= 400 else f"{key} = ..."
 
 
 def _cache(before: int, after: int) -> str:
@@ -74,6 +97,8 @@ def plan_rows(planned: ConvertPlan, cost: Forecast | None = None) -> list[tuple[
             f"{layout(planned.layout_before)} -> {layout(planned.layout_after)}"
             + (f"; {planned.cross_groups} KV heads in cross-attention" if planned.cross_groups else ""),
         ),
+        *([("KV heads by layer", per_layer(planned.layout_after))] if planned.layout_after.per_layer else []),
+        *([("chosen", _chosen(planned.allocation))] if planned.allocation else []),
         ("method", recipe_words(planned)),
         (
             "tensors",
@@ -82,7 +107,7 @@ def plan_rows(planned: ConvertPlan, cost: Forecast | None = None) -> list[tuple[
             + (f", {planned.solved_tensors} q, k, v, o tensors solved layer by layer" if planned.solved_tensors else "")
             + (f", {planned.dropped_tensors} dropped" if planned.dropped_tensors else ""),
         ),
-        ("config.json", ", ".join(f"{key} = {value}" for key, value in planned.config_edits.items()) or "unchanged"),
+        ("config.json", ", ".join(_edit(key, value) for key, value in planned.config_edits.items()) or "unchanged"),
         ("parameters", f"{planned.parameters_in:,} -> {planned.parameters_out:,}"),
         ("weights", f"{size(planned.bytes_in)} -> {size(planned.bytes_out)}"),
         (
@@ -91,7 +116,7 @@ def plan_rows(planned: ConvertPlan, cost: Forecast | None = None) -> list[tuple[
         ),
         ("tensor parallel", f"up to {planned.max_tensor_parallel} without replicating KV heads"),
         *([("solving", solving_words(cost))] if cost is not None else []),
-        *([("usual loss", usual_loss(planned.recipe))] if planned.groups < planned.layout_before.num_kv_heads else []),
+        *([("usual loss", usual_loss(planned.recipe))] if planned.merges_heads else []),
         ("working memory", f"{size(planned.working_bytes)} at most beyond the libraries'"),
     ]
     rows += [("where it runs", line) for line in planned.where_it_runs]
@@ -151,6 +176,7 @@ def show_inspection(inspection: Inspection) -> None:
         ("model", f"{inspection.model_type} ({inspection.class_name})"),
         *([("becomes", inspection.becomes)] if inspection.becomes else []),
         ("heads", layout(inspection.layout)),
+        *([("KV heads by layer", per_layer(inspection.layout))] if inspection.layout.per_layer else []),
         ("parameters", f"{inspection.parameters:,}"),
         ("weights", size(inspection.bytes)),
         ("legal groups", ", ".join(map(str, inspection.legal_groups))),

@@ -9,8 +9,9 @@ from rich.text import Text
 
 from gqa_convert.console import console, size
 from gqa_convert.evaluate import metrics
+from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, Metric
-from gqa_convert.evaluate.results import Comparison, Evaluation
+from gqa_convert.evaluate.results import Comparison, Evaluation, recall_rows
 
 _MODELS_PER_TABLE = 4
 
@@ -18,7 +19,7 @@ _MODELS_PER_TABLE = 4
 def show_evaluation(evaluation: Evaluation) -> None:
     """Print an evaluation: a row per metric, a column per model, so that it fits a narrow terminal."""
     out = console()
-    converted = evaluation.converted
+    converted = (*evaluation.converted, *evaluation.quantised)
     for start in range(0, max(len(converted), 1), _MODELS_PER_TABLE):
         out.print(_table(evaluation, converted[start : start + _MODELS_PER_TABLE]))
     out.print(
@@ -29,16 +30,31 @@ def show_evaluation(evaluation: Evaluation) -> None:
         markup=False,
         style="dim",
     )
+    if evaluation.recall:
+        out.print(_recall(evaluation))
+    for line in conclusions(evaluation):
+        out.print(line, highlight=False, markup=False)
     for name, scores in evaluation.tasks.items():
         for task, values in scores.items():
             line = f"{name}  {task}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             out.print(line, markup=False)
 
 
+def _recall(evaluation: Evaluation) -> Table:
+    names, rows = recall_rows(evaluation)
+    table = Table("recall, tokens", box=None, pad_edge=False)
+    for name in names:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def _shown(evaluation: Evaluation) -> list[Metric]:
     """A model's own figures first, then those of a pair."""
-    own = metrics.shown("eval", [evaluation.base.figures, *(c.model.figures for c in evaluation.converted)], "model")
-    return own + metrics.shown("eval", [comparison.figures for comparison in evaluation.converted], "pair")
+    pairs = (*evaluation.converted, *evaluation.quantised)
+    own = metrics.shown("eval", [evaluation.base.figures, *(c.model.figures for c in pairs)], "model")
+    return own + metrics.shown("eval", [comparison.figures for comparison in pairs], "pair")
 
 
 def _table(evaluation: Evaluation, converted: Sequence[Comparison]) -> Table:
@@ -47,7 +63,7 @@ def _table(evaluation: Evaluation, converted: Sequence[Comparison]) -> Table:
     models = (evaluation.base, *(comparison.model for comparison in converted))
     for model in models:
         table.add_column(Text(model.name), justify="right", overflow="fold")
-    table.add_row("KV heads", *(f"{model.kv_heads} of {model.query_heads}" for model in models))
+    table.add_row("KV heads", *(f"{model.heads} of {model.query_heads}" for model in models))
     pairs: list[Figures] = [{}, *(comparison.figures for comparison in converted)]
     for metric in _shown(evaluation):
         figures = [model.figures for model in models] if metric.of == "model" else pairs

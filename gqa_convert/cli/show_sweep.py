@@ -52,6 +52,9 @@ def show_sweep(sweep: Sweep) -> None:
         markup=False,
         style="dim",
     )
+    for point in sweep.points:
+        if point.deal:
+            out.print(point.deal, highlight=False, markup=False)
     verdict = "Take:" if sweep.recommendation.name else "Nothing to take:"
     out.print(Text.assemble((verdict, "bold"), f" {sweep.recommendation.reason}"))
     out.print(f"Run folder: {sweep.folder} (gqa report {sweep.folder})", highlight=False, markup=False)

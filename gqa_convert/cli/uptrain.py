@@ -117,6 +117,43 @@ def show_data_command(
         out.print(text)
 
 
+def cache_teacher_command(
+    config: Annotated[Path, typer.Argument(help="A run's YAML, with objective.distillation.", metavar="CONFIG")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, or to go on with.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: section.key=value. Can be repeated.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Tokens kept of each prediction.", min=1)] = 64,
+    json: AsJson = False,
+) -> None:
+    """Write down once what the teacher says about every token the run will train on: its likeliest tokens.
+
+    Then set objective.distillation.cache, and train where the teacher would not fit. Stopped, the same command goes on;
+    under torchrun the processes share the work.
+    """
+    from gqa_convert.console import console, size
+    from gqa_convert.uptrain.read_config import load_config
+    from gqa_convert.uptrain.stopping import stop_on_signals
+    from gqa_convert.uptrain.teacher_cache import cache_teacher
+
+    with stop_on_signals() as stop:
+        blocks, each = cache_teacher(
+            load_config(config, overrides or ()),
+            out,
+            top_k=top_k,
+            tell=lambda text: typer.echo(text, err=True),
+            stopped=lambda: bool(stop),
+        )
+    if json:
+        emit({"folder": str(out), "blocks": blocks, "bytes": blocks * each}, True, lambda: None)
+    else:
+        console().print(
+            f"[bold green]wrote[/] {blocks:,} blocks, {size(blocks * each)}; train with "
+            f"--set objective.distillation.cache={out}",
+            highlight=False,
+        )
+
+
 class _RunOrOther(TyperGroup):
     """`gqa uptrain CONFIG` is `gqa uptrain run CONFIG`: what is no command's name is a configuration."""
 
@@ -128,6 +165,7 @@ _RUN = "run"
 uptrain_app = typer.Typer(cls=_RunOrOther, context_settings=SETTINGS, help="Uptrain a converted checkpoint.")
 register(uptrain_app, _RUN, uptrain_command)
 register(uptrain_app, "export", export_command, hub=True)
+register(uptrain_app, "cache-teacher", cache_teacher_command)
 register(uptrain_app, "show-data", show_data_command)
 
 

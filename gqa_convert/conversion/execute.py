@@ -32,6 +32,7 @@ from gqa_convert.conversion.solve import solve_blocks, work_folder
 from gqa_convert.conversion.tensors import one_thread, pooled_tensor
 from gqa_convert.conversion.verify import verify_output
 from gqa_convert.errors import check_choice
+from gqa_convert.heads import HeadPlan
 from gqa_convert.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -74,8 +75,11 @@ class ConvertResult(Outcome):
 def convert(
     source: str | Path,
     *,
-    groups: int,
+    groups: int | Sequence[int] | HeadPlan,
     cross_groups: int | None = None,
+    keep_layers: str = "",
+    tensor_parallel: int = 1,
+    min_groups: int = 1,
     out: str | Path | None = None,
     method: str = "mean",
     seed: int = 0,
@@ -97,8 +101,11 @@ def convert(
 
     Args:
         source: a checkpoint folder or a hub id; never written to.
-        groups: KV heads after the conversion; 1 is MQA.
+        groups: KV heads after the conversion; 1 is MQA. A sequence has a number for each decoder layer.
         cross_groups: KV heads of cross-attention, for models that set them apart; as many as `groups` by default.
+        keep_layers: layers that keep all their KV heads: `first,last`, `0,5`, `0-3`.
+        tensor_parallel: devices that are to share the KV heads of every layer without copies.
+        min_groups: KV heads that every layer is to have at least.
         out: the folder to write; by default `<source>-gqa<groups>` beside the source.
         method: a merge method by name.
         seed: for methods that draw random numbers.
@@ -125,6 +132,9 @@ def convert(
         source,
         groups=groups,
         cross_groups=cross_groups,
+        keep_layers=keep_layers,
+        tensor_parallel=tensor_parallel,
+        min_groups=min_groups,
         out=out,
         method=method,
         seed=seed,
@@ -306,7 +316,7 @@ def provenance(
     """
     described = planned.to_json()
     kept = ["model_type", "class", "route", "becomes", "method", "seed", "recipe", "before", "after", "config_edits"]
-    kept += ["cross_groups"] if described["cross_groups"] is not None else []
+    kept += [name for name in ("cross_groups", "allocation") if described[name] is not None]
     return {
         "format": 1,
         "tool": {"name": "gqa-convert", "version": installed_version("gqa-convert")},

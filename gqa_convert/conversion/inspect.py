@@ -61,6 +61,7 @@ class Inspection(Outcome):
             "kind": self.layout.kind,
             "query_heads": self.layout.num_query_heads,
             "kv_heads": self.layout.num_kv_heads,
+            "kv_heads_per_layer": list(self.layout.per_layer) or None,
             "head_dim": self.layout.head_dim,
             "parameters": self.parameters,
             "bytes": self.bytes,

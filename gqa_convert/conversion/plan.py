@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.anatomy.anatomy import Anatomy, dissect, read_fields
+from gqa_convert.anatomy.anatomy import Anatomy, dissect, read_fields, read_layers
+from gqa_convert.anatomy.shapes import layer_number
 from gqa_convert.anatomy.tensor_merges import Merge
 from gqa_convert.checkpoint.dtypes import BITS
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.block_plan import BlockPlan, plan_blocks
+from gqa_convert.conversion.head_plan import as_groups, planned_groups
 from gqa_convert.conversion.operations import (
     Copy,
     Operation,
@@ -28,9 +30,9 @@ from gqa_convert.conversion.operations import (
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.routes import SETTING, Routed, routed
 from gqa_convert.errors import GQAConvertError, UsageError
-from gqa_convert.heads import HeadLayout
+from gqa_convert.heads import Groups, HeadLayout, HeadPlan, fewest_groups, most_groups
 from gqa_convert.hf.loading import Source
-from gqa_convert.modeling import shipping
+from gqa_convert.modeling import shipping, uneven
 from gqa_convert.modeling.engines import where_it_runs
 from gqa_convert.modeling.transpile.view import computing_bytes
 from gqa_convert.outcome import Outcome
@@ -42,7 +44,8 @@ class ConvertPlan(Outcome):
 
     `operations` is the list of what is written, one for every tensor: what is said of tensors, sizes and caches is
     summed over it. `model_type` and `class_name` are the source's; `becomes` says what is written instead, and why,
-    where that is of another family. `kept_cache_bytes` are those per token of layers that keep their KV heads.
+    where that is of another family. `allocation` tells how the heads of each layer were chosen, where that was
+    measured. `kept_cache_bytes` are those per token of layers that keep their KV heads.
     """
 
     source: Path
@@ -62,6 +65,7 @@ class ConvertPlan(Outcome):
     notes: tuple[str, ...]
     route: str = SETTING
     becomes: str = ""
+    allocation: dict[str, Any] | None = field(default=None, repr=False)
     checkpoint: Checkpoint = field(repr=False, compare=False)
     anatomy: Anatomy = field(repr=False, compare=False)
     blocks: BlockPlan | None = field(repr=False, compare=False)
@@ -134,8 +138,13 @@ class ConvertPlan(Outcome):
 
     @property
     def groups(self) -> int:
-        """KV heads after the conversion."""
+        """KV heads after the conversion; where layers differ, those of the layer that has most."""
         return self.layout_after.num_kv_heads
+
+    @property
+    def merges_heads(self) -> bool:
+        """True if any layer has fewer KV heads afterwards."""
+        return bool(self.anatomy.changed_fields)
 
     @property
     def cross_groups(self) -> int | None:
@@ -150,7 +159,8 @@ class ConvertPlan(Outcome):
     @property
     def max_tensor_parallel(self) -> int:
         """Largest tensor-parallel size at which no KV head is replicated."""
-        return min(self.groups, self.cross_groups or self.groups)
+        fewest = min(self.layout_after.per_layer or (self.groups,))
+        return min(fewest, self.cross_groups or fewest)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values: sizes in bytes, counts of tensors, layouts."""
@@ -177,6 +187,7 @@ class ConvertPlan(Outcome):
             "before": _layout_json(self.layout_before),
             "after": _layout_json(self.layout_after),
             "cross_groups": self.cross_groups,
+            "allocation": self.allocation,
             "merged_tensors": self.merged_tensors,
             "solved_tensors": self.solved_tensors,
             "copied_tensors": self.copied_tensors,
@@ -204,14 +215,18 @@ def _layout_json(layout: HeadLayout) -> dict[str, Any]:
         "query_heads": layout.num_query_heads,
         "kv_heads": layout.num_kv_heads,
         "head_dim": layout.head_dim,
+        **({"kv_heads_per_layer": list(layout.per_layer)} if layout.per_layer else {}),
     }
 
 
 def plan(
     source: str | Path,
     *,
-    groups: int,
+    groups: int | Sequence[int] | HeadPlan,
     cross_groups: int | None = None,
+    keep_layers: str = "",
+    tensor_parallel: int = 1,
+    min_groups: int = 1,
     out: str | Path | None = None,
     method: str = "mean",
     seed: int = 0,
@@ -226,6 +241,10 @@ def plan(
     Args:
         source: a checkpoint folder or a hub id.
         groups: KV heads after the conversion (as in the paper's GQA-8); 1 is MQA. More groups are closer to the source.
+            A sequence has a number for each decoder layer, first to last.
+        keep_layers: layers that keep all their KV heads: `first,last`, `0,5`, `0-3`.
+        tensor_parallel: devices that are to share the KV heads of every layer without copies.
+        min_groups: KV heads that every layer is to have at least.
         cross_groups: KV heads of cross-attention, for models that set them apart; as many as `groups` by default.
         out: the folder to write; by default `<source>-gqa<groups>` beside the source.
         method: a merge method by name; see `gqa_convert.merge.registry.all_methods`.
@@ -241,21 +260,38 @@ def plan(
         GQAConvertError: of the kind that fits; see `gqa_convert.errors`.
     """
     folder = resolve_model(str(source), revision=revision)
+    opened = Source.open(folder, trust_remote_code=trust_remote_code)
+    wanted = as_groups(groups)
+    if keep_layers or tensor_parallel != 1 or min_groups != 1 or isinstance(wanted, HeadPlan):
+        wanted = planned_groups(
+            wanted,
+            present_heads(opened, route=route),
+            keep_layers=keep_layers,
+            tensor_parallel=tensor_parallel,
+            min_groups=min_groups,
+        )
     return plan_source(
-        Source.open(folder, trust_remote_code=trust_remote_code),
-        groups=groups,
+        opened,
+        groups=wanted,
         cross_groups=cross_groups,
-        target=_target(source, folder, groups, out),
+        target=default_target(source, folder, wanted, out),
         recipe=recipe or Recipe(method=method, seed=seed),
         route=route,
         allow_slow=allow_slow,
     )
 
 
+def present_heads(source: Source, *, route: str = "auto") -> tuple[int, ...]:
+    """Return the KV heads that each decoder layer of a checkpoint has now."""
+    way = routed(source, route=route).source
+    main = read_fields(way)[0]
+    return tuple(main.at(layer) for layer in range(read_layers(way)))
+
+
 def plan_source(
     source: Source,
     *,
-    groups: int,
+    groups: Groups,
     target: Path,
     recipe: Recipe,
     cross_groups: int | None = None,
@@ -268,7 +304,7 @@ def plan_source(
     `target` is the folder to write; `cache_now` the source's KV-cache bytes per token, where they are known. The other
     arguments are those of `plan`, which says what is raised.
     """
-    if groups < 1:
+    if fewest_groups(groups) < 1:
         raise UsageError(f"--groups {groups}: at least one KV head is needed; 1 is multi-query attention.")
     way = routed(source, groups=groups, route=route)
     anatomy = dissect(way.source, groups, cross_groups=cross_groups)
@@ -277,15 +313,17 @@ def plan_source(
     return _assemble(way, anatomy, target, recipe, cache_now)
 
 
-def _target(source: str | Path, folder: Path, groups: int, out: str | Path | None) -> Path:
+def default_target(source: str | Path, folder: Path, groups: Groups, out: str | Path | None) -> Path:
+    """The folder to write: `out`, or one named after the source."""
     if out is not None:
         return Path(os.path.expanduser(out))
+    ending = f"-gqa{groups}" if isinstance(groups, int) else "-gqa-uneven"
     if os.path.exists(os.path.expanduser(source)):
         absolute = Path(os.path.expanduser(source)).absolute()
         return absolute.with_name(
-            f"{absolute.resolve().name if absolute.name in ('', '.', '..') else absolute.name}-gqa{groups}"
+            f"{absolute.resolve().name if absolute.name in ('', '.', '..') else absolute.name}{ending}"
         )
-    return Path(re.sub(r".*/", "", str(source)) + f"-gqa{groups}").absolute()
+    return Path(re.sub(r".*/", "", str(source)) + ending).absolute()
 
 
 def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, cache_now: int | None) -> ConvertPlan:
@@ -296,21 +334,21 @@ def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, cache
     operations = operations_of(checkpoint, anatomy, recipe, blocks)
     apart = any(field.target is not None for field in anatomy.fields)
     kept = 0
-    if not anatomy.merges or (apart and len(anatomy.changed_fields) < len(anatomy.fields)):
+    if not anatomy.merges or anatomy.layers or (apart and len(anatomy.changed_fields) < len(anatomy.fields)):
         whole = unchanged_cache_bytes(anatomy) if cache_now is None else cache_now
         kept = whole - _cache_bytes(checkpoint, anatomy.merges)
     main = anatomy.fields[0]
+    heads = {"num_query_heads": main.query_heads, "head_dim": anatomy.head_dim}
+    before, after = anatomy.layers or ((), ())
     return ConvertPlan(
         source=checkpoint.folder,
         target=target,
         model_type=way.model_type,
         class_name=way.class_name or anatomy.class_name,
         recipe=recipe,
-        layout_before=HeadLayout(
-            num_query_heads=main.query_heads, num_kv_heads=main.kv_heads, head_dim=anatomy.head_dim
-        ),
+        layout_before=HeadLayout(num_kv_heads=main.kv_heads, per_layer=_differing(before), **heads),
         layout_after=HeadLayout(
-            num_query_heads=main.query_heads, num_kv_heads=anatomy.groups, head_dim=anatomy.head_dim
+            num_kv_heads=max(after, default=0) or most_groups(anatomy.groups), per_layer=_differing(after), **heads
         ),
         operations=operations,
         config_edits={".".join(path): value for path, value in anatomy.edits.items()},
@@ -334,6 +372,10 @@ def _assemble(way: Routed, anatomy: Anatomy, target: Path, recipe: Recipe, cache
     )
 
 
+def _differing(counts: tuple[int, ...]) -> tuple[int, ...]:
+    return counts if len(set(counts)) > 1 else ()
+
+
 def _cache_bytes(checkpoint: Checkpoint, merges: tuple[Merge, ...]) -> int:
     """KV-cache bytes per token of what could be merged, before it is."""
     return sum(merge.cached * BITS[checkpoint.tensors[merge.key].dtype] // 8 for merge in merges)
@@ -344,6 +386,8 @@ def unchanged_cache_bytes(anatomy: Anatomy) -> int:
 
     0 where no smaller number of heads can be expressed.
     """
+    if any(field.layers for field in anatomy.fields):
+        return _differing_cache_bytes(anatomy)
     for groups in range(1, anatomy.fields[0].kv_heads):
         try:
             probe = dissect(anatomy.source, groups)
@@ -353,10 +397,33 @@ def unchanged_cache_bytes(anatomy: Anatomy) -> int:
     return 0
 
 
+def _differing_cache_bytes(anatomy: Anatomy) -> int:
+    """The same of a checkpoint whose layers differ: bytes of one head, seen where heads can be merged, times heads."""
+    probe = dissect(anatomy.source, 1)
+    layers = read_layers(anatomy.source)
+    total = 0
+    for kv_field in anatomy.fields:
+        per_head: dict[int, int] = {}
+        for merge in probe.merges:
+            if not merge.cached or kv_field.cross != shipping.is_cross(merge.name):
+                continue
+            nbytes = merge.cached * BITS[anatomy.source.checkpoint.tensors[merge.key].dtype] // 8
+            layer = layer_number(merge.name)
+            per_head[layer] = per_head.get(layer, 0) + nbytes // merge.rows.heads
+        total += max(per_head.values(), default=0) * sum(kv_field.at(layer) for layer in range(layers))
+    return total
+
+
 def _code_notes(anatomy: Anatomy) -> tuple[str, ...]:
     if not anatomy.files:
         return ()
     becomes = type(anatomy.target_model).__name__
+    if anatomy.files[0] == uneven.FILE:
+        return (
+            f"becomes {becomes}: transformers gives every layer of {anatomy.model_type} the same number of KV heads, "
+            f"so {anatomy.files[0].name} goes along; load with trust_remote_code=True",
+            uneven.engine_note(anatomy.target_config),
+        )
     return (
         f"becomes {becomes}: transformers gives {anatomy.model_type} no setting for KV heads, so "
         f"{anatomy.files[0].name} goes along; load with trust_remote_code=True, or after `import gqa_convert`",
@@ -374,6 +441,8 @@ def _speed_notes(anatomy: Anatomy) -> tuple[str, ...]:
 
 
 def _field_notes(anatomy: Anatomy) -> tuple[str, ...]:
+    if not isinstance(anatomy.groups, int):
+        return ()
     kept = [f for f in anatomy.fields if f.target is None and f.kv_heads < anatomy.groups]
     return tuple(f"{f.name} stays at {f.kv_heads}: it is below {anatomy.groups} already" for f in kept)
 

@@ -13,6 +13,7 @@ from gqa_convert.conversion.plan import ConvertPlan, plan
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.conversion.routes import recorded_route
 from gqa_convert.errors import CheckpointError, UsageError, VerificationError
+from gqa_convert.heads import Groups, HeadPlan
 from gqa_convert.hf.loading import Source
 
 
@@ -37,9 +38,12 @@ class Record:
     final: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def groups(self) -> int | None:
-        """KV heads after the conversion."""
+    def groups(self) -> Groups | None:
+        """KV heads after the conversion: of every decoder layer alike, or of each."""
         after = self.conversion.get("after")
+        each = after.get("kv_heads_per_layer") if isinstance(after, Mapping) else None
+        if isinstance(each, list) and each and all(_count(count) for count in each):
+            return HeadPlan(tuple(each))
         return _count(after.get("kv_heads")) if isinstance(after, Mapping) else None
 
     @property
@@ -101,7 +105,7 @@ def recorded_plan(
     groups, cross_groups = record.groups, record.cross_groups
     if groups is None:
         fields = read_fields(Source.open(converted, trust_remote_code=trust_remote_code))
-        groups = fields[0].kv_heads
+        groups = HeadPlan(fields[0].layers) if fields[0].layers else fields[0].kv_heads
         cross_groups = next((f.kv_heads for f in fields if f.cross and f.kv_heads != groups), None)
     try:
         return plan(

@@ -12,6 +12,7 @@ from typing import Any
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.recipe import ROUTES
 from gqa_convert.errors import CheckpointError, UnsupportedModelError, check_choice
+from gqa_convert.heads import Groups, HeadPlan
 from gqa_convert.hf import api
 from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping
@@ -57,7 +58,7 @@ class Routed:
         return f"{self.rule.target_class} ({self.rule.target}){only}, because {self.rule.why}"
 
 
-def routed(source: Source, *, groups: int | None = None, route: str = "auto") -> Routed:
+def routed(source: Source, *, groups: Groups | None = None, route: str = "auto") -> Routed:
     """Choose the way of a checkpoint to `groups` KV heads; None asks about the model in general.
 
     Raises:
@@ -72,7 +73,8 @@ def routed(source: Source, *, groups: int | None = None, route: str = "auto") ->
         raise UnsupportedModelError(
             f"--route remote-code: there is no modelling code for {model_type} here. Leave --route out."
         )
-    rule = None if route == "remote-code" else rule_for(config)
+    apart = isinstance(groups, HeadPlan) and ships and route == "auto"  # no stock family has a number for each layer
+    rule = None if route == "remote-code" or apart else rule_for(config)
     obstacle = _obstacle(rule, source, groups) if rule is not None else ""
     as_it_is = rule is not None and groups == config.num_attention_heads
     if rule is None or (ships and route == "auto" and (obstacle or as_it_is)):
@@ -95,7 +97,7 @@ def recorded_route(conversion: Mapping[str, Any]) -> str:
     return route if route in ROUTES else "auto"
 
 
-def _obstacle(rule: Rule, source: Source, groups: int | None) -> str:
+def _obstacle(rule: Rule, source: Source, groups: Groups | None) -> str:
     """Why a rule does not lead to `groups` KV heads; empty if it does."""
     config, class_name, own = source.config, source.model_class.__name__, api.own_code(source.config)
     if own:
@@ -111,7 +113,13 @@ def _obstacle(rule: Rule, source: Source, groups: int | None) -> str:
     if reason:
         return f"{config.model_type} cannot be written as {rule.target} exactly: {reason}."
     heads = int(config.num_attention_heads)
-    if groups is None or rule.only_groups is None or groups in (*rule.only_groups, heads) or heads % groups:
+    if (
+        groups is None
+        or isinstance(groups, HeadPlan)
+        or rule.only_groups is None
+        or groups in (*rule.only_groups, heads)
+        or heads % groups
+    ):
         return ""
     return (
         f"--groups {groups}: {config.model_type} is written as {rule.target}, which has "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from gqa_convert.conversion.plan import ConvertPlan
 
 OnLayer = Callable[[str, int, int], None]
+
+COSTS = re.compile(r"costs-[0-9a-f]{16}\.json")
+"""Names of the files that measured costs of single layers are kept in."""
 
 
 @contextmanager
@@ -46,8 +50,12 @@ def work_folder(planned: ConvertPlan, work: str | Path | None) -> Iterator[Path]
     yield folder
     with suppress(OSError):
         for store in list(folder.iterdir()):
-            if STORES.fullmatch(store.name) and not store.is_symlink():
+            if store.is_symlink():
+                continue
+            if STORES.fullmatch(store.name):
                 shutil.rmtree(store, ignore_errors=True)
+            elif COSTS.fullmatch(store.name):
+                store.unlink()
         folder.rmdir()
 
 

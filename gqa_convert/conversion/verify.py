@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.anatomy.anatomy import check_target
-from gqa_convert.anatomy.kv_fields import get_path
+from gqa_convert.anatomy.target import stated_counts
 from gqa_convert.checkpoint.dtypes import named_float, torch_dtype
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError, VerificationError
@@ -69,9 +69,9 @@ def verify_structure(planned: ConvertPlan, folder: Path, *, trained: bool = Fals
     if config.model_type != expected:
         raise VerificationError(f"{folder / 'config.json'}: model_type is {config.model_type}, not {expected}.")
     for kv_field in planned.anatomy.changed_fields:
-        value = get_path(config, kv_field.path)
-        wanted = kv_field.wanted(planned.groups)
-        if value != wanted and get_path(written.config, kv_field.path) != wanted:
+        value = stated_counts(config, written.config, kv_field)
+        wanted = kv_field.after(planned.anatomy.groups, len(planned.anatomy.layers[0]) if planned.anatomy.layers else 1)
+        if value != wanted and stated_counts(None, written.config, kv_field) != wanted:
             raise VerificationError(f"{folder / 'config.json'}: {kv_field.name} reads {value}, not {wanted}.")
     shapes = {key: info.shape for key, info in written.tensors.items()}
     check_target(planned.anatomy, planned.checkpoint, shapes, tied_once=trained)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,12 @@ class MicroBatch:
     Attributes:
         inputs: keyword arguments of the model: `input_ids` (B, T), and `position_ids` or `decoder_input_ids`.
         labels: (B, T) ids to predict at each position (already shifted); `IGNORE` where there is none.
+        blocks: numbers of the training blocks that the rows are; empty for held-out ones.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    blocks: tuple[int, ...] = ()
 
     @property
     def valid(self) -> int:
@@ -43,7 +45,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """Move to a device."""
         moved = {key: value.to(device, non_blocking=True) for key, value in self.inputs.items()}
-        return MicroBatch(moved, self.labels.to(device, non_blocking=True))
+        return MicroBatch(moved, self.labels.to(device, non_blocking=True), self.blocks)
 
 
 Collate = Callable[[Sequence[tuple[int, Block, int]]], MicroBatch]
@@ -144,7 +146,9 @@ class StepBatches:
         batches = []
         for part in range(self.accumulation):
             first = number * self._sequences + (part * self._processes + self._rank) * self._micro
-            batches.append(self._collate([(i, self._blocks.get(i), _FULL) for i in range(first, first + self._micro)]))
+            rows = range(first, first + self._micro)
+            batch = self._collate([(i, self._blocks.get(i), _FULL) for i in rows])
+            batches.append(replace(batch, blocks=tuple(rows)))
         return batches
 
 

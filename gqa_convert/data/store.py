@@ -125,7 +125,7 @@ class StoreWriter:
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self._target = folder
-        with _clear_errors(folder):
+        with clear_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             remove_stale(folder.parent)
             self._stage, self._file = _make_stage(folder)
@@ -148,7 +148,7 @@ class StoreWriter:
                 "data: a source holds rows of text and, further on, rows of messages. Make them sources of their own."
             )
         data = ids.astype(self._dtype).tobytes()
-        with _clear_errors(self._target):
+        with clear_errors(self._target):
             self._file.write(data)
         self._lengths.append(len(ids))
         self.total += len(ids)
@@ -185,7 +185,7 @@ class StoreWriter:
             "digest": hashlib.sha256(" ".join([self._dtype.name, digest, *self._chunks]).encode()).hexdigest(),
             **meta,
         }
-        with _clear_errors(self._target):
+        with clear_errors(self._target):
             self._file.flush()
             os.fsync(self._file.fileno())
             (self._stage / _STARTS).write_bytes(starts.tobytes())
@@ -286,7 +286,12 @@ def _chunk_digests(file: Path, size: int) -> list[str]:
 
 
 @contextmanager
-def _clear_errors(folder: Path) -> Iterator[None]:
+def clear_errors(folder: Path) -> Iterator[None]:
+    """Say in one line what keeps tokens from being written.
+
+    Raises:
+        OutputError: in the place of an OSError.
+    """
     try:
         yield
     except OSError as error:

@@ -14,6 +14,8 @@ from gqa_convert.data.conversations import LOSSES, Conversation
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import examples as ex
 from gqa_convert.evaluate import models, text
+from gqa_convert.evaluate.cache_formats import WithCache
+from gqa_convert.evaluate.decode.settings import QUANTISED
 from gqa_convert.evaluate.figures import model_figures, pair_figures
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
 from gqa_convert.evaluate.scoring import WindowSums, score
@@ -26,10 +28,11 @@ DEFAULT_CONTEXT = 2048
 class EvalSettings:
     """How to measure. `None` for context and stride: the model's own context, and half of it.
 
-    `loss_on` is for conversations: score what the `assistant` says, or `all`.
+    `loss_on` is for conversations: score what the `assistant` says, or `all`. `caches`: also measure every model with
+    its cache in these formats (`fp8`, `int8`, `int4`).
 
     Raises:
-        UsageError: if `loss_on` is neither.
+        UsageError: if `loss_on` is neither, or there is no such format.
     """
 
     data: str
@@ -45,10 +48,14 @@ class EvalSettings:
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    caches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.loss_on not in LOSSES:
             raise UsageError(f"--loss-on {self.loss_on}: choose one of {', '.join(LOSSES)}.")
+        unknown = [name for name in self.caches if name not in QUANTISED]
+        if unknown:
+            raise UsageError(f"--quantised-cache {unknown[0]}: choose from {', '.join(QUANTISED)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,21 +106,30 @@ def evaluate(
     tokenizer = first.source.tokenizer()
     task = make_task(first, tokenizer, settings)
     if on_total is not None:
-        on_total(len(task.examples) * max(1, len(others)))
+        pairs = len(others) + len(settings.caches) * (1 + len(others))
+        on_total(len(task.examples) * max(1, pairs))
     original = models.load(first, dtype=settings.dtype, device=settings.device)
-    comparisons: list[Comparison] = []
     sums: WindowSums | None = None
     original_result: ModelResult | None = None
-    for other in others:
-        model = models.load(other, dtype=settings.dtype, device=settings.device)
+
+    def compared(subject: models.Subject, model: Any, cache: str = "") -> Comparison:
+        nonlocal sums, original_result
+        runs = WithCache(model, cache) if cache else model
         sums, seen, seconds = score(
-            original, model, task.examples, batch_size=settings.batch_size, on_windows=on_windows
+            original, runs, task.examples, batch_size=settings.batch_size, on_windows=on_windows
         )
         assert seen is not None
         original_result = original_result or _result(first, original, sums, task)
-        converted_model = _result(other, model, seen, task)
-        figures = pair_figures(sums, seen, original_result.figures, converted_model.figures, block=task.block)
-        comparisons.append(Comparison(model=converted_model, figures=figures, seconds=seconds))
+        result = _result(subject, runs, seen, task, cache)
+        figures = pair_figures(sums, seen, original_result.figures, result.figures, block=task.block)
+        return Comparison(model=result, figures=figures, seconds=seconds)
+
+    comparisons: list[Comparison] = []
+    quantised = [compared(first, original, cache) for cache in settings.caches]
+    for other in others:
+        model = models.load(other, dtype=settings.dtype, device=settings.device)
+        comparisons.append(compared(other, model))
+        quantised += [compared(other, model, cache) for cache in settings.caches]
         del model
     if sums is None or original_result is None:
         sums, _, _ = score(original, None, task.examples, batch_size=settings.batch_size, on_windows=on_windows)
@@ -132,15 +148,18 @@ def evaluate(
         versions=versions(),
         base=original_result,
         converted=tuple(comparisons),
+        quantised=tuple(quantised),
         date=datetime.now(timezone.utc).date().isoformat(),
     )
 
 
-def _result(subject: models.Subject, model: Any, sums: WindowSums, task: Task) -> ModelResult:
+def _result(subject: models.Subject, model: Any, sums: WindowSums, task: Task, cache: str = "") -> ModelResult:
     return ModelResult(
-        name=subject.name,
+        name=f"{subject.name}, {cache} cache" if cache else subject.name,
+        cache=cache,
         query_heads=subject.query_heads,
         kv_heads=subject.kv_heads,
+        kv_heads_per_layer=subject.per_layer,
         figures=model_figures(subject, model, sums, block=task.block),
     )
 

@@ -91,6 +91,13 @@ class FromBench:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Measured where the user asks for it, by the module named, and not with the rest."""
+
+    module: str
+
+
+@dataclass(frozen=True)
 class Against:
     """The conversion's figure `metric` set against the original's; made by `Metric.comparison`."""
 
@@ -144,7 +151,7 @@ class Metric:
 
     name: str
     label: str
-    compute: PerToken | OfModel | FromFigures | FromBench | Against
+    compute: PerToken | OfModel | FromFigures | FromBench | Apart | Against
     show: Callable[[float], str]
     of: Literal["model", "pair"]
     unit: str = ""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gqa_convert.evaluate.metric import (
     EVERYWHERE,
+    Apart,
     Compared,
     Figure,
     Figures,
@@ -183,6 +184,13 @@ def _decode_time(bench: Bench) -> Figure | None:
 
 # ---- The rows. ----
 
+RECALL = {
+    "needle": "one number told in a long text is found again",
+    "keys": "the number of one of several keys is found again",
+    "variables": "a value handed on from variable to variable is found again",
+}
+"""Kinds of recall, see `gqa_convert.evaluate.recall`, and what is counted."""
+
 QUALITY = "loss_difference"
 """The figure that a sweep's tolerance, frontiers and recommendation go by."""
 
@@ -289,3 +297,17 @@ register(
         places=frozenset(("eval", "tiles", "card")),
     )
 )
+for _kind, _counted in RECALL.items():
+    register(
+        Metric(
+            name=f"recall_{_kind}",
+            label=f"recall: {_kind}",
+            better="higher",
+            of="model",
+            compute=Apart("gqa_convert.evaluate.recall"),
+            show=percent,
+            meaning=_counted,
+            compared=Compared(how="difference", label=f"recall: {_kind}, change", places=frozenset(("eval", "page"))),
+            places=frozenset(("eval", "page", "card")),
+        )
+    )

@@ -16,18 +16,28 @@ from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.links import hub_snapshot
 from gqa_convert.conversion.routes import routed
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.heads import kv_heads_words
 from gqa_convert.hf.loading import Source, load_model, max_positions, pick_device, pick_dtype
 from gqa_convert.tiny.model import encoder_width
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A checkpoint to be measured, before it is loaded. `kv_heads` and `query_heads` are of its decoder."""
+    """A checkpoint to be measured, before it is loaded. `kv_heads` and `query_heads` are of its decoder.
+
+    `per_layer` are the KV heads of each layer where they differ; `kv_heads` are then those of the one that has most.
+    """
 
     name: str
     source: Source
     query_heads: int
     kv_heads: int
+    per_layer: tuple[int, ...] = ()
+
+    @property
+    def heads(self) -> str:
+        """The KV heads in words."""
+        return kv_heads_words(self.kv_heads, self.per_layer)
 
     @property
     def folder(self) -> Path:
@@ -62,7 +72,9 @@ def subject(model: str, *, trust_remote_code: bool = False) -> Subject:
     snapshot = hub_snapshot(folder.resolve())
     name = snapshot[0].name.removeprefix("models--").replace("--", "/") if snapshot else folder.resolve().name
     name = DEMO if model == DEMO else name
-    return Subject(name=name, source=source, query_heads=main.query_heads, kv_heads=main.kv_heads)
+    return Subject(
+        name=name, source=source, query_heads=main.query_heads, kv_heads=main.kv_heads, per_layer=main.layers
+    )
 
 
 def load(model: Subject, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -98,7 +110,8 @@ def cache_tensors(cache: Any) -> Iterator[Tensor]:
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
     for layer in getattr(cache, "layers", ()):
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            tensor = getattr(layer, name, None)
             if isinstance(tensor, Tensor):
                 yield tensor
 

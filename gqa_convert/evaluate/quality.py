@@ -102,7 +102,7 @@ def measure_conversion(
     Raises:
         GQAConvertError: if `data` cannot be read or a model cannot be loaded.
     """
-    if plan.groups == plan.layout_before.num_kv_heads and not plan.cross_groups and not plan.recipe.uses_blocks:
+    if not plan.merges_heads and not plan.recipe.uses_blocks:
         return Quality(reason="nothing was merged")
     if data is None and getattr(plan.anatomy.config, "is_encoder_decoder", False):
         return Quality(reason="an encoder-decoder writes no text from nothing: name some with --data")

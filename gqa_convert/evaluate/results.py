@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, FromBench, Metric
 from gqa_convert.evaluate.metrics import from_json, rows, to_json
+from gqa_convert.heads import kv_heads_words
 from gqa_convert.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -29,14 +31,23 @@ class ModelResult:
     Attributes:
         name: folder name.
         query_heads: of the decoder.
-        kv_heads: of the decoder.
+        kv_heads: of the decoder; where layers differ, of the one that has most.
+        kv_heads_per_layer: where layers differ; else empty.
         figures: by metric, see `metrics`.
+        cache: format of its cache, of `gqa_convert.evaluate.decode.settings.QUANTISED`; empty for the model's dtype.
     """
 
     name: str
     query_heads: int
     kv_heads: int
+    kv_heads_per_layer: tuple[int, ...] = ()
     figures: Figures
+    cache: str = ""
+
+    @property
+    def heads(self) -> str:
+        """The KV heads in words."""
+        return kv_heads_words(self.kv_heads, self.kv_heads_per_layer)
 
     @property
     def loss(self) -> float:
@@ -71,7 +82,11 @@ class ModelResult:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values, each by its metric's name."""
-        heads = {"name": self.name, "query_heads": self.query_heads, "kv_heads": self.kv_heads}
+        heads: dict[str, Any] = {"name": self.name, "query_heads": self.query_heads, "kv_heads": self.kv_heads}
+        if self.cache:
+            heads["cache"] = self.cache
+        if self.kv_heads_per_layer:
+            heads["kv_heads_per_layer"] = list(self.kv_heads_per_layer)
         return heads | to_json(self.figures, rows("model"))
 
 
@@ -158,6 +173,23 @@ class LayerSimilarity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recall:
+    """What one model found again in texts of one length; see `gqa_convert.evaluate.recall`.
+
+    Attributes:
+        model: its name.
+        kind: of `metrics.RECALL`.
+        context: tokens of each text.
+        right: of each item, in order of depth; the items of all models are the same.
+    """
+
+    model: str
+    kind: str
+    context: int
+    right: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(Outcome):
     """An original, its conversions, and how they were measured.
 
@@ -176,6 +208,8 @@ class Evaluation(Outcome):
         base: the original's figures.
         converted: one entry per conversion.
         tasks: results of lm-eval by model name, where asked for.
+        quantised: original and conversions with caches in fewer bits, each beside the original with its whole cache.
+        recall: by model, kind and context, where asked for.
         date: the day it was measured on (UTC), as 2026-01-31; empty in files written before it was recorded.
     """
 
@@ -194,13 +228,16 @@ class Evaluation(Outcome):
     converted: tuple[Comparison, ...]
     tasks: Tasks = field(default_factory=dict)
     date: str = ""
+    quantised: tuple[Comparison, ...] = ()
+    recall: tuple[Recall, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The evaluation as JSON values."""
         values: dict[str, Any] = {"format": 1, "kind": "evaluation"} | asdict(self)
         values["base"] = self.base.to_json()
-        values["converted"] = [comparison.to_json() for comparison in self.converted]
-        return values
+        for name in ("converted", "quantised"):
+            values[name] = [comparison.to_json() for comparison in getattr(self, name)]
+        return values | {"conclusions": conclusions(self)}
 
     def table_rows(self) -> list[dict[str, Any]]:
         """A row per model, the original first; what was measured of a pair stands with the converted one."""
@@ -219,16 +256,18 @@ class Evaluation(Outcome):
         """
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-        converted = values.get("converted")
-        nested = {
-            "base": _with_figures(values.get("base")),
-            "converted": [
-                _with_figures(entry, pair_rows()) | {"model": _with_figures(entry["model"])}
-                for entry in (converted if isinstance(converted, list) else ())
-                if isinstance(entry, dict) and isinstance(entry.get("model"), dict)
-            ],
-        }
-        return _adapter().validate_python(values | nested)
+        pairs = {name: _pairs(values.get(name)) for name in ("converted", "quantised")}
+        return _adapter().validate_python(values | {"base": _with_figures(values.get("base"))} | pairs)
+
+
+def recall_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """The models, and for each kind and context a row: its name, and what each model has right of how many."""
+    names = list(dict.fromkeys(result.model for result in evaluation.recall))
+    seen = {(r.kind, r.context, r.model): f"{sum(r.right)} of {len(r.right)}" for r in evaluation.recall}
+    keys = dict.fromkeys((r.kind, r.context) for r in evaluation.recall)
+    return names, [
+        [f"{kind}, {context:,}", *(seen.get((kind, context, n), "") for n in names)] for kind, context in keys
+    ]
 
 
 @cache
@@ -236,6 +275,14 @@ def _adapter() -> TypeAdapter[Evaluation]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(Evaluation)
+
+
+def _pairs(values: Any) -> list[dict[str, Any]]:
+    return [
+        _with_figures(entry, pair_rows()) | {"model": _with_figures(entry["model"])}
+        for entry in (values if isinstance(values, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("model"), dict)
+    ]
 
 
 def _with_figures(values: Any, metrics: list[Metric] | None = None) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from gqa_convert.checkpoint.provenance import read_provenance
-from gqa_convert.conversion.plan import ConvertPlan, plan
-from gqa_convert.conversion.routes import recorded_route
+from gqa_convert.conversion.plan import ConvertPlan
+from gqa_convert.conversion.recorded import read_record, recorded_plan
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, make_task
@@ -44,13 +43,13 @@ def layer_costs(
 
     Raises:
         UnsupportedModelError: if the conversion has as many KV heads as the original.
+        VerificationError: if the one is no conversion of the other.
         GQAConvertError: if a model cannot be loaded.
     """
     trust = settings.trust_remote_code
     first, second = (models.subject(str(m), trust_remote_code=trust) for m in (base, converted))
     task = make_task(first, first.source.tokenizer(), settings)
-    route = recorded_route(read_provenance(second.folder).get("conversion", {}))
-    conversion = plan(first.folder, groups=second.kv_heads, route=route, allow_slow=True, trust_remote_code=trust)
+    conversion = recorded_plan(first.folder, second.folder, read_record(second.folder), trust_remote_code=trust)
     original = _original(conversion, first, settings)
     layers = _changed_by_layer(conversion, second, original, settings)
     if on_total is not None:

@@ -14,9 +14,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.checkpoint.files import MAX_RECORD_BYTES, read_object
 from gqa_convert.console import talking
 from gqa_convert.errors import CheckpointError, GQAConvertError, HubError, UnsupportedModelError
-from gqa_convert.modeling import shipping
+from gqa_convert.modeling import shipping, uneven
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,9 +73,19 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> Any:
 
     try:
         with quiet():
+            if uneven.is_uneven(_raw_config(folder)):
+                return uneven.config_class().from_pretrained(folder, local_files_only=True)
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         raise _config_error(folder, error) from error
+
+
+def _raw_config(folder: Path) -> Mapping[str, Any]:
+    """config.json as parsed; empty where it cannot be, which transformers then says."""
+    try:
+        return read_object(folder / "config.json", MAX_RECORD_BYTES)
+    except (GQAConvertError, OSError):
+        return {}
 
 
 def view_config(values: Mapping[str, Any]) -> Any:
@@ -129,6 +140,9 @@ def model_class(config: Any, *, folder: Path, trust_remote_code: bool) -> type[n
     if shipping.is_shipped(str(config.model_type)):
         shipped: type[nn.Module] = shipping.class_named(names[0] if names else "", folder)
         return shipped
+    if uneven.is_uneven(config):
+        own: type[nn.Module] = uneven.model_class()
+        return own
     reference = own_code(config)
     if reference and trust_remote_code:
         return _own_class(reference, folder)
@@ -179,7 +193,7 @@ def own_code(config: Any) -> str:
     """
     entries = getattr(config, "auto_map", None)
     model_type = str(getattr(config, "model_type", ""))
-    if not isinstance(entries, Mapping) or shipping.is_shipped(model_type):
+    if not isinstance(entries, Mapping) or shipping.is_shipped(model_type) or uneven.is_uneven(config):
         return ""
     models = {
         auto: reference

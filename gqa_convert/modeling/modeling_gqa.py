@@ -3,10 +3,11 @@
 This one file lies beside the weights of a converted model and needs nothing but torch and transformers. `GQA` before
 the name of a class of transformers (`GQAT5ForConditionalGeneration`, `GQAT5Config`, ...) names a subclass, made when it
 is asked for, whose decoder has `config.num_key_value_heads` KV heads in its self-attention and
-`config.cross_num_key_value_heads` in its cross-attention; None means as many as there are query heads. Encoders keep
-theirs. Only key and value projections are narrower. The forward passes are transformers' own: they read the number of
-KV heads off the tensors, and the attention functions (sdpa, flash, flex) share them out by `num_key_value_groups`. The
-eager functions of these families do not, so they are given repeated heads.
+`config.cross_num_key_value_heads` in its cross-attention; None means as many as there are query heads, and a list has a
+number for each layer. Encoders keep theirs. Only key and value projections are narrower. The forward passes are
+transformers' own: they read the number of KV heads off the tensors, and the attention functions (sdpa, flash, flex)
+share them out by `num_key_value_groups`. The eager functions of these families do not, so they are given repeated
+heads.
 
 Some forward passes insist on as many KV heads as query heads (`SPREAD`). There the projections repeat the heads of new
 tokens, and the cache that the forward pass is handed drops the copies before it stores and returns them. Where such a
@@ -15,6 +16,7 @@ pass computes attention by itself, the cache returns copies: it is as small, but
 Written by gqa-convert. Licence: Apache-2.0.
 """
 
+import copy
 import inspect
 import types
 from typing import Any
@@ -43,6 +45,7 @@ CROSS_FIELD = "cross_num_key_value_heads"
 # How families spell the key and value projections, the number of query heads, and a cross-attention module.
 PROJECTIONS = (("k_proj", "v_proj"), ("k", "v"), ("key", "value"), ("Wk", "Wv"))
 HEADS = ("num_heads", "n_heads", "num_attention_heads")
+SHARING = "gqa_query_heads"  # of a module whose own count was lowered
 CROSS = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attention", "encoder_decoder_attention")
 
 # Where the decoder of a composite model lies; for the others see `_in_decoder`.
@@ -95,7 +98,7 @@ def is_cross(path: str, module: nn.Module) -> bool:
 
 def query_heads(module: nn.Module) -> int:
     """Return the number of query heads of an attention module."""
-    return next(int(getattr(module, name)) for name in HEADS if hasattr(module, name))
+    return next(int(getattr(module, name)) for name in (SHARING, *HEADS) if hasattr(module, name))
 
 
 def share_kv_heads(model: PreTrainedModel) -> None:
@@ -110,11 +113,25 @@ def share_kv_heads(model: PreTrainedModel) -> None:
     for path, module in modules.items():
         field = CROSS_FIELD if is_cross(path, module) else SELF_FIELD
         heads, groups = query_heads(module), getattr(model.config, field, None)
+        if isinstance(groups, (list, tuple)):
+            groups = _of_layer(groups, path, field)
         if groups is None or groups == heads:
             continue
         if groups < 1 or heads % groups:
             raise ValueError(f"{path}: {heads} query heads cannot share {groups} KV heads ({field}).")
         _share(module, heads, groups, _native_type(model.config))
+
+
+def layer_number(path: str) -> int:
+    """Return the number of the decoder layer that an attention module lies in."""
+    return int(next(part for part in path.split(".") if part.isdigit()))
+
+
+def _of_layer(counts: Any, path: str, field: str) -> int:
+    number = layer_number(path)
+    if number >= len(counts):
+        raise ValueError(f"{path}: {field} names the KV heads of {len(counts)} layers only.")
+    return int(counts[number])
 
 
 def _share(module: Any, heads: int, groups: int, native_type: str) -> None:
@@ -127,6 +144,7 @@ def _share(module: Any, heads: int, groups: int, native_type: str) -> None:
             _spread(getattr(module, name), heads, groups, SPREAD[native_type] if name in FUSED else "")
     module.num_key_value_groups = heads // groups
     if native_type in KEY_HEADS:
+        setattr(module, SHARING, heads)
         setattr(module, KEY_HEADS[native_type], groups)
     module.__class__ = _grouped_class(type(module), folded=spread)
 
@@ -204,6 +222,12 @@ def _spread(linear: Any, heads: int, groups: int, layout: str) -> None:
     linear.heads, linear.groups, linear.layout = heads, groups, layout
 
 
+def _copies(states: torch.Tensor, size: int) -> torch.Tensor:
+    """Copies in memory of their own, also of a single head: some forward passes view them in another shape."""
+    copies: torch.Tensor = repeat_kv(states, size).contiguous()
+    return copies
+
+
 class CopiedLayer:
     """A layer of a cache, whose keys and values are read with `size` copies of each head."""
 
@@ -212,7 +236,7 @@ class CopiedLayer:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.__dict__["_layer"], name)
-        return repeat_kv(value, self._size) if name in ("keys", "values") else value
+        return _copies(value, self._size) if name in ("keys", "values") else value
 
 
 class FoldedCache:
@@ -226,7 +250,7 @@ class FoldedCache:
         key, value = key[:, :: self._size], value[:, :: self._size]
         if self._cache is not None:
             key, value = self._cache.update(key, value, *args, **kwargs)
-        return (repeat_kv(key, self._size), repeat_kv(value, self._size)) if self._copies else (key, value)
+        return (_copies(key, self._size), _copies(value, self._size)) if self._copies else (key, value)
 
     @property
     def layers(self) -> Any:
@@ -363,16 +387,40 @@ def _config_class(native: type[PreTrainedConfig]) -> type:
     space = {
         "__module__": __name__,
         "__doc__": f"{native.__name__} with a number of KV heads for the decoder's self- and cross-attention.",
-        "__annotations__": {SELF_FIELD: int | None, CROSS_FIELD: int | None},
+        "__annotations__": {SELF_FIELD: int | list[int] | None, CROSS_FIELD: int | list[int] | None},
         SELF_FIELD: None,
         CROSS_FIELD: None,
         "model_type": TYPE_PREFIX + native.model_type,
         # Whisper's maps this name to the encoder's heads.
         "attribute_map": {name: to for name, to in (native.attribute_map or {}).items() if name != SELF_FIELD},
         "_auto_class": "AutoConfig",
+        "per_layer_config": property(_per_layer, getattr(native, "per_layer_config", property()).fset),
     }
     _carry_key_names(native.model_type, TYPE_PREFIX + native.model_type)
     return type(PREFIX + native.__name__, (native,), space)
+
+
+class Layers(list[Any]):
+    """One configuration for each layer; transformers also asks for that of a kind of layers, which is the whole one."""
+
+    whole: Any = None
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.whole if isinstance(index, str) else super().__getitem__(index)
+
+
+def _per_layer(config: Any) -> Any:
+    """The configuration of each layer, of which transformers sizes its caches."""
+    counts = getattr(config, SELF_FIELD, None)
+    if not isinstance(counts, (list, tuple)):
+        return PreTrainedConfig.per_layer_config.fget(config)
+    layers = Layers()
+    layers.whole = config
+    for groups in counts:
+        layer = copy.copy(config)
+        setattr(layer, SELF_FIELD, groups)
+        layers.append(layer)
+    return layers
 
 
 def _model_class(native: Any) -> type:

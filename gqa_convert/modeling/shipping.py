@@ -223,6 +223,20 @@ def _base_class(model_type: str) -> str:
     return name if isinstance(name, str) else name[0]
 
 
+def is_cross(name: str) -> bool:
+    """Tell by a parameter's name whether it is of attention that reads the encoder's output."""
+    from gqa_convert.modeling import modeling_gqa
+
+    return any(part in modeling_gqa.CROSS for part in name.split("."))
+
+
+def decoder_layers(model: Any) -> int:
+    """Return the number of layers of a model's decoder, native or of the shipped file."""
+    from gqa_convert.modeling import modeling_gqa
+
+    return 1 + max(modeling_gqa.layer_number(path) for path in modeling_gqa.decoder_attention(model))
+
+
 def grouped_config(config: Any, kv_heads: int) -> Any:
     """Return a native configuration's GQA form with `kv_heads` KV heads everywhere in the decoder."""
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type"}

@@ -59,7 +59,7 @@ def _frontier(axes: Any, run: Run, *, cost: Metric) -> bool:
 
 
 def _dwarfed(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis where one value would leave no room for the others; linear around nothing if some are below."""
+    """A logarithmic axis where one value would leave no room for the others; linear near 0 if some are below."""
     rises = sorted(values)
     middle = rises[len(rises) // 2]
     if rises[-1] <= _LOG_FROM * max(middle, 0.0) or rises[-1] <= 0:

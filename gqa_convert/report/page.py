@@ -61,6 +61,7 @@ def page(run: Run, plots: dict[str, str]) -> str:
         figures=[{"title": TITLES[name], "caption": CAPTIONS[name], "svg": Markup(svg)} for name, svg in plots.items()],
         points=points_table(run),
         failed=[point for point in run.points if point.status == "failed"],
+        deals=[point.deal for point in run.points if point.deal],
         measured_on=measured_on(run.base, points_metrics(run)) if run.base is not None else "",
         chosen_decoding=decoding(timed, chosen.name) if timed is not None and chosen is not None else None,
         evaluations=[quality(evaluation) for evaluation in run.evaluations],

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from gqa_convert.console import size
 from gqa_convert.evaluate import metrics
+from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.decode.results import DecodeResult, lengths
 from gqa_convert.evaluate.metric import Figures, Metric
-from gqa_convert.evaluate.results import Evaluation, Tasks
+from gqa_convert.evaluate.results import Evaluation, Tasks, recall_rows
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run, Timed
 
@@ -53,18 +54,20 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """An evaluation: its table, how it was measured, and tasks of lm-eval where they were run."""
+    """An evaluation: its table, how it was measured, what follows, and tasks of lm-eval where they were run."""
 
     table: Table
     measured_on: str
+    conclusions: tuple[str, ...] = ()
     tasks: Table | None = field(default=None)
+    recall: Table | None = field(default=None)
 
 
 def _heads(shown: Sequence[Metric]) -> tuple[Column, ...]:
     return (Column("model"), Column("KV heads"), *(Column(metric.column, metric.hint) for metric in shown))
 
 
-def _row(name: str, kv_heads: int, figures: Figures, shown: Sequence[Metric]) -> Row:
+def _row(name: str, kv_heads: int | str, figures: Figures, shown: Sequence[Metric]) -> Row:
     return Row((name, str(kv_heads), *(metric.cell(figures.get(metric.name)) for metric in shown)))
 
 
@@ -79,7 +82,7 @@ def points_table(run: Run) -> Table | None:
         return None
     shown = points_metrics(run)
     base = run.base.base
-    rows = [_row(f"{base.name} (original)", base.kv_heads, base.figures, shown)]
+    rows = [_row(f"{base.name} (original)", base.heads, base.figures, shown)]
     rows += [_point_row(point, shown) for point in run.points]
     best = run.points.index(run.recommended) + 1 if run.recommended else None
     return Table(caption="All points of the sweep", head=_heads(shown), rows=tuple(rows), best=best)
@@ -94,15 +97,25 @@ def _point_row(point: SweepPoint, shown: Sequence[Metric]) -> Row:
 def quality(evaluation: Evaluation) -> Quality:
     """One `gqa eval`."""
     base = evaluation.base
-    pairs = [(comparison.model, comparison.model.figures | comparison.figures) for comparison in evaluation.converted]
+    compared = (*evaluation.converted, *evaluation.quantised)
+    pairs = [(comparison.model, comparison.model.figures | comparison.figures) for comparison in compared]
     shown = metrics.shown("page", [base.figures, *(figures for _, figures in pairs)])
-    rows = [_row(f"{base.name} (original)", base.kv_heads, base.figures, shown)]
-    rows += [_row(model.name, model.kv_heads, figures, shown) for model, figures in pairs]
+    rows = [_row(f"{base.name} (original)", base.heads, base.figures, shown)]
+    rows += [_row(model.name, model.heads, figures, shown) for model, figures in pairs]
     return Quality(
         table=Table(caption="Quality of the conversions", head=_heads(shown), rows=tuple(rows)),
         measured_on=measured_on(evaluation, shown),
+        conclusions=tuple(conclusions(evaluation)),
         tasks=tasks_table(evaluation.tasks),
+        recall=recall_table(evaluation),
     )
+
+
+def recall_table(evaluation: Evaluation) -> Table | None:
+    """What each model finds again, a row per kind and length of the text; None where it was not measured."""
+    names, rows = recall_rows(evaluation)
+    head = (Column("recall, tokens"), *(Column(name) for name in names))
+    return Table(caption="Recall", head=head, rows=tuple(Row(tuple(row)) for row in rows)) if rows else None
 
 
 def tasks_table(tasks: Tasks) -> Table | None:
@@ -154,7 +167,7 @@ def _decode_row(where: str, model: DecodeResult) -> Row:
     ratio = model.time_ratio
     cells = (
         where,
-        f"{model.name} ({model.kv_heads})",
+        f"{model.name} ({model.heads})",
         f"{model.seconds.median * 1e3:.3g}",
         "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
         f"{model.tokens_per_second:,.0f}",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gqa_convert.errors import UnsupportedModelError
 from gqa_convert.hf import api
-from gqa_convert.modeling import shipping
+from gqa_convert.modeling import shipping, uneven
 from gqa_convert.tiny.mappings import mapping_names
 from gqa_convert.tiny.sizes import TEXT_IDS
 from gqa_convert.tiny.unusual import UNUSUAL
@@ -30,6 +30,8 @@ def model_class(config: Any, architectures: list[str] | None = None) -> Any:
     names = architectures or api.architectures(config)
     if names and shipping.is_shipped(config.model_type):
         return shipping.class_named(names[0])
+    if uneven.is_uneven(config):
+        return uneven.model_class()
     for name in names:
         named = api.stock_model(name)
         if named is not None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-from gqa_convert.modeling import shipping
+from gqa_convert.modeling import shipping, uneven
 from gqa_convert.tiny.layers import choose_layers, cut_layers
 from gqa_convert.tiny.overrides import DEFAULTS, MROPE_SECTIONS, SHRUNK, SWITCHES, TOWERS
 from gqa_convert.tiny.rotary import rope_dicts, shrink_rope, smallest_head_dim
@@ -77,12 +77,30 @@ def shrink(config: Any, *, num_heads: int | None = None, num_kv_heads: int | Non
     Kept: norms, biases, activations, tying, rotary kind, layer kinds, expert routing. Made small: heads, widths,
     layers, vocabulary, experts. Without `num_heads` and `num_kv_heads` the ratio of query to KV heads is kept.
     """
+    config = _evened(config)
     heads, kv_heads = head_counts(config.to_dict(), num_heads, num_kv_heads)
     head_dim = max(smallest_head_dim(_fields_of(part)) for part in config_tree(config))
     sizes = TinySizes(heads=heads, kv_heads=kv_heads, layers=num_layers, head_dim=head_dim)
     fields = _Shrinker(keep_ratio=num_kv_heads is None).fields(config, sizes, side=False)
     fields["dtype"] = "float32"
     return type(config)(**fields)
+
+
+def _evened(config: Any) -> Any:
+    """A configuration whose layers differ in KV heads, with those of the layer that has most in all of them."""
+    if uneven.is_uneven(config):
+        even = deepcopy(config)
+        even.num_key_value_heads, even.block_configs = max(config.kv_heads), None
+        return even
+    if not shipping.is_shipped(str(config.model_type)):
+        return config
+    even = config
+    for name in shipping.field_names():
+        counts = getattr(config, name, None)
+        if isinstance(counts, (list, tuple)):
+            even = deepcopy(config) if even is config else even
+            setattr(even, name, max(counts))
+    return even
 
 
 def config_tree(config: Any) -> list[Any]:

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from gqa_convert.cli.main import run_command
+from gqa_convert.cli.running import run_command
 from gqa_convert.cli.uptrain import uptrain_command
 
 

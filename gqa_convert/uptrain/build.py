@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 from gqa_convert.budget.memory import chunk_positions
 from gqa_convert.checkpoint.hub import resolve_model
-from gqa_convert.data.batches import StepBatches
+from gqa_convert.data.batches import MicroBatch, StepBatches
 from gqa_convert.errors import UsageError
 from gqa_convert.hf.loading import Source, load_model
 from gqa_convert.uptrain import optim, parameters
@@ -27,9 +29,10 @@ from gqa_convert.uptrain.model import (
     check_reads_text,
     set_dropout,
 )
-from gqa_convert.uptrain.objective import LossSpec
+from gqa_convert.uptrain.objective import LossSpec, TeacherOutput
 from gqa_convert.uptrain.plan import UptrainPlan
 from gqa_convert.uptrain.sharded_loading import tiny_twin
+from gqa_convert.uptrain.teacher_cache import CachedTeacher
 from gqa_convert.uptrain.unused_parameters import freeze_modules, freeze_unreached
 
 
@@ -45,7 +48,8 @@ class Parts:
         plain: the transformers model (with its adapters, under LoRA).
         model: its wrapped and prepared form; calling it gives the loss.
         optimizer: prepared.
-        teacher: the frozen original, when distilling.
+        teacher: the frozen original, when distilling from it.
+        cached: what it said about the training blocks, when distilling from a cache.
         trained: the parameters that change.
     """
 
@@ -58,6 +62,18 @@ class Parts:
     optimizer: Any
     teacher: Teacher | None
     trained: list[nn.Parameter]
+    cached: CachedTeacher | None = None
+
+    @property
+    def distils(self) -> bool:
+        """Whether the original is learnt from."""
+        return self.teacher is not None or self.cached is not None
+
+    def taught(self, batch: MicroBatch) -> TeacherOutput | None:
+        """What the original says about a training micro-batch on this process's device; None without distillation."""
+        if self.cached is not None:
+            return self.cached(batch.blocks, self.engine.device)
+        return self.teacher(batch.inputs) if self.teacher is not None else None
 
     def scoring_model(self) -> nn.Module:
         """The model to evaluate with: without DDP's bookkeeping."""
@@ -87,6 +103,8 @@ def build(
     """
     config = plan.config
     if config.train.deterministic:
+        # Without it cuBLAS refuses; it must stand before the first product on the device.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.train.seed)
     source = Source.open(plan.source, trust_remote_code=config.trust_remote_code)
@@ -101,6 +119,11 @@ def build(
         return prepare_data(config, tokenizer, source.config, tell=said, state=data_state, stopped=stopped, check=first)
 
     data = engine.main_first(prepare)
+    distillation = config.objective.distillation
+    cached: CachedTeacher | None = None
+    if distillation is not None and distillation.cache is not None:
+        needed = plan.horizon.steps * config.train.batch_sequences
+        cached = CachedTeacher.open(Path(distillation.cache), config, data, blocks=needed)
     batches = StepBatches(
         data.blocks,
         data.collate,
@@ -160,6 +183,7 @@ def build(
         optimizer=prepared_optimizer,
         teacher=teacher,
         trained=[p for p in prepared.parameters() if p.requires_grad],
+        cached=cached,
     )
 
 

@@ -54,6 +54,8 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._keep = keep
+        self.pinned: int | None = None
+        """Step of a checkpoint that is kept however old it is."""
 
     def stage(self, step: int) -> Path:
         """Return the folder in which the checkpoint of `step` is written before it is committed."""
@@ -137,6 +139,8 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         for step in self.steps()[: -self._keep]:
+            if step == self.pinned:
+                continue
             # Without its marker it is no checkpoint any more, however far the removal gets.
             (self.path(step) / MARKER).unlink(missing_ok=True)
             shutil.rmtree(self.path(step), ignore_errors=True)

@@ -39,6 +39,8 @@ class DistillationSection(Section):
     """Weight of 1 - cosine of the two models' hidden states, averaged over layers."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The teacher's weights."""
+    cache: Place | None = None
+    """What the teacher says, computed before by `gqa uptrain cache-teacher`; the teacher is then not loaded."""
 
 
 class ObjectiveSection(Section):
@@ -72,6 +74,8 @@ class OptimizerSection(Section):
     """AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of matrices; vectors (norms, biases) are never decayed."""
+    decay_embeddings: bool = False
+    """Decay embeddings too; a step meets few of their rows, and decay would shrink the rest at each."""
     clip: Positive | None = 1.0
     """Largest gradient norm; null for none."""
 
@@ -126,6 +130,8 @@ class TrainSection(Section):
     fsdp_sync: Literal["micro_batch", "step"] = "micro_batch"
     """FSDP2: sum gradients over the processes after each micro-batch; step: once a step, which sends less and keeps
     whole float32 gradients on every device in between."""
+    max_hours: Positive | None = None
+    """Save and exit with 75 after so long, as a signal would have it; a later start goes on, with as long again."""
     compile: bool = False
     """torch.compile the model in place."""
     dropout: Share | None = None
@@ -160,6 +166,8 @@ class CheckpointSection(Section):
     """Whole checkpoints kept; older ones go only after a newer one is committed."""
     resume: Literal["auto", "never"] | Place = "auto"
     """auto: from the newest whole checkpoint of `output`; never; or a checkpoint folder."""
+    average: Annotated[int, Field(ge=2)] | None = None
+    """Make `final` of the mean of the last so many checkpoints' weights (at most `keep` are there)."""
     failures_allowed: Annotated[int, Field(ge=0)] = 3
     """Saves in a row that may fail (disk full) before the run stops."""
 
@@ -180,6 +188,10 @@ class EvaluationSection(Section):
     """More documents to evaluate on, by name: each has its own curve, beside the one of what is held out."""
     reference: Place | None = None
     """Folder or hub id of the original, scored once as the line to reach; default: the teacher, if there is one."""
+    best: bool = False
+    """Save whenever the held-out loss is the lowest so far, keep that checkpoint, and make `final` of it."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations in a row without a lower held-out loss; the learning rate is where it was."""
     target: Positive | None = None
     """Stop as soon as an evaluation finds the held-out loss within so many nats per token of the reference's."""
 
@@ -262,6 +274,13 @@ def _conflicts(config: UptrainConfig) -> list[str]:
         )
     if (config.data.source is None) == (not config.data.sources):
         problems.append("data: give one `source`, or several `sources` with weights.")
+    if (config.checkpoints.average or 0) > config.checkpoints.keep:
+        problems.append("checkpoints.average: more checkpoints than checkpoints.keep leaves. Raise keep.")
+    if config.checkpoints.average and config.evaluation.best:
+        problems.append("checkpoints.average, evaluation.best: each says what `final` is made of. Choose one.")
+    told = config.objective.distillation
+    if told and told.cache and told.hidden_weight:
+        problems.append("objective.distillation: a cache holds no hidden states. Set hidden_weight to 0, or no cache.")
     taken = {name for name, _, _ in config.data.named} & set(config.evaluation.sets)
     if taken and config.data.sources:
         problems.append(f"evaluation.sets: {', '.join(sorted(taken))} is the name of a source too. Choose another.")

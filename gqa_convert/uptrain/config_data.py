@@ -121,8 +121,13 @@ class DataSection(Section):
     """Tokens per sequence (of the encoder, for span corruption)."""
     streaming: bool = False
     """Tokenise while training (corpora too large to tokenise first); else once, into `<output>/tokens` or `cache`."""
+    streams: Annotated[int, Field(ge=1)] | None = None
+    """When streaming: deal the shards out as so many streams, of which each process opens those of its own rows alone;
+    a divisor of train.batch_sequences. null: the largest that there are shards for; 1: every process reads all."""
     cache: Place | None = None
     """Folder for tokenised corpora, shared between runs."""
+    processes: Annotated[int, Field(ge=1, le=256)] | None = None
+    """That tokenise; null: one a processor, eight at most. Small corpora are tokenised in the run's own."""
     separate_documents: bool | Literal["auto"] = "auto"
     """Restart positions and let no attention cross documents; auto: yes for causal_lm. Proven on the model at start."""
     loss_on: Literal["assistant", "all"] = "assistant"
@@ -137,9 +142,12 @@ class DataSection(Section):
     shuffle: bool = True
     """Permute documents each epoch, and blocks within windows."""
     window: Annotated[int, Field(ge=1, le=1 << 24)] = 1024
-    """Blocks that are permuted together (and held in memory when streaming)."""
+    """Blocks that are permuted together (and held in memory when streaming, over all streams)."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the documents kept from training for evaluation, chosen by each document's hash."""
+    held_out_by: Literal["auto", "document", "shard"] = "auto"
+    """When streaming: hold out documents by hash, for which the corpus is read until there are enough; or the last
+    shard, of which no more is read than is evaluated on. auto: shard for hub datasets of 16 shards or more."""
     held_out_source: Source | None = None
     """Evaluate on these documents instead; nothing is then held out of `source`."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,26 @@ from gqa_convert.data.blocks import Block, StoredBlocks, held_out_blocks
 from gqa_convert.data.conversations import Conversation
 from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
 from gqa_convert.data.encoding import Encoder
+from gqa_convert.data.hub_check import FIRST_WAITS
 from gqa_convert.data.mixture import MixedBlocks, Mixture
 from gqa_convert.data.packing import PackedBlocks, held_out_packed
 from gqa_convert.data.spans import SpanCorruption, sentinel_ids
 from gqa_convert.data.store import TokenStore, remove_stale
 from gqa_convert.data.stream import StreamedBlocks
+from gqa_convert.data.strided import StridedBlocks, stream_count
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.config_data import SourceSection
 from gqa_convert.uptrain.making import Making, Stopped, Tell
+from gqa_convert.uptrain.tokenising import usable_processes
 
 _HELD_OUT_SEED = 0
 _FEWEST = 2
-"""Tokens of which one predicts another."""
+"""Tokens of which one predicts another; shards of which one can be held out."""
+_SHARDS_ENOUGH = 16
+"""Of a hub dataset, for one of them to be held out unasked."""
 
-SourceBlocks = StoredBlocks | PackedBlocks | StreamedBlocks
+SourceBlocks = StoredBlocks | PackedBlocks | StreamedBlocks | StridedBlocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,8 @@ def prepare_data(
     """
     encoder = run_encoder(config, tokenizer, model_config)
     collate, collate_held_out, length = objective_parts(config, tokenizer, model_config)
-    making = Making(Path(config.data.cache or Path(config.output) / "tokens"), encoder, tell, stopped, check)
+    root = Path(config.data.cache or Path(config.output) / "tokens")
+    making = Making(root, encoder, tell, stopped, check, config.data.processes or usable_processes())
     remove_stale(making.root)
     opening = _Opening(config, making, length)
     named = config.data.named
@@ -196,44 +202,79 @@ class _Opening:
     ) -> tuple[SourceBlocks, TokenStore | None, HeldOutSet | None]:
         """A source's blocks, its store if it is not streamed, and what of it is evaluated on."""
         data, seed = self.config.data, self.config.train.seed if self.config.data.shuffle else None
-        corpus = open_corpus(source_spec(section))
+        corpus = open_corpus(source_spec(section), waits=FIRST_WAITS)
         whole = self.whole(corpus)
         apart = data.held_out_source is not None
         fraction = 0.0 if apart else data.held_out_fraction
         limit = self.config.evaluation.tokens
         limit = None if limit is None else max(1, round(limit * share))
         blocks: SourceBlocks
+        held: TokenStore | None
+        train: TokenStore | None = None
         if data.streaming:
-            held = None if apart else self.making.evaluation(corpus, fraction, limit)
-            blocks = StreamedBlocks(
-                corpus,
-                self.making.encoder,
-                self.length,
-                seed=seed,
-                window=data.window,
-                held_out=fraction,
-                whole=whole,
-                state=state or None,
-            )
-            train = None
+            if not apart and self._by_shard(corpus, state):
+                corpus, last = without_last(corpus)
+                held, fraction = self.making.evaluation(last, None, limit), 0.0
+            else:
+                held = None if apart else self.making.evaluation(corpus, fraction, limit)
+            blocks = self._streamed(corpus, state, seed, fraction, whole)
         else:
-            train, held = self.making.both(corpus, fraction)
-            held = None if apart else held
-            _check_same_text(state, train, name)
+            stored, held = self.making.both(corpus, fraction)
+            train, held = stored, None if apart else held
+            _check_same_text(state, stored, name)
             if whole:
-                blocks = PackedBlocks(train, self.length, seed=seed)
+                blocks = PackedBlocks(stored, self.length, seed=seed)
                 self.making.tell(f"packed whole: {blocks.padding:.1%} of each sequence is padding")
             else:
-                blocks = StoredBlocks(train, self.length, seed=seed, window=data.window)
+                blocks = StoredBlocks(stored, self.length, seed=seed, window=data.window)
         if held is not None and held.total < _FEWEST and name:
             self.making.tell(f"{name}: too few documents to hold any out; it has no curve of its own")
             held = None
         evaluated = None if held is None else HeldOutSet(name=name, blocks=self.cut(held, limit, whole))
         return blocks, train, evaluated
 
+    def _by_shard(self, corpus: Corpus, state: dict[str, Any]) -> bool:
+        """Whether the last shard is held out, and not documents from everywhere."""
+        by, shards = self.config.data.held_out_by, len(corpus.shards)
+        if by == "shard" and shards < _FEWEST:
+            raise UsageError(f"data.held_out_by=shard: {', '.join(corpus.spec.paths)} is a single shard.")
+        if by == "auto" and "count" not in state and state.get("shards") == shards:
+            return False  # a checkpoint of a version that held out documents alone
+        return by == "shard" or (by == "auto" and corpus.remote and shards >= _SHARDS_ENOUGH)
+
+    def _streamed(
+        self, corpus: Corpus, state: dict[str, Any], seed: int | None, fraction: float, whole: bool
+    ) -> StreamedBlocks | StridedBlocks:
+        """The corpus as one stream, or dealt out as several: as a checkpoint has it, else as the configuration says."""
+        data, sequences = self.config.data, self.config.train.batch_sequences
+        streams = 1 if state else data.streams or stream_count(len(corpus.shards), sequences)
+        streams = int(state.get("count", streams))
+
+        def opened(part: Corpus, at: dict[str, Any] | None) -> StreamedBlocks:
+            window = -(-data.window // streams)  # of all streams together as many as of one
+            return StreamedBlocks(
+                part,
+                self.making.encoder,
+                self.length,
+                seed=seed,
+                window=window,
+                held_out=fraction,
+                whole=whole,
+                state=at or None,
+            )
+
+        if streams == 1:
+            return opened(corpus, state)
+        if streams > len(corpus.shards) or sequences % streams:
+            raise UsageError(
+                f"data.streams={streams}: must divide train.batch_sequences={sequences}, and the corpus has "
+                f"{len(corpus.shards)} shards. Leave it out, or choose a smaller one."
+            )
+        return StridedBlocks(corpus, streams, opened, state=state or None)
+
     def apart(self, name: str, section: SourceSection, *, main: bool = True) -> HeldOutSet:
         """A set of documents of their own."""
-        corpus = open_corpus(source_spec(section))
+        corpus = open_corpus(source_spec(section), waits=FIRST_WAITS)
         limit = self.config.evaluation.tokens
         held = self.making.evaluation(corpus, None, limit)
         return HeldOutSet(name=name, blocks=self.cut(held, limit, self.whole(corpus)), main=main)
@@ -267,6 +308,15 @@ class _Opening:
             # Corruption needs whole blocks; a short last one is left out unless it is all there is.
             evaluated = [pair for pair in evaluated if pair[1] > self.length] or evaluated[:1]
         return evaluated
+
+
+def without_last(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """A corpus without its last shard, and that shard as a corpus of its own."""
+    first, last = (
+        replace(corpus, shards=corpus.shards[part], files=corpus.files[part], identity=[*corpus.identity, name])
+        for part, name in ((slice(None, -1), "all but the last shard"), (slice(-1, None), "the last shard"))
+    )
+    return first, last
 
 
 def _vocabulary(model_config: Any) -> int | None:

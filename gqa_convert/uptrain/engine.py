@@ -182,6 +182,14 @@ class Engine:
         result: T = answer[0]
         return result
 
+    def gather(self, value: T) -> list[T]:
+        """What each process has, on every process."""
+        values: list[Any] = [value]
+        if self.processes > 1:
+            values = [None] * self.processes
+            torch.distributed.all_gather_object(values, value)
+        return values
+
     def wait(self) -> None:
         """Wait for every process."""
         self.accelerator.wait_for_everyone()
@@ -207,11 +215,7 @@ class Engine:
         return cast(T, result)
 
     def _raise_together(self, problem: GQAConvertError | None) -> None:
-        problems: list[Any] = [problem]
-        if self.processes > 1:
-            problems = [None] * self.processes
-            torch.distributed.all_gather_object(problems, problem)
-        for failure in problems:
+        for failure in self.gather(problem):
             if failure is not None:
                 raise failure
 

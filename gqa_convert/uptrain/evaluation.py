@@ -14,6 +14,7 @@ from gqa_convert.uptrain.corpus import TrainingData
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.model import ScoredModel, Teacher, evaluating
 from gqa_convert.uptrain.objective import LossSpec
+from gqa_convert.uptrain.sharded_loading import reshard
 
 
 @torch.no_grad()
@@ -58,6 +59,7 @@ def _score(
                 taught = teacher(moved.inputs) if teacher is not None else None
                 _, terms = model(moved.inputs, moved.labels, taught)
             sums += torch.tensor([*terms[:2].tolist(), float(batch.valid)], dtype=torch.float64)
+    reshard(model)
     return engine.sum(sums.to(engine.device)).cpu()
 
 

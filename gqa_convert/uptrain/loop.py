@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gqa_convert.checkpoint.fingerprint import sampled_digest
 from gqa_convert.checkpoint.reader import Checkpoint
+from gqa_convert.data.strided import merged
 from gqa_convert.errors import CheckpointError, OutputError, Preempted, UsageError
 from gqa_convert.outcome import Outcome
 from gqa_convert.uptrain.build import build, load_reference
@@ -31,6 +35,8 @@ from gqa_convert.uptrain.stopping import StopRequest, stop_on_signals
 
 _REACHED = "at target"
 """Under which the losses of a run keep that of the evaluation that met its target."""
+_BEST, _BEST_STEP, _WORSE = "best", "best at step", "evaluations since"
+"""And the lowest held-out loss, when it was, and how many evaluations there were since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,7 @@ class _Run:
         self.seconds = 0.0
         self.losses: dict[str, float] = {}
         self._failed_saves = 0
+        self._started = time.monotonic()
         self._saved_at = time.monotonic()
         self._saved_step = -1
 
@@ -157,6 +164,8 @@ class _Run:
         self.guards.restore(state["guards"])
         self.step, self.seconds, self.losses = int(state["step"]), float(state["seconds"]), dict(state["losses"])
         self._saved_step = self.step
+        if self.config.evaluation.best and _BEST_STEP in self.losses:
+            self.store.pinned = int(self.losses[_BEST_STEP])
         self.recorder.rewind(self.step)
         self.recorder.event(self.step, "resumed", processes=self.engine.processes, engine=self.engine.name)
         self.display.say(f"going on after step {self.step:,} from {saved.folder.name}")
@@ -166,8 +175,12 @@ class _Run:
         reference = load_reference(self.plan, self.engine)
         if reference is None and self.parts.teacher is not None:
             reference = self.parts.teacher.model
+        scored = None
         if reference is not None:
             scored = evaluate_plain(reference, self.parts.data, self.engine, micro=self.config.train.micro_batch)
+        elif self.parts.cached is not None:
+            scored = self.parts.cached.reference
+        if scored is not None:
             self.losses["reference"] = scored["loss"]
             named = {name: loss for name, loss in scored.items() if name.startswith("loss/")}
             self.losses |= {name.replace("loss/", "reference/"): loss for name, loss in named.items()}
@@ -175,6 +188,7 @@ class _Run:
         del reference
         self.losses["before"] = self._evaluate()
         self._compare(self.losses["before"])
+        self._note_best(self.losses["before"])
         # A run that cannot save should fail now and not in a week.
         self._save(required=True)
 
@@ -195,17 +209,51 @@ class _Run:
         total = self.plan.horizon.steps
         self.display.start(total, self.step)
         with self.recorder.profiler() as tick:
-            while self.step < total and _REACHED not in self.losses:
+            while not self._ended():
                 started = time.perf_counter()
-                result = train_step(self.parts, self.guards, self.step, stop=bool(self.stop), save=self._save_due())
+                stop = bool(self.stop) or self._out_of_time()
+                result = train_step(self.parts, self.guards, self.step, stop=stop, save=self._save_due())
                 spent = time.perf_counter() - started
                 self.step += 1
                 self.seconds += spent
                 self.recorder.step(self.step, result, spent)
                 tick()
                 if self.step < total and self._evaluation_due():
-                    self._compare(self._evaluate())
+                    loss = self._evaluate()
+                    self._compare(loss)
+                    self._note_best(loss)
                 self._save_or_stop(result)
+
+    def _ended(self) -> bool:
+        """Whether all steps are done, the target is met, or patience is at its end."""
+        patience = self.config.evaluation.patience
+        tired = patience is not None and self.losses.get(_WORSE, 0) >= patience
+        return self.step >= self.plan.horizon.steps or _REACHED in self.losses or tired
+
+    def _out_of_time(self) -> bool:
+        hours = self.config.train.max_hours
+        return hours is not None and time.monotonic() - self._started >= 3600 * hours
+
+    def _note_best(self, loss: float) -> None:
+        """Remember the lowest held-out loss, keep its checkpoint if that is wanted, and count the others."""
+        settings = self.config.evaluation
+        if not settings.best and settings.patience is None:
+            return
+        if loss < self.losses.get(_BEST, math.inf):
+            self.losses |= {_BEST: loss, _BEST_STEP: float(self.step), _WORSE: 0.0}
+            if settings.best and self.step:
+                before, self.store.pinned = self.store.pinned, self.step
+                self._save(required=False)
+                if self._saved_step != self.step:
+                    self.store.pinned = before
+            return
+        self.losses[_WORSE] = self.losses.get(_WORSE, 0.0) + 1
+        if self._ended() and self.step < self.plan.horizon.steps:
+            self.recorder.event(self.step, "patience ended", loss=loss, best=self.losses[_BEST])
+            self.display.say(
+                f"step {self.step:,}: {settings.patience} evaluations since the best, {self.losses[_BEST]:.4f} after "
+                f"step {self.losses[_BEST_STEP]:,.0f}: the end"
+            )
 
     def _compare(self, loss: float) -> None:
         """Note that the target is met; a checkpoint keeps the note, so that a resumed run does not go on either."""
@@ -229,10 +277,11 @@ class _Run:
         return bool(settings.every_minutes and waited >= 60 * settings.every_minutes)
 
     def _save_or_stop(self, result: StepResult) -> None:
-        finished = self.step == self.plan.horizon.steps or _REACHED in self.losses
+        finished = self._ended()
         if result.stop and not finished:
             self._save(required=True)
-            name = self.stop.signal.name if self.stop.signal else "a signal to another process"
+            by_clock = "the clock (train.max_hours)" if self._out_of_time() else "a signal to another process"
+            name = self.stop.signal.name if self.stop.signal else by_clock
             raise Preempted(f"stopped by {name} after step {self.step:,}, saved. Run the same command again to go on.")
         if result.save or finished:
             self._save(required=False)
@@ -260,10 +309,12 @@ class _Run:
         stage = self.store.stage(self.step)
         main = self.engine.is_main
         self.parts.batches.settle()
+        block = self.step * self.config.train.batch_sequences
+        data = merged(self.engine.gather(self.parts.data.state(block)))
         phases = (
             lambda: self.store.begin(self.step) if main else None,
             lambda: save_training_state(stage, self.parts.model, self.parts.optimizer, is_main=main),
-            lambda: self.store.commit(self.step, self._state()) if main else None,
+            lambda: self.store.commit(self.step, self._state(data)) if main else None,
         )
         for phase in phases:
             problem: Exception | None = None
@@ -275,21 +326,53 @@ class _Run:
                 return problem or OutputError("another process could not write")
         return None
 
-    def _state(self) -> dict[str, Any]:
-        block = self.step * self.config.train.batch_sequences
+    def _state(self, data: dict[str, Any]) -> dict[str, Any]:
         return checkpoint_state(
             self.plan,
             weights=self.weights,
             step=self.step,
-            data=self.parts.data.state(block),
+            data=data,
             guards=self.guards.state(),
             losses=self.losses,
             seconds=self.seconds,
             engine=self.engine,
         )
 
+    def _settle_final(self, after: float) -> float:
+        """Put the weights in the model that `final` is to be made of; returns their held-out loss."""
+        average = self.config.checkpoints.average
+        if average is not None:
+            steps = self.store.steps()[-average:]
+            self._load_mean(steps)
+            self.display.say(f"final is the mean of the checkpoints of steps {', '.join(map(str, steps))}")
+            return self._evaluate()
+        best = self.losses.get(_BEST, math.inf)
+        if not self.config.evaluation.best or after <= best:
+            return after
+        step = int(self.losses[_BEST_STEP])
+        saved = self.engine.from_main(lambda: open_checkpoint(self.store.path(step), fault=unusable))
+        load_training_state(saved.folder, self.parts.model, None)
+        self.display.say(f"final is the checkpoint of step {step:,}, whose held-out loss was the lowest ({best:.4f})")
+        return best
+
+    def _load_mean(self, steps: Sequence[int]) -> None:
+        """Fill the trained parameters with their mean over checkpoints, one of them in memory at a time."""
+        if self.engine.name == "deepspeed":
+            raise UsageError("checkpoints.average: DeepSpeed's checkpoints cannot be averaged here. Use FSDP2 or DDP.")
+        sums: list[torch.Tensor] = []
+        for step in steps:
+            path = self.store.path(step)
+            saved = self.engine.from_main(lambda path=path: open_checkpoint(path, fault=unusable))  # type: ignore[misc]
+            load_training_state(saved.folder, self.parts.model, None)
+            now = [parameter.detach().clone() for parameter in self.parts.trained]
+            sums = [total + value for total, value in zip(sums, now, strict=True)] if sums else now
+        with torch.no_grad():
+            for parameter, total in zip(self.parts.trained, sums, strict=True):
+                parameter.copy_(total / len(steps))
+
     def _finish(self) -> UptrainResult:
         after = self._evaluate()
+        after = self._settle_final(after)
         self.display.stop()
         folder = finish(self.parts, self.output, losses={**self.losses, "after": after}, seconds=self.seconds)
         return UptrainResult(

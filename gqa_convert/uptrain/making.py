@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,13 @@ from gqa_convert.data.encoding import Encoder
 from gqa_convert.data.split import is_held_out
 from gqa_convert.data.store import StoreWriter, TokenStore
 from gqa_convert.errors import Preempted
+from gqa_convert.uptrain.tokenising import parts_folder, tokenised
 
 Tell = Callable[[str], None]
 Stopped = Callable[[], bool]
+
+_SAY_EVERY = 30.0
+"""Seconds between words on how far tokenising has come."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Making:
         tell: told of long work.
         stopped: asked now and then; True ends the work.
         check: read stores that are there once, to make sure that they are whole.
+        processes: that tokenise.
     """
 
     root: Path
@@ -38,6 +44,7 @@ class Making:
     tell: Tell
     stopped: Stopped
     check: bool
+    processes: int = 1
 
     def both(self, corpus: Corpus, fraction: float) -> tuple[TokenStore, TokenStore]:
         """The training and held-out stores of a corpus."""
@@ -47,11 +54,27 @@ class Making:
         if train is not None and held is not None:
             return train, held
         self.tell("tokenising the corpus")
-        with self._writing(corpus, *names) as writers:
-            for texts in _batches(self._heeding(corpus.all_documents())):
-                for text, ids in zip(texts, self.encoder.encode(texts), strict=True):
-                    if len(ids):
-                        writers[is_held_out(text, fraction)].add(ids)
+        said, characters = time.monotonic(), 0
+
+        def done(count: int) -> None:
+            nonlocal said, characters
+            characters += count
+            if time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                self.tell(f"tokenising the corpus: {characters / 1e6:,.0f} million characters")
+
+        with parts_folder(self.root / key) as folder, self._writing(corpus, *names) as writers:
+            rows = tokenised(
+                corpus,
+                self.encoder,
+                folder,
+                fraction=fraction,
+                processes=self.processes,
+                stopped=self._heed,
+                done=done,
+            )
+            for ids, held_out in rows:
+                writers[held_out].add(ids)
             self.tell(f"tokenised: {writers[0].total:,} tokens to train on, {writers[1].total:,} held out")
             return writers[0].commit({}), writers[1].commit({})
 
@@ -90,9 +113,12 @@ class Making:
     def _heeding(self, texts: Iterator[str]) -> Iterator[str]:
         """The same texts, until somebody asks to stop."""
         for text in texts:
-            if self.stopped():
-                raise Preempted("stopped while reading the text, before training. Run the same command again to start.")
+            self._heed()
             yield text
+
+    def _heed(self) -> None:
+        if self.stopped():
+            raise Preempted("stopped while reading the text, before training. Run the same command again to start.")
 
     @contextmanager
     def _writing(self, corpus: Corpus, *names: str) -> Iterator[list[StoreWriter]]:
@@ -107,14 +133,3 @@ class Making:
             for writer in writers:
                 writer.discard()
             raise
-
-
-def _batches(texts: Iterator[str], size: int = 256) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -24,14 +24,14 @@ def check_finite(model: nn.Module, name: str) -> None:
     """Refuse weights that are not numbers: nothing can be learnt from or with them.
 
     Args:
-        model: loaded; parameters on the meta device are passed over.
+        model: loaded; parameters on the meta device, and those that are sharded already, are passed over.
         name: what the message calls it.
 
     Raises:
         CheckpointError: naming the first such tensor, and how many of its values.
     """
     for key, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point():
+        if parameter.is_meta or hasattr(parameter, "placements") or not parameter.is_floating_point():
             continue
         if not bool(parameter.sum(dtype=torch.float32).isfinite()):  # one number first; a large sum may overflow
             wrong = int((~parameter.isfinite()).sum())

@@ -50,16 +50,43 @@ class Head:
 
 
 @dataclass(frozen=True)
+class TopLogits:
+    """The K largest logits (N, K) of each position, in falling order, and the tokens that they are of."""
+
+    values_NK: Tensor
+    index_NK: Tensor
+
+    def __getitem__(self, part: slice) -> TopLogits:
+        return TopLogits(self.values_NK[part], self.index_NK[part])
+
+    def __truediv__(self, temperature: float) -> TopLogits:
+        return TopLogits(self.values_NK / temperature, self.index_NK)
+
+
+@dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher says about a micro-batch: last hidden states (N, D) with its head, and all layers' if wanted."""
+    """What the teacher says about a micro-batch: last hidden states (N, D) with its head, and all layers' if wanted.
+
+    With `top`, from a cache, that is all there is.
+    """
 
     hidden_ND: Tensor
     head: Head
     layers: Sequence[Tensor] = ()
+    top: TopLogits | None = None
+
+    def said(self, part: slice) -> Tensor | TopLogits:
+        """Logits of some positions, all or the largest."""
+        return self.head.logits(self.hidden_ND[part]) if self.top is None else self.top[part]
 
 
 def score_logits(
-    logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, spec: LossSpec, *, with_gradient: bool
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    teacher_NV: Tensor | TopLogits | None,
+    spec: LossSpec,
+    *,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cross-entropy and KL of a chunk, and the gradient of their weighted sum by the logits.
 
@@ -90,14 +117,17 @@ def score_logits(
 
 
 def _distil(
-    log_s_NV: Tensor, valid_N: Tensor, teacher_NV: Tensor, spec: LossSpec, *, with_gradient: bool
+    log_s_NV: Tensor, valid_N: Tensor, teacher_NV: Tensor | TopLogits, spec: LossSpec, *, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """KL and its gradient; `log_s_NV` and the teacher's logits are already divided by the temperature.
 
     `log_s_NV` becomes the gradient: memory of this size costs more to get than to fill.
     """
     heat = spec.temperature
-    if spec.top_k is None:
+    if isinstance(teacher_NV, TopLogits):
+        top, index = (x[:, : spec.top_k] for x in (teacher_NV.values_NK, teacher_NV.index_NK))
+        log_t, picked = top.log_softmax(-1), log_s_NV.gather(-1, index)
+    elif spec.top_k is None:
         log_t, index, picked = teacher_NV.log_softmax(-1), None, log_s_NV
     else:
         top, index = teacher_NV.topk(min(spec.top_k, teacher_NV.shape[-1]), dim=-1)
@@ -143,7 +173,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(hidden_ND), spec.chunk):
             part = slice(start, start + spec.chunk)
             piece = hidden_ND[part] if cast is None else hidden_ND[part].to(dtype)
-            taught = teacher.head.logits(teacher.hidden_ND[part]) if teacher is not None and spec.kl_weight else None
+            taught = teacher.said(part) if teacher is not None and spec.kl_weight else None
             ce, kl, by_logits = score_logits(head.logits(piece), labels_N[part], taught, spec, with_gradient=need)
             sums += torch.stack([ce, kl])
             if by_logits is None:

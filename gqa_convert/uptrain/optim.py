@@ -74,20 +74,33 @@ def get_optimizer(name: str) -> Optimizer:
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.Optimizer:
-    """Make the optimiser over the parameters that require gradients; vectors (norms, biases) are not decayed."""
+    """Make the optimiser over the parameters that require gradients; vectors and embeddings are not decayed.
+
+    A step moves the rows of an embedding whose tokens it met; decay would shrink the others at every step, rare tokens
+    the more the rarer they are.
+    """
     row = get_optimizer(settings.kind)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]
+    undecayed = _embeddings(model) if settings.weight_decay and not settings.decay_embeddings else set()
     groups: ParameterGroups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in matrices if id(p) not in undecayed], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2 or id(p) in undecayed], "weight_decay": 0.0},
     ]
     if row.inner_matrices:
         outer = _vocabulary_weights(model)
         inner = [p for p in matrices if p.ndim == 2 and id(p) not in outer]
-        rest = {"params": [p for p in matrices if p.ndim > 2 or id(p) in outer], "weight_decay": settings.weight_decay}
+        others = [p for p in matrices if (p.ndim > 2 or id(p) in outer) and id(p) not in undecayed]
+        rest = {"params": others, "weight_decay": settings.weight_decay}
         groups = [{**groups[0], "params": inner}, {**rest, BY_ADAMW: True}, {**groups[1], BY_ADAMW: True}]
     return row.make([group for group in groups if group["params"]], settings)
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    """Ids of the embeddings, an output matrix that is tied to one among them."""
+    from torch import nn
+
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def _vocabulary_weights(model: nn.Module) -> set[int]:

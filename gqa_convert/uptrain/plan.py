@@ -14,6 +14,7 @@ from gqa_convert.budget.memory import TrainingMemory, memory_rows, training_memo
 from gqa_convert.budget.shape import ModelShape, known_model, shape_of_folder
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.data.documents import open_corpus
+from gqa_convert.data.hub_check import missing_dataset
 from gqa_convert.errors import UsageError
 from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.config import UptrainConfig
@@ -35,6 +36,7 @@ class UptrainPlan:
         schedule: the learning rate by tokens.
         teacher: the original's folder, when distilling.
         memory: of each device; None where the model's sizes are not known.
+        notes: what could not be found out.
     """
 
     config: UptrainConfig
@@ -45,6 +47,7 @@ class UptrainPlan:
     schedule: Schedule
     teacher: Path | None
     memory: TrainingMemory | None = None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -52,6 +55,7 @@ class UptrainPlan:
             "config": self.config.model_dump(mode="json"),
             "parameters": self.shape.parameters,
             "budget": self.budget.to_json(),
+            "notes": list(self.notes),
             "memory": None if self.memory is None else self.memory.to_json(),
             "learning_rates": {str(tokens): rate for tokens, rate in self.rates()},
         }
@@ -76,11 +80,11 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
         raise UsageError(f"output={config.output}: must lie apart from the model folder {config.model}.")
     shape = shape_of_folder(source)
     check_loads(Source.open(source, trust_remote_code=config.trust_remote_code))
-    open_corpus_of(config)
+    notes = open_corpus_of(config)
     chosen_trackers(config.log)
     length = resolve_horizon(config)
     distillation = config.objective.distillation
-    teacher = resolve_model(distillation.teacher) if distillation else None
+    teacher = resolve_model(distillation.teacher) if distillation and not distillation.cache else None
     taught = shape_of_folder(teacher) if teacher else None
     price = budget(
         shape,
@@ -98,6 +102,7 @@ def resolve(config: UptrainConfig) -> UptrainPlan:
         schedule=Schedule(config.schedule, length.tokens, length.batch_tokens),
         teacher=teacher,
         memory=_memory(config, shape, taught),
+        notes=notes,
     )
 
 
@@ -121,15 +126,19 @@ def device_memory() -> int | None:
     return free_memory()
 
 
-def open_corpus_of(config: UptrainConfig) -> None:
-    """Make sure that the sources on this machine are there."""
+def open_corpus_of(config: UptrainConfig) -> tuple[str, ...]:
+    """Make sure that the sources are there; returns what could not be found out about those on the hub."""
     from gqa_convert.uptrain.corpus import source_spec
 
     sections = [section for _, section, _ in config.data.named]
     sections += [section for section in (config.data.held_out_source, *config.evaluation.sets.values()) if section]
+    unknown: list[str | None] = []
     for section in sections:
-        if section.kind not in ("hub", "python"):
+        if section.kind == "hub":
+            unknown.append(missing_dataset(source_spec(section)))
+        elif section.kind != "python":
             open_corpus(source_spec(section))
+    return tuple(note for note in unknown if note)
 
 
 def resolve_horizon(config: UptrainConfig) -> Horizon:
@@ -179,6 +188,7 @@ def plan_rows(plan: UptrainPlan) -> list[tuple[str, str]]:
         ("checkpoints", _checkpoints(config)),
         ("trackers", ", ".join(["metrics.jsonl", *chosen_trackers(config.log)])),
     ]
+    rows += [("not checked", note) for note in plan.notes]
     if config.expect.engine or config.expect.processes:
         rows.append(
             ("expects", f"{config.expect.engine or 'any engine'}, {config.expect.processes or 'any'} processes")

@@ -61,7 +61,7 @@ class Recorder:
         values: dict[str, float] = {
             "tokens": step * plan.horizon.batch_tokens,
             "loss": result.loss,
-            **({name: value for name, value in result.parts.items() if value} if self._parts.teacher else {}),
+            **({name: value for name, value in result.parts.items() if value} if self._parts.distils else {}),
             "lr": result.rate,
             "grad_norm": result.norm,
             "tokens_per_second": rate,

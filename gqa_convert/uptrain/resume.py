@@ -22,7 +22,7 @@ def identity(plan: UptrainPlan, weights: str) -> dict[str, Any]:
             resuming would drop it without a word, or mix it with the old one where some parameters are frozen.
     """
     config = plan.config
-    data = config.data.model_dump(mode="json", exclude={"cache", "held_out_source"})
+    data = config.data.model_dump(mode="json", exclude={"cache", "held_out_source", "processes"})
     for name, default in _NEWER.items():  # an older version's checkpoints know no such setting
         if data[name] == default:
             del data[name]
@@ -38,7 +38,13 @@ def identity(plan: UptrainPlan, weights: str) -> dict[str, Any]:
     }
 
 
-_NEWER: dict[str, Any] = {"loss_on": "assistant", "packing": "auto", "sources": []}
+_NEWER: dict[str, Any] = {
+    "loss_on": "assistant",
+    "packing": "auto",
+    "sources": [],
+    "streams": None,
+    "held_out_by": "auto",
+}
 
 
 def checkpoint_state(

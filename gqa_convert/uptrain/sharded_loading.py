@@ -82,6 +82,20 @@ def shard_rest(module: nn.Module, *, policy: Any, device: torch.device) -> nn.Mo
     return module
 
 
+def reshard(module: nn.Module) -> None:
+    """Give back what a forward pass without a backward pass has left whole: the root's weights, in bf16 perhaps.
+
+    Parameters that are looked at in between would be those, and what is written to them would be lost.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def _mesh(device: torch.device) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 

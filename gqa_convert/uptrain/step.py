@@ -63,7 +63,7 @@ def train_step(parts: Parts, guards: Guards, step: int, *, stop: bool, save: boo
         last = number == len(batches) - 1
         with engine.accumulating(parts.model, last=last):
             with engine.autocast():
-                taught = parts.teacher(moved.inputs) if parts.teacher is not None else None
+                taught = parts.taught(moved)
                 loss, statistics = parts.model(moved.inputs, moved.labels, taught)
             engine.backward(parts.model, loss * scale, last=last)
         sums[: len(STATISTICS)] += statistics

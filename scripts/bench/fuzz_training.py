@@ -47,7 +47,8 @@ KINDS = ("traceback", "exit code", "unclear", "hang", "memory", "code was run", 
 
 def train(*overrides: str) -> tuple[int, str]:
     """`gqa uptrain run.yaml` in this process: exit code and what it wrote; 1 with the traceback if it had one."""
-    from gqa_convert.cli.main import app, run_command
+    from gqa_convert.cli.main import app
+    from gqa_convert.cli.running import run_command
 
     threading.Timer(PATIENCE, os.kill, (os.getpid(), signal.SIGTERM)).start()
     sys.argv = ["gqa", "uptrain", "run.yaml", *(part for text in overrides for part in ("--set", text))]

@@ -21,23 +21,29 @@ done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 trap 'kill -USR1 "${pids[@]}" 2>/dev/null' USR1
 
-# One that fails would leave the others waiting for it: the first failure ends them all.
-code=0 left=$count
-while [ "$left" -gt 0 ]; do
-  wait -n "${pids[@]}"
-  status=$?
-  # A trapped signal also ends `wait`, with a code above 128, while all are still at work.
-  alive=0
-  for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null && alive=$((alive + 1)); done
-  [ "$alive" -eq "$left" ] && continue
-  left=$alive
-  if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
-    code=$status
-    if [ "$status" -ne 75 ]; then
-      kill -TERM "${pids[@]}" 2>/dev/null
-      # With the output of this script open it would keep whoever reads that waiting for a minute.
-      (sleep 60; kill -KILL "${pids[@]}") >/dev/null 2>&1 &
+# One that fails would leave the others waiting for it: the first failure ends them all. A process whose end `wait` has
+# told of once is not waited for again, and a trapped signal ends the pause and nothing else.
+code=0 left=("${pids[@]}")
+while [ "${#left[@]}" -gt 0 ]; do
+  sleep 0.3 &
+  wait $! 2>/dev/null
+  still=()
+  for pid in "${left[@]}"; do
+    if kill -0 "$pid" 2>/dev/null; then
+      still+=("$pid")
+      continue
     fi
-  fi
+    wait "$pid"
+    status=$?
+    if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+      code=$status
+      if [ "$status" -ne 75 ]; then
+        kill -TERM "${pids[@]}" 2>/dev/null
+        # With the output of this script open it would keep whoever reads that waiting for a minute.
+        (sleep 60; kill -KILL "${pids[@]}") >/dev/null 2>&1 &
+      fi
+    fi
+  done
+  left=(${still[@]+"${still[@]}"})
 done
 exit "$code"

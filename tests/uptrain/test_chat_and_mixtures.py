@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
-from gqa_convert.data.batches import StepBatches
+from gqa_convert.data.batches import MicroBatch, StepBatches
 from gqa_convert.data.blocks import Block
 from gqa_convert.data.mixture import Mixture
 from gqa_convert.errors import Preempted, UsageError
@@ -174,16 +175,21 @@ def test_any_number_of_processes_reads_the_same_blocks_in_proportion() -> None:
             source, inside = mixture.locate(index)
             return Block(np.array([source, inside]), np.zeros(2, np.int64))
 
+    def collate(blocks):
+        return MicroBatch({}, torch.from_numpy(np.stack([block.ids for _, block, _ in blocks])))
+
     def read(processes, first, steps):
         seen = []
         for rank in range(processes):
             batches: Any = StepBatches(
-                cast(Any, Located()), cast(Any, lambda blocks: [tuple(block.ids) for _, block, _ in blocks]),
-                sequences=8, micro=2, processes=processes, rank=rank,
+                cast(Any, Located()), collate, sequences=8, micro=2, processes=processes, rank=rank,
             )  # fmt: skip
             seen.append([batches.step(number) for number in range(first, first + steps)])
             batches.close()
-        return [sorted(x for rank in seen for part in rank[i] for x in part) for i in range(steps)]
+        return [
+            sorted(tuple(row) for rank in seen for part in rank[i] for row in part.labels.tolist())
+            for i in range(steps)
+        ]
 
     one = read(1, 0, 1250)
     assert one == read(2, 0, 1250)

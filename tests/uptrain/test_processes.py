@@ -111,6 +111,7 @@ def launch_sharded(path, stop, engine="fsdp2") -> None:
     assert ("stopped" in done.stdout) == (stop > 0)
 
 
+@pytest.mark.slow
 def test_sharded_gradients_are_those_of_one_process(settings, write_config, tmp_path) -> None:
     """FSDP2 set up as on GPUs, gradients summed in float32, at 1, 8 and 64 micro-batches a step."""
     path, worker = write_config(settings), Path(__file__).with_name("gradient_worker.py")

@@ -195,6 +195,7 @@ def _result(
         name=contenders[i].name,
         query_heads=contenders[i].query_heads,
         kv_heads=contenders[i].kv_heads,
+        kv_heads_per_layer=contenders[i].kv_heads_per_layer,
         seconds=own,
         tokens_per_second=batch / own.median,
         cache_bytes=caches[i],

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from gqa_convert.errors import UnsupportedModelError
+from gqa_convert.evaluate.cache_formats import quantised_cache
+from gqa_convert.evaluate.decode.settings import QUANTISED
 from gqa_convert.evaluate.models import decoder_inputs, encoder_output, has_encoder
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -26,7 +28,7 @@ def filled_cache(model: Any, *, kind: str, batch: int, context: int, room: int, 
 
     Args:
         model: to decode with it.
-        kind: `dynamic` or `static`.
+        kind: of `gqa_convert.evaluate.decode.settings.CACHES`.
         batch: sequences.
         context: tokens of the decoder's own attention.
         room: further tokens that a static cache has room for.
@@ -38,10 +40,13 @@ def filled_cache(model: Any, *, kind: str, batch: int, context: int, room: int, 
     """
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-    own, cross = _layer_pairs(model)
+    own, cross = layer_pairs(model)
     config = model.get_decoder().config if has_encoder(model) else model.config
-    if kind == "static":
-        cache: Any = StaticCache(config=config, max_cache_len=context + room)
+    cache: Any
+    if kind in QUANTISED:
+        cache = quantised_cache(kind)
+    elif kind == "static":
+        cache = StaticCache(config=config, max_cache_len=context + room)
     else:
         cache = DynamicCache(config=config)
     _fill(cache, own, batch, context)
@@ -56,6 +61,8 @@ def _cross_cache(kind: str, layers: int, source: int) -> Any:
     """Return an empty cache that holds all of the encoder's output in every layer: no window slides over it."""
     from transformers import Cache, DynamicCache, StaticLayer
 
+    if kind in QUANTISED:
+        return quantised_cache(kind)
     return DynamicCache() if kind == "dynamic" else Cache(layers=[StaticLayer(source) for _ in range(layers)])
 
 
@@ -78,11 +85,11 @@ def cross_bytes_per_token(model: Any) -> int:
     """
     if not has_encoder(model):
         return 0
-    _, cross = _layer_pairs(model)
+    _, cross = layer_pairs(model)
     return sum(x.nbytes // x.shape[2] for pair in cross for x in pair)
 
 
-def _layer_pairs(model: Any) -> tuple[Pairs, Pairs]:
+def layer_pairs(model: Any) -> tuple[Pairs, Pairs]:
     """Keys and values of each layer for one sequence of two tokens, from a real forward pass: its own, and across."""
     ids = torch.full((1, 2), 3, dtype=torch.long, device=next(model.parameters()).device)
     if not has_encoder(model):

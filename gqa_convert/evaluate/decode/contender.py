@@ -20,6 +20,7 @@ class Contender:
     name: str
     query_heads: int
     kv_heads: int
+    kv_heads_per_layer: tuple[int, ...] = ()
     model: Any
 
     @property
@@ -75,6 +76,12 @@ def load_contenders(
         subject = models.subject(str(folder), trust_remote_code=trust_remote_code)
         model = models.load(subject, dtype=dtype, device=device)
         contenders.append(
-            Contender(name=subject.name, query_heads=subject.query_heads, kv_heads=subject.kv_heads, model=model)
+            Contender(
+                name=subject.name,
+                query_heads=subject.query_heads,
+                kv_heads=subject.kv_heads,
+                kv_heads_per_layer=subject.per_layer,
+                model=model,
+            )
         )
     return contenders

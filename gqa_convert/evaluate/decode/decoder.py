@@ -21,7 +21,8 @@ class Decoder:
 
     Args:
         model: with a decoder.
-        cache_kind: `dynamic` (transformers' default; it grows by copying) or `static` (allocated whole).
+        cache_kind: `dynamic` (transformers' default; it grows by copying), `static` (allocated whole), or a format of
+            `gqa_convert.evaluate.cache_formats` (grows by copying too, and is unpacked at every step).
         mode: `eager`; `compile`: torch.compile with CUDA graphs; `graph`: the eager kernels in one CUDA graph.
         batch: sequences decoded together.
         context: tokens in the cache when decoding starts.
@@ -133,7 +134,7 @@ class Decoder:
     def _rewind(self) -> None:
         if self._kind == "static":
             self._set_length(self.context)
-        elif all(type(layer).__name__ == "DynamicLayer" for layer in self._own_layers):
+        elif all(type(layer).__name__ in ("DynamicLayer", "QuantisedLayer") for layer in self._own_layers):
             for layer in self._own_layers:
                 layer.crop(-self.steps)
         else:  # a window that has moved on cannot be taken back

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
+from gqa_convert.evaluate.decode.settings import QUANTISED
+from gqa_convert.heads import kv_heads_words
 from gqa_convert.outcome import Outcome
 
 NO_DIFFERENCE = 0.03
@@ -37,7 +39,8 @@ class DecodeResult:
     Attributes:
         name: of the model.
         query_heads: of the model.
-        kv_heads: of the model.
+        kv_heads: of the model; where layers differ, of the one that has most.
+        kv_heads_per_layer: where layers differ; else empty.
         seconds: per decoded token of every sequence (one step), over the rounds.
         tokens_per_second: over all sequences, from the median.
         cache_bytes: measured, of all sequences; with an encoder, both caches in sum.
@@ -73,6 +76,12 @@ class DecodeResult:
     verdict: str
     self_cache_bytes: int = 0
     cross_cache_bytes: int = 0
+    kv_heads_per_layer: tuple[int, ...] = ()
+
+    @property
+    def heads(self) -> str:
+        """The KV heads in words."""
+        return kv_heads_words(self.kv_heads, self.kv_heads_per_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +164,24 @@ def conclusions(bench: Bench) -> list[str]:
     for name in names:
         for kind in dict.fromkeys((point.cache, point.mode) for point in bench.points):
             lines += _of_one(bench, name, *kind)
-    return lines
+    return lines + _of_formats(bench)
+
+
+def _of_formats(bench: Bench) -> list[str]:
+    """For each model what storing its cache in fewer bits does to the time of a step, beside the dynamic cache."""
+    points = {(p.cache, p.mode, p.batch, p.context, p.source_tokens): p.models for p in bench.points}
+    ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for (kind, *where), models in points.items():
+        whole = points.get(("dynamic", *where), ()) if kind in QUANTISED else ()
+        for small, large in zip(models, whole, strict=False):
+            time = small.seconds.median / large.seconds.median
+            ratios.setdefault((small.name, kind), []).append((time, small.cache_bytes / large.cache_bytes))
+    return [
+        f"{name}, {kind} cache: {_percent([size for _, size in seen])} of the bytes of its dynamic cache, in "
+        f"{_percent([time for time, _ in seen])} of its time (points not interleaved; transformers restores all of the "
+        "cache at every step, which engines do as they read it)."
+        for (name, kind), seen in ratios.items()
+    ]
 
 
 def _of_one(bench: Bench, name: str, cache: str, mode: str) -> list[str]:

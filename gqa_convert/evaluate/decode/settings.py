@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from gqa_convert.errors import UsageError, check_choice
 
-CACHES = ("dynamic", "static")
+QUANTISED = ("fp8", "int8", "int4")
+"""Formats of keys and values, see `gqa_convert.evaluate.cache_formats`."""
+CACHES = ("dynamic", "static", *QUANTISED)
 MODES = ("eager", "compile", "graph")
 
 
@@ -17,7 +19,7 @@ class BenchSettings:
     Attributes:
         batches: sequences decoded together.
         contexts: tokens in the cache.
-        caches: `dynamic`, `static`.
+        caches: of `CACHES`.
         mode: see `Decoder`.
         steps: tokens decoded per round.
         rounds: timed rounds per point, after one that is not.

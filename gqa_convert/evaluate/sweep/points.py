@@ -31,6 +31,7 @@ class SweepPoint:
         figures: of the converted model and of the pair, by metric.
         convert_seconds: to convert.
         uptrained_tokens: tokens it was trained on after merging.
+        deal: how it compares with originals whose cache is stored in fewer bits, in words; empty where not measured.
     """
 
     name: str
@@ -41,6 +42,7 @@ class SweepPoint:
     figures: Figures = field(default_factory=dict)
     convert_seconds: float | None = None
     uptrained_tokens: int = 0
+    deal: str = ""
 
     def value(self, metric: str) -> float | None:
         """A figure's value; None where it was not measured."""

@@ -24,11 +24,13 @@ from gqa_convert.conversion.plan import plan
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.errors import UnsupportedModelError, UsageError
 from gqa_convert.evaluate import models
+from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.contender import load_contenders
 from gqa_convert.evaluate.evaluation import evaluate
 from gqa_convert.evaluate.files import read_json, write_json
 from gqa_convert.evaluate.metrics import bench_figures, rows
+from gqa_convert.evaluate.results import Comparison
 from gqa_convert.evaluate.sensitivity import layer_costs
 from gqa_convert.evaluate.similarity import head_similarity
 from gqa_convert.evaluate.sweep.points import Recommendation, SweepPoint, from_json, frontiers, recommend
@@ -233,6 +235,12 @@ def _measure(
     evaluation = evaluate(subject.folder, [target], settings.evaluation)
     compared = evaluation.converted[0]
     compared = replace(compared, model=replace(compared.model, name=name))
+    evaluation = replace(
+        evaluation,
+        base=replace(evaluation.base, name=subject.name),
+        converted=(compared,),
+        quantised=_named(evaluation.quantised, subject.name, name),
+    )
     measured = bench_json = None
     if settings.benchmark is not None:
         contenders = load_contenders(
@@ -253,12 +261,22 @@ def _measure(
         figures=compared.model.figures | compared.figures | (bench_figures(measured) if measured else {}),
         convert_seconds=seconds,
         uptrained_tokens=settings.uptrain_tokens,
+        deal=next(reversed(conclusions(evaluation)), ""),
     )
     if not settings.keep_models:
         shutil.rmtree(folder / "model")
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
-    evaluation = replace(evaluation, base=replace(evaluation.base, name=subject.name), converted=(compared,))
     return {"point": point.to_json(), "evaluation": evaluation.to_json(), "bench": bench_json}
+
+
+def _named(quantised: Sequence[Comparison], original: str, point: str) -> tuple[Comparison, ...]:
+    """Models with caches in fewer bits, the original's first, by the names that a sweep gives them."""
+    half = len(quantised) // 2
+    names = [original] * half + [point] * half
+    return tuple(
+        replace(c, model=replace(c.model, name=f"{name}, {c.model.cache} cache"))
+        for name, c in zip(names, quantised, strict=True)
+    )
 
 
 def _sensitivity(subject: models.Subject, run: Path, settings: SweepSettings, finished: Sweep) -> None:

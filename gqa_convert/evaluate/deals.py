@@ -1,0 +1,67 @@
+"""Whether a smaller cache is better had by converting, by storing it in fewer bits, or by both. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gqa_convert.evaluate.results import Comparison, Evaluation
+
+
+def conclusions(evaluation: Evaluation) -> list[str]:
+    """Say in words which is the better deal in bytes of cache and loss; nothing where no cache was quantised.
+
+    A loss counts as higher only where its 95 % interval lies above the other's. Time is the benchmark's to say.
+    """
+    formats = len({comparison.model.cache for comparison in evaluation.quantised})
+    of_original = evaluation.quantised[:formats]
+    lines = [f"{c.model.name}: {_price(c)}, {_loss_in_words(c)}." for c in of_original]
+    for number, converted in enumerate(evaluation.converted, start=1):
+        together = evaluation.quantised[number * formats : (number + 1) * formats]
+        if together:
+            lines.append(f"{converted.model.name}: {_deal(converted, of_original, together)}")
+    return lines
+
+
+def _deal(converted: Comparison, of_original: Sequence[Comparison], together: Sequence[Comparison]) -> str:
+    as_small = [rival for rival in of_original if _ratio(rival) <= _ratio(converted)]
+    price = _price(converted)
+    if not as_small:
+        smallest = min(of_original, key=_ratio)
+        verdict = f"{price}; no cache of the original's is as small (the smallest is {_ratio(smallest):.2f})."
+    else:
+        rival = min(as_small, key=lambda r: r.loss_difference)
+        beside = f"the original with its cache in {rival.model.cache} has {_price(rival)}"
+        if _clearly_less(rival, converted):
+            verdict = f"{price}; quantise the cache, do not convert for its size: {beside}."
+        elif _clearly_less(converted, rival):
+            verdict = f"{price}; converting is the better deal: {beside}."
+        else:
+            verdict = f"{price}; no clear difference in loss, and quantising needs no new weights: {beside}."
+    kept = [both for both in together if not any(_beats(rival, both) for rival in of_original)]
+    if not kept:
+        return f"{verdict} Both together are no better: a quantised original is as small and loses less."
+    best = min(kept, key=_ratio)
+    return f"{verdict} Both together, with {best.model.cache}: {_price(best)}."
+
+
+def _ratio(comparison: Comparison) -> float:
+    return comparison.figures["cache_ratio"].value
+
+
+def _clearly_less(one: Comparison, two: Comparison) -> bool:
+    return one.loss_difference_interval[1] < two.loss_difference_interval[0]
+
+
+def _beats(one: Comparison, two: Comparison) -> bool:
+    return _ratio(one) <= _ratio(two) and _clearly_less(one, two)
+
+
+def _price(comparison: Comparison) -> str:
+    return f"{_ratio(comparison):.2f} of the cache at {comparison.loss_difference:+.4f} nats per token"
+
+
+def _loss_in_words(comparison: Comparison) -> str:
+    low, high = comparison.loss_difference_interval
+    return "a clear loss" if low > 0 else "a clear gain" if high < 0 else "no clear loss"
