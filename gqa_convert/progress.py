@@ -49,8 +49,9 @@ class Counter:
         what: what is counted, in front of the bar.
         quiet: show nothing at all.
         in_bytes: the bar shows sizes and a speed.
-        elapsed: the bar shows the time that has passed too.
+        elapsed: the bar shows the time that has passed too; lines say themselves what is left.
         at_once: the first line off a terminal comes with the first count, not after a minute.
+        told: called with what is counted, the count so far and the total, however quiet this is.
         line: what a line off a terminal says, of what is counted, the count so far and the total.
     """
 
@@ -62,10 +63,12 @@ class Counter:
         in_bytes: bool = False,
         elapsed: bool = False,
         at_once: bool = False,
+        told: Callable[[str, int, int], None] | None = None,
         line: Callable[[str, int, int], str] | None = None,
     ) -> None:
         self._quiet = quiet or talking().quiet
         self._what = what
+        self._told, self._estimates = told, not elapsed
         self._line = line or (lambda what, done, total: f"{what}: {done} of {total}")
         self._err = plain_console(stderr=True, soft_wrap=True, highlight=False)
         self._pace = Pace(at_once=at_once)
@@ -111,6 +114,8 @@ class Counter:
             last: off a terminal, let the last count have a line whenever it comes.
         """
         self._done, self._what = done, what or self._what
+        if self._told is not None:
+            self._told(self._what, done, self._total)
         if self.on_terminal:
             self.bar.start_task(self._task)
             self.bar.update(self._task, completed=done, note=note, description=self._what)
@@ -120,7 +125,7 @@ class Counter:
     def _left(self) -> str:
         """`, about 3 min left` by the time that what was done took; empty where nothing is done or left."""
         done = self._done - self._from
-        if done <= 0 or self._done >= self._total:
+        if not self._estimates or done <= 0 or self._done >= self._total:
             return ""
         return f", about {duration((time.monotonic() - self._since) * (self._total - self._done) / done)} left"
 

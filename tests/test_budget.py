@@ -9,6 +9,7 @@ from gqa_convert.budget.arithmetic import budget, horizon
 from gqa_convert.budget.counts import format_count, parse_bytes, parse_count, parse_counts
 from gqa_convert.budget.shape import devices, known_model, known_models, peak_flops, shape_of_folder
 from gqa_convert.errors import UsageError
+from tests.support import Command
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,22 @@ from gqa_convert.errors import UsageError
         ("2_097_152", 2097152),
     ],
 )
+def test_presets_and_a_price(command: Command) -> None:
+    arguments = ("gqa", "budget", "llama-2-7b", "--hardware", "h100")
+    plain = json.loads(command(*arguments, "--json").out)
+    paid = json.loads(command(*arguments, "--json", "--price", 2.5).out)
+    assert plain["cost"] is None
+    assert paid["cost"] == pytest.approx(2.5 * paid["device_hours"])
+    presets = plain["presets"]
+    assert presets["fast"]["flops"] < presets["best"]["flops"] < presets["heal"]["flops"]
+    # 262,144 tokens through 6.7e9 parameters, twice each, and little beside.
+    assert presets["fast"]["flops"] == pytest.approx(2 * 262_144 * 6.7e9, rel=0.3)
+    assert presets["heal"]["device_hours"] < 0.05 * plain["device_hours"], "that is what the presets are for"
+    shown = command(*arguments, "--price", 2.5).out
+    assert "--preset best" in shown
+    assert "at 2.5 per device hour" in shown
+
+
 def test_counts_read_as_people_write_them(text, value) -> None:
     assert parse_count(text) == value
 

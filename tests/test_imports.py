@@ -21,7 +21,7 @@ PACKAGE = Path(gqa_convert.__file__).parent
 # imports inside functions count, imports for type checkers do not.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "console", "modeling.auto"),
-    ("", "heads", "progress"),
+    ("", "heads", "progress", "outcome", "rooms"),
     ("checkpoint", "merge", "data"),
     ("modeling", "budget"),
     ("hf",),
@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("conversion",),
     ("contract", "evaluate", "uptrain"),
     ("demo", "report"),
-    ("cli",),
+    ("cli", "interface"),
 )
 UPWARD = {
     "uptrain.__main__": "what `accelerate launch -m gqa_convert.uptrain` runs: the command itself, under a launcher",
@@ -49,6 +49,8 @@ LIGHT = [
     "merge.registry",
     "budget.arithmetic",
     "cli.main",
+    "interface",
+    "outcome",
 ]
 HEAVY = ["torch", "transformers", "numpy", "safetensors", "huggingface_hub", "datasets", "accelerate", "pandas"]
 

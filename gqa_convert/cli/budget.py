@@ -35,6 +35,9 @@ def budget_command(
     hardware: Annotated[str, typer.Option(help="Device name (h100, a100, ...) or its TFLOP/s.")] = "h100",
     devices: Annotated[int, typer.Option(help="How many devices.")] = 8,
     mfu: Annotated[float, typer.Option(help="Share of the devices' peak that training reaches.")] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(help="Price of a device hour, in any currency: costs are shown too.", min=0)
+    ] = None,
     distill: Annotated[bool, typer.Option("--distill", help="Add the forward passes of a teacher as large.")] = False,
     engine: Annotated[
         str | None, typer.Option(help="single, ddp, fsdp2, deepspeed, or all: memory of each. (default: by --devices)")
@@ -52,6 +55,7 @@ def budget_command(
     from gqa_convert.budget import arithmetic
     from gqa_convert.budget.counts import parse_count
     from gqa_convert.budget.shape import known_model, shape_of_folder
+    from gqa_convert.budget.solving import solving, solving_json, solving_rows
 
     if list_known:
         _list(json)
@@ -85,7 +89,7 @@ def budget_command(
         pretraining_steps=count(pretraining_steps),
         pretraining_batch_tokens=published,
     )
-    price = arithmetic.budget(
+    plan = arithmetic.budget(
         shape,
         length,
         context=context,
@@ -94,12 +98,15 @@ def budget_command(
         device_count=devices,
         mfu=mfu,
     )
-    counted = _memory(shape, price, distill, engine, micro_batch, precision, trains, checkpointing)
+    presets = solving(shape, hardware=hardware, mfu=mfu)
+    counted = _memory(shape, plan, distill, engine, micro_batch, precision, trains, checkpointing)
     if json:
-        more = {"source": known.source if known else None, "memory": [memory.to_json() for memory in counted]}
-        emit(price.to_json() | more, True, lambda: None)
+        more: dict[str, Any] = {"source": known.source if known else None}
+        more |= {"memory": [memory.to_json() for memory in counted], "presets": solving_json(presets)}
+        paid = None if price is None or plan.device_hours is None else plan.device_hours * price
+        emit(plan.to_json() | more | {"price_per_device_hour": price, "cost": paid}, True, lambda: None)
         return
-    _show(price, shape, before, known.source if known else None, counted)
+    _show(plan, shape, before, known.source if known else None, counted, solving_rows(presets, price), price)
 
 
 def _memory(
@@ -138,19 +145,29 @@ def _memory(
     ]
 
 
-def _show(price: Any, shape: Any, before: int | None, source: str | None, counted: Sequence[TrainingMemory]) -> None:
+def _show(
+    plan: Budget,
+    shape: ModelShape,
+    before: int | None,
+    source: str | None,
+    counted: Sequence[TrainingMemory],
+    presets: list[tuple[str, str]],
+    price: float | None,
+) -> None:
     from gqa_convert.budget.memory import memory_rows
     from gqa_convert.budget.shape import devices
     from gqa_convert.console import console, key_value_table
 
-    known = devices().get((price.hardware or "").lower())
+    known = devices().get((plan.hardware or "").lower())
     capacity = None if known is None else int(known["memory_gb"]) * 10**9
 
     rows = [("model", f"{shape.name}, {shape.parameters:,} parameters")]
     if before is not None:
         rows.append(("pretraining", f"{before:,} tokens" + (f" ({source})" if source else "")))
     more = [row for memory in counted for row in memory_rows(memory, capacity)]
-    console().print(key_value_table([*rows, *budget_rows(price), *more]))
+    if price is not None and plan.device_hours is not None:
+        more.insert(0, ("cost", f"{plan.device_hours * price:,.2f} at {price:g} per device hour"))
+    console().print(key_value_table([*rows, *budget_rows(plan), *more, *presets]))
 
 
 def _list(json: bool) -> None:

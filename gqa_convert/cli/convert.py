@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -201,13 +201,7 @@ def convert_command(
             from gqa_convert.conversion.card import refresh_card
 
             refresh_card(result.out, quality.to_json())
-    described: dict[str, Any] = {
-        "out": str(result.out),
-        "verified": result.verified,
-        "checks": result.checks,
-        "plan": planned.to_json(),
-    }
-    described["quality"] = None if quality is None else quality.to_json()
+    described = replace(result, quality=None if quality is None else quality.to_json()).to_json()
     emit(described, json, lambda: show_conversion.show_result(result, quality))
 
 

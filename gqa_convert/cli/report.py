@@ -29,15 +29,7 @@ def report_command(
     report = write_report(run, cards=cards, base_model=base_model)
     address = push(run, push_to_hub, point=point, private=not public) if push_to_hub else ""
     if json:
-        value = {
-            "page": str(report.page),
-            "plots": [str(path) for path in report.plots],
-            "cards": [str(path) for path in report.cards],
-            "cards_kept": [str(path) for path in report.kept],
-            "verdict": report.verdict,
-            "hub": address,
-        }
-        emit(value, True, lambda: None)
+        emit(report.to_json() | {"hub": address}, True, lambda: None)
         return
     out = console()
     out.print(report.verdict, highlight=False)

@@ -122,7 +122,7 @@ class _Contract:
 
         Wrappers (class N) are as their default decoder is, which none of them lets have fewer KV heads.
         """
-        from gqa_convert import convert
+        from gqa_convert.conversion.execute import convert
 
         kind, self.record.reason = refused_families()[self.record.model_type]
         try:
@@ -165,7 +165,7 @@ class _Contract:
 
     def tied_heads_exact(self) -> None:
         """Converting the model with repeated heads gives the GQA model's files back."""
-        from gqa_convert import convert
+        from gqa_convert.conversion.execute import convert
 
         out = self.folder / "converted"
         convert(self.folder / "mha", groups=self.groups, out=out, **self.route)
@@ -198,7 +198,7 @@ class _Contract:
 
     def groups_equal_heads_identical(self) -> None:
         """Converting to as many groups as there are heads copies the weights byte for byte."""
-        from gqa_convert import convert
+        from gqa_convert.conversion.execute import convert
 
         out = self.folder / "identity"
         convert(self.folder / "mha", groups=self.heads, out=out, **self.route)
@@ -208,7 +208,7 @@ class _Contract:
 
     def untied_heads_averaged(self) -> None:
         """Heads that differ become their mean, other tensors are copied, and `--verify logits` agrees."""
-        from gqa_convert import convert
+        from gqa_convert.conversion.execute import convert
 
         out = self.folder / "averaged"
         try:

@@ -78,7 +78,7 @@ class _Contract:
         """Convert a saved model and load it as a user would, in the family that the rule names."""
         from transformers import AutoModelForCausalLM
 
-        from gqa_convert import convert
+        from gqa_convert.conversion.execute import convert
 
         out = self.folder / f"{name}-{groups}"
         convert(self.folder / name, groups=groups, out=out, route="native")
@@ -130,7 +130,7 @@ class _Contract:
 
     def tied_heads_exact(self) -> None:
         """Tied heads merge to themselves, bit for bit: written for all heads, they give what all heads gave."""
-        from gqa_convert import convert
+        from gqa_convert.conversion.execute import convert
 
         every = convert(self.folder / "tied", groups=HEADS, out=self.folder / "tied-all", route="native")
         few = convert(self.folder / "tied", groups=self.groups, out=self.folder / "tied-few", route="native")
@@ -142,7 +142,7 @@ class _Contract:
 
     def refused_groups(self) -> None:
         """A count that the target cannot hold is refused, and nothing is written."""
-        from gqa_convert import convert
+        from gqa_convert.conversion.execute import convert
 
         if self.rule.only_groups is None:
             return

@@ -96,14 +96,14 @@ def card_text(folder: Path, record: Mapping[str, Any], quality: Mapping[str, Any
     before, after = as_object(conversion.get("before")), as_object(conversion.get("after"))
     repo = str(as_object(source.get("hub")).get("repo_id") or "")
     name = " ".join(str(repo or source.get("name") or folder.name).split())
-    heads = after.get("kv_heads")
-    title = f"{Path(name).name}, {heads} KV head{'s' if heads != 1 else ''}"
+    heads = _heads(after)
+    title = f"{Path(name).name}, {heads} KV head{'s' if heads != '1' else ''}"
     training = as_object(record.get("uptraining"))
     front = metadata(folder, repo, title, _results(config, quality))
     sections = [
         f"---\n{front.to_yaml()}\n---",
         f"# {plain(title)}",
-        f"{plain(name)} converted to grouped-query attention: {before.get('kv_heads')} KV heads became {heads}, shared "
+        f"{plain(name)} converted to grouped-query attention: {_heads(before)} KV heads became {heads}, shared "
         f"by {after.get('query_heads')} query heads. Nothing else of the model was changed"
         + (", and the result was trained further." if training else "."),
         "## What it costs\n\n" + _cost(conversion, training, quality),
@@ -238,6 +238,14 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
 
 
+def _heads(layout: Mapping[str, Any]) -> str:
+    """The KV heads of a layout as a record tells of it: `8`, or `2 to 8` where layers have different numbers."""
+    per_layer = layout.get("kv_heads_per_layer")
+    if isinstance(per_layer, list) and len(set(per_layer)) > 1:
+        return f"{min(per_layer)} to {max(per_layer)}"
+    return str(layout.get("kv_heads"))
+
+
 def _results(config: Mapping[str, Any], quality: Mapping[str, Any] | None) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
@@ -292,7 +300,7 @@ def _cost(conversion: Mapping[str, Any], training: Mapping[str, Any], quality: M
 def _making(record: Mapping[str, Any]) -> str:
     conversion = as_object(record.get("conversion"))
     recipe = as_object(conversion.get("recipe")) or {"method": conversion.get("method")}
-    heads = as_object(conversion.get("after")).get("kv_heads")
+    heads = _heads(as_object(conversion.get("after")))
     lines = [f"Converted with {made_by(record)}: {recipe_line(recipe)}, {heads} KV heads."]
     seen = versions_line(record)
     lines += [f"Versions: {seen}."] if seen else []

@@ -33,6 +33,7 @@ from gqa_convert.conversion.tensors import one_thread, pooled_tensor
 from gqa_convert.conversion.verify import verify_output
 from gqa_convert.errors import check_choice
 from gqa_convert.heads import HeadPlan
+from gqa_convert.outcome import Outcome
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,14 +48,28 @@ WRITERS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertResult:
-    """A finished conversion: where it is, the plan it followed, what verifying found, and what solving reports."""
+class ConvertResult(Outcome):
+    """A finished conversion: where it is, the plan it followed, what verifying found, and what solving reports.
+
+    `quality` is what was measured of it, as `Quality.to_json()` gives it; None if nothing was.
+    """
 
     out: Path
     plan: ConvertPlan
     verified: str
     checks: dict[str, Any]
     blocks: tuple[BlockReport, ...] = ()
+    quality: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return {
+            "out": str(self.out),
+            "verified": self.verified,
+            "checks": self.checks,
+            "plan": self.plan.to_json(),
+            "quality": self.quality,
+        }
 
 
 def convert(

@@ -20,10 +20,11 @@ from gqa_convert.errors import GQAConvertError, VerificationError
 from gqa_convert.heads import HeadLayout
 from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping
+from gqa_convert.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspection:
+class Inspection(Outcome):
     """A checkpoint's head layout and what each legal group count would cost.
 
     `becomes` says what converting writes, and why, where that is of another family. `cache` holds (groups, KV-cache

@@ -35,10 +35,11 @@ from gqa_convert.hf.loading import Source
 from gqa_convert.modeling import shipping, uneven
 from gqa_convert.modeling.engines import where_it_runs
 from gqa_convert.modeling.transpile.view import computing_bytes
+from gqa_convert.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertPlan:
+class ConvertPlan(Outcome):
     """What `execute` will do. Plain values but for `checkpoint` and `anatomy`, which carry what executing needs.
 
     `operations` is the list of what is written, one for every tensor: what is said of tensors, sizes and caches is

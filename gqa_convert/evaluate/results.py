@@ -10,6 +10,7 @@ from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, FromBench, Metric
 from gqa_convert.evaluate.metrics import from_json, rows, to_json
 from gqa_convert.heads import kv_heads_words
+from gqa_convert.outcome import Outcome
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -189,7 +190,7 @@ class Recall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Outcome):
     """An original, its conversions, and how they were measured.
 
     Attributes:
@@ -237,6 +238,14 @@ class Evaluation:
         for name in ("converted", "quantised"):
             values[name] = [comparison.to_json() for comparison in getattr(self, name)]
         return values | {"conclusions": conclusions(self)}
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row per model, the original first; what was measured of a pair stands with the converted one."""
+        rows = [self.base.to_json()]
+        for comparison in self.converted:
+            pair = comparison.to_json()
+            rows.append(pair.pop("model") | pair)
+        return rows
 
     @classmethod
     def from_json(cls, values: Any) -> Evaluation:

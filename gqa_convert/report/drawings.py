@@ -45,10 +45,7 @@ def _frontier(axes: Any, run: Run, *, cost: Metric) -> bool:
     order = frontiers(run.points)[cost.frontier]
     line = sorted((p for p in run.done if p.name in order), key=lambda p: order.index(p.name))
     axes.plot([p.value(cost.name) for p in line], [p.loss_difference for p in line], "--", color="#8a8a8a", zorder=0)
-    rises = sorted(y for _, y, _ in labels)
-    if rises[0] > 0 and rises[-1] > _LOG_FROM * rises[len(rises) // 2]:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _dwarfed(axes, [y for _, y, _ in labels])
     if run.recommendation is not None:
         tolerance = run.recommendation.tolerance
         axes.axhline(tolerance, color="#d14a61", linewidth=1, linestyle=":", label=f"tolerance {tolerance:g}")
@@ -59,6 +56,20 @@ def _frontier(axes: Any, run: Run, *, cost: Metric) -> bool:
     axes.legend(fontsize=9)
     place_labels(axes, labels)
     return True
+
+
+def _dwarfed(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where one value would leave no room for the others; linear near 0 if some are below."""
+    rises = sorted(values)
+    middle = rises[len(rises) // 2]
+    if rises[-1] <= _LOG_FROM * max(middle, 0.0) or rises[-1] <= 0:
+        return
+    if rises[0] > 0:
+        axes.set_yscale("log")
+    else:
+        least = min((abs(value) for value in rises if value), default=1.0)
+        axes.set_yscale("symlog", linthresh=max(least, rises[-1] / 1000))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _bars(values: Sequence[tuple[float, tuple[float, float] | None]]) -> list[list[float]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gqa_convert.errors import HubError, UsageError
 from gqa_convert.evaluate.files import write_text
+from gqa_convert.outcome import Outcome
 from gqa_convert.report.card import card, may_write
 from gqa_convert.report.collect import Run, inside, read_run
 from gqa_convert.report.page import page
@@ -15,7 +17,7 @@ from gqa_convert.report.words import verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Outcome):
     """What was written, model cards that somebody else wrote and that were kept, and the verdict."""
 
     page: Path
@@ -23,6 +25,16 @@ class Report:
     cards: tuple[Path, ...]
     kept: tuple[Path, ...]
     verdict: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "page": str(self.page),
+            "plots": [str(path) for path in self.plots],
+            "cards": [str(path) for path in self.cards],
+            "cards_kept": [str(path) for path in self.kept],
+            "verdict": self.verdict,
+        }
 
 
 def write_report(folder: Path, *, cards: bool = True, base_model: str = "") -> Report:

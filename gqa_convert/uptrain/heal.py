@@ -12,12 +12,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gqa_convert.checkpoint.staging import check_output, staged_output
 from gqa_convert.errors import UsageError
+from gqa_convert.outcome import Outcome
 from gqa_convert.uptrain.heal_folder import Tell, heal_folder, is_main, settled
 from gqa_convert.uptrain.heal_settings import HealOptions, heal_rate, heal_settings, processes
 
@@ -40,7 +41,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealResult:
+class HealResult(Outcome):
     """A healed model.
 
     Attributes:
@@ -58,6 +59,10 @@ class HealResult:
     loss_original: float | None
     tokens: int
     seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return asdict(self) | {"out": str(self.out)}
 
 
 def heal(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from gqa_convert.checkpoint.fingerprint import sampled_digest
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.data.strided import merged
 from gqa_convert.errors import CheckpointError, OutputError, Preempted, UsageError
+from gqa_convert.outcome import Outcome
 from gqa_convert.uptrain.build import build, load_reference
 from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, disk_problem, open_checkpoint
 from gqa_convert.uptrain.config import UptrainConfig
@@ -39,7 +40,7 @@ _BEST, _BEST_STEP, _WORSE = "best", "best at step", "evaluations since"
 
 
 @dataclass(frozen=True, kw_only=True)
-class UptrainResult:
+class UptrainResult(Outcome):
     """A finished run.
 
     Attributes:
@@ -60,9 +61,15 @@ class UptrainResult:
     reference_loss: float | None
     seconds: float
 
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        return asdict(self) | {"folder": str(self.folder)}
 
-def uptrain(config: UptrainConfig, *, quiet: bool = False) -> UptrainResult:
-    """Run, or go on with, an uptraining.
+
+def uptrain(
+    config: UptrainConfig, *, quiet: bool = False, on_progress: Callable[[str, int, int], None] | None = None
+) -> UptrainResult:
+    """Run, or go on with, an uptraining; `on_progress` is called with steps done, by the main process.
 
     Raises:
         Preempted: when asked to stop by SIGTERM or SIGUSR1, after saving.
@@ -71,7 +78,7 @@ def uptrain(config: UptrainConfig, *, quiet: bool = False) -> UptrainResult:
     """
     plan = resolve(config)
     engine = Engine(config)
-    display = Display(quiet=quiet or not engine.is_main)
+    display = Display(quiet=quiet or not engine.is_main, told=on_progress if engine.is_main else None)
     try:
         output = Path(config.output)
         with clear_faults(output), run_folder(output, engine), stop_on_signals() as stop, display:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gqa_convert.progress import Counter
 
 
 class Display(Counter):
     """Progress of a run on standard error. Only the main process has one that speaks."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, told: Callable[[str, int, int], None] | None = None) -> None:
         self._values: dict[str, float] = {}
-        super().__init__("uptraining", quiet=quiet, elapsed=True, at_once=True, line=self._step_line)
+        super().__init__("uptraining", quiet=quiet, elapsed=True, at_once=True, line=self._step_line, told=told)
 
     def __enter__(self) -> Display:
         return self  # the bar comes with the first step, after what is said while the run is built

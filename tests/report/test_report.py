@@ -101,6 +101,26 @@ def test_the_verdict_names_gain_and_cost(made: Path) -> None:
     assert said in (made / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("rises", "scale"),
+    [
+        ([0.1, 0.2, 0.3], "linear"),
+        ([0.01, 0.02, 1.9], "log"),
+        ([-0.002, 0.01, 1.9], "symlog"),
+        ([-0.1, -0.2], "linear"),
+    ],
+)
+def test_what_the_mean_dwarfs_is_still_seen(rises: list[float], scale: str) -> None:
+    from matplotlib.figure import Figure
+
+    from gqa_convert.report.drawings import _dwarfed
+
+    axes = Figure().add_subplot()
+    axes.plot(rises)
+    _dwarfed(axes, rises)
+    assert axes.get_yscale() == scale
+
+
 def test_nothing_within_the_tolerance_is_said(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, tolerance=0.001))
     assert verdict(run).startswith("No point stays within 0.001 nats per token; the nearest is mean-g4 at +0.0200.")

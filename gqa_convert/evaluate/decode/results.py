@@ -9,6 +9,7 @@ from typing import Any
 
 from gqa_convert.evaluate.decode.settings import QUANTISED
 from gqa_convert.heads import kv_heads_words
+from gqa_convert.outcome import Outcome
 
 NO_DIFFERENCE = 0.03
 """Time ratios within this of 1, or whose spread reaches there, are called no difference."""
@@ -116,7 +117,7 @@ class Capacity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Bench(Outcome):
     """A whole benchmark; `weights` are bytes of each model, `bandwidth` bytes per second as measured."""
 
     device: str
@@ -133,6 +134,15 @@ class Bench:
     def to_json(self) -> dict[str, Any]:
         """The benchmark as JSON values, with its conclusions in words."""
         return {"format": 1, "kind": "bench"} | asdict(self) | {"conclusions": conclusions(self)}
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row per model and point; one of a point that was skipped says why."""
+        rows = []
+        for point in self.points:
+            values = asdict(point)
+            models = values.pop("models") or [{}]
+            rows += [values | model for model in models]
+        return rows
 
 
 def lengths(context: int, source_tokens: int | None) -> str:

@@ -37,6 +37,7 @@ from gqa_convert.evaluate.sweep.points import Recommendation, SweepPoint, from_j
 from gqa_convert.evaluate.sweep.settings import SweepSettings
 from gqa_convert.evaluate.sweep.uptrained import FOLDER, result_folder, uptrain_point
 from gqa_convert.modeling import shipping
+from gqa_convert.outcome import Outcome
 
 SUMMARY = "sweep.json"
 POINT = "point.json"
@@ -46,7 +47,7 @@ SENSITIVITY_WINDOWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
+class Sweep(Outcome):
     """A finished sweep."""
 
     folder: Path
@@ -65,6 +66,10 @@ class Sweep:
             "recommendation": asdict(self.recommendation),
             "versions": versions(),
         }
+
+    def table_rows(self) -> list[dict[str, Any]]:
+        """A row per point."""
+        return [point.to_json() for point in self.points]
 
 
 def sweep(

@@ -1,0 +1,48 @@
+"""The pages: no dead links, and a site that holds all of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def pages() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_links", ROOT / "scripts" / "docs_links.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_link_is_dead(pages: ModuleType) -> None:
+    assert pages.dead_links() == []
+
+
+def test_dead_links_are_found(pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docs").mkdir()
+    for name in pages.TOP:
+        (tmp_path / name).write_text("# A title, here\n[ok](docs/a.md#part-b) [web](https://x.y) `[code](nowhere)`\n")
+    (tmp_path / "docs" / "a.md").write_text("## Part B\n[up](../README.md#a-title-here) [no](b.md) [no](#part-c)\n")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert pages.dead_links() == ["docs/a.md: b.md: no such file", "docs/a.md: #part-c: no such heading"]
+
+
+def test_the_site_has_every_page_and_its_links_fit(pages: ModuleType, tmp_path: Path) -> None:
+    pages.stage(tmp_path / "site")
+    names = {path.name for path in (tmp_path / "site").glob("*.md")}
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    entries = [entry for section in nav for entry in section.values()]
+    listed = [page for entry in entries for page in ([entry] if isinstance(entry, str) else entry)]
+    assert sorted(listed) == sorted(names)
+    for path in (tmp_path / "site").glob("*.md"):
+        for link in pages.links(path.read_text("utf-8")):
+            name = link.partition("#")[0]
+            assert link.startswith(("http", "#")) or (path.parent / name).exists(), f"{path.name}: {link}"
