@@ -36,7 +36,8 @@ def cheapest(
     best: list[float] = [0.0] + [math.inf] * room  # least cost of the items so far at exactly so many units
     chosen: list[list[int | None]] = []
     for cost, weight in zip(costs, weights, strict=True):
-        after, option_at = [math.inf] * (room + 1), [None] * (room + 1)
+        after = [math.inf] * (room + 1)
+        option_at: list[int | None] = [None] * (room + 1)
         for option, price in cost.items():
             units = weight[option] // unit
             for total in range(units, room + 1):
@@ -44,12 +45,12 @@ def cheapest(
                     after[total] = best[total - units] + price
                     option_at[total] = option
         best = after
-        chosen.append(list(option_at))
+        chosen.append(option_at)
     total = min(range(room + 1), key=lambda units: (best[units], units))
     options: list[int] = []
-    for weight, option_at in zip(reversed(weights), reversed(chosen), strict=True):
-        option = option_at[total]
-        assert option is not None
-        options.append(option)
-        total -= weight[option] // unit
+    for weight, options_at in zip(reversed(weights), reversed(chosen), strict=True):
+        best_option = options_at[total]
+        assert best_option is not None
+        options.append(best_option)
+        total -= weight[best_option] // unit
     return tuple(reversed(options))
