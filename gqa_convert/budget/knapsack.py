@@ -36,7 +36,8 @@ def cheapest(
     best: list[float] = [0.0] + [math.inf] * room  # least cost of the items so far at exactly so many units
     chosen: list[list[int | None]] = []
     for cost, weight in zip(costs, weights, strict=True):
-        after, option_at = [math.inf] * (room + 1), _none(room + 1)
+        after = [math.inf] * (room + 1)
+        option_at: list[int | None] = [None] * (room + 1)
         for option, price in cost.items():
             units = weight[option] // unit
             for total in range(units, room + 1):
@@ -47,13 +48,9 @@ def cheapest(
         chosen.append(option_at)
     total = min(range(room + 1), key=lambda units: (best[units], units))
     options: list[int] = []
-    for weight, option_at in zip(reversed(weights), reversed(chosen), strict=True):
-        taken = option_at[total]
-        assert taken is not None
-        options.append(taken)
-        total -= weight[taken] // unit
+    for weight, options_at in zip(reversed(weights), reversed(chosen), strict=True):
+        best_option = options_at[total]
+        assert best_option is not None
+        options.append(best_option)
+        total -= weight[best_option] // unit
     return tuple(reversed(options))
-
-
-def _none(count: int) -> list[int | None]:
-    return [None] * count

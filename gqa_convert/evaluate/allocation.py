@@ -140,13 +140,20 @@ class Assembly:
         self._model = deepcopy(model)
         self._state = model.state_dict()
 
-    def measure(self, counts: Mapping[int, int]) -> Cost:
-        """Measure the model whose layers in `counts` have so many KV heads, the others all that they had."""
+    def put(self, counts: Mapping[int, int]) -> Any:
+        """Return the model whose layers in `counts` have so many KV heads, the others all that they had.
+
+        It is the same object each time.
+        """
         for layer in self._at.keys() - counts.keys():
             self._put(layer, None)
         for layer, count in counts.items():
             self._put(layer, count)
-        before, after, _ = score(self.original, self._model, self.examples, batch_size=BATCH)
+        return self._model
+
+    def measure(self, counts: Mapping[int, int]) -> Cost:
+        """Measure the model that `put` gives."""
+        before, after, _ = score(self.original, self.put(counts), self.examples, batch_size=BATCH)
         assert after is not None
         return Cost(after.mean("kl"), after.mean("loss") - before.mean("loss"))
 
