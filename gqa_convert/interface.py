@@ -33,7 +33,8 @@ OnProgress = Callable[[str, int, int], None]
 Model = str | Path
 Groups = int | Sequence[int]
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _RENAMED = {"calibration-sequences": "sequences", "calibration-length": "length", "set": "overrides"}
 
 
@@ -64,7 +65,7 @@ def convert(model: Model, groups: Groups, **choices: Any) -> ConvertResult: ...
 def convert(model: PreTrainedModel, groups: Groups, *, out: None = None, **choices: Any) -> PreTrainedModel: ...
 @overload
 def convert(model: PreTrainedModel, groups: Groups, *, out: Model, **choices: Any) -> ConvertResult: ...
-@_named_as_arguments
+@_named_as_arguments  # type: ignore[misc]
 def convert(
     model: Any,
     groups: Groups,
