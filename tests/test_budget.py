@@ -26,6 +26,18 @@ from tests.support import Command
         ("2_097_152", 2097152),
     ],
 )
+def test_counts_read_as_people_write_them(text, value) -> None:
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["two", "-3", "1.5", "", "3Q", True, "1e400", 1e400, float("nan"), "9" * 5000, 2**63, "1e30"]
+)
+def test_what_is_no_count_is_refused(text) -> None:
+    with pytest.raises(UsageError):
+        parse_count(text)
+
+
 def test_presets_and_a_price(command: Command) -> None:
     arguments = ("gqa", "budget", "llama-2-7b", "--hardware", "h100")
     plain = json.loads(command(*arguments, "--json").out)
@@ -40,18 +52,6 @@ def test_presets_and_a_price(command: Command) -> None:
     shown = command(*arguments, "--price", 2.5).out
     assert "--preset best" in shown
     assert "at 2.5 per device hour" in shown
-
-
-def test_counts_read_as_people_write_them(text, value) -> None:
-    assert parse_count(text) == value
-
-
-@pytest.mark.parametrize(
-    "text", ["two", "-3", "1.5", "", "3Q", True, "1e400", 1e400, float("nan"), "9" * 5000, 2**63, "1e30"]
-)
-def test_what_is_no_count_is_refused(text) -> None:
-    with pytest.raises(UsageError):
-        parse_count(text)
 
 
 def test_counts_are_spelt_for_people() -> None:
