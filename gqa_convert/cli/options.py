@@ -57,7 +57,12 @@ Groups = Annotated[
 ]
 AnyGroups = Annotated[
     int | None,
-    typer.Option("--groups", "-g", help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention)."),
+    typer.Option(
+        "--groups",
+        "-g",
+        help="KV heads after the conversion (GQA-8 is 8; 1 is multi-query attention).",
+        callback=_groups,
+    ),
 ]
 GroupsPerLayer = Annotated[
     str | None,
