@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 from gqa_convert.cli.main import app
@@ -73,6 +73,34 @@ def test_one_pass_reads_what_decoding_token_by_token_reads(llama: Path, name: st
         steps = [model(input_ids=ids[:, [t]], past_key_values=cache, use_cache=True).logits for t in range(12)]
         assert torch.allclose(whole, torch.cat(steps, 1), atol=1e-4)
         assert not torch.allclose(whole, model(input_ids=ids).logits, atol=1e-5), "nothing was rounded"
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_cross_attention_reads_the_restored_cache_at_every_step(name: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, initializer_factor=3.0)).eval().double()
+    source, target = torch.randint(3, 50, (2, 9)), torch.randint(3, 50, (2, 6))
+    with torch.inference_mode():
+        whole = WithCache(model, name)(input_ids=source, decoder_input_ids=target).logits
+        cache, encoded = quantised_cache(name, across=True), model.get_encoder()(source)
+        steps = [
+            model(encoder_outputs=encoded, decoder_input_ids=target[:, [t]], past_key_values=cache).logits
+            for t in range(6)
+        ]
+    assert torch.allclose(whole, torch.cat(steps, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_windows_slide_over_it(name: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(**sizes, vocab_size=50, num_key_value_heads=2, sliding_window=4, initializer_range=0.3)
+    model, ids = MistralForCausalLM(config).eval(), torch.randint(3, 50, (2, 12))
+    with torch.inference_mode():
+        whole, cache = WithCache(model, name)(input_ids=ids).logits, quantised_cache(name)
+        steps = [model(input_ids=ids[:, [t]], past_key_values=cache).logits for t in range(12)]
+    assert torch.allclose(whole, torch.cat(steps, 1), atol=1e-4)
 
 
 def test_a_layer_takes_what_beam_search_and_assisted_decoding_do_to_it() -> None:
