@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gqa_convert.budget.machine import free_memory, matmul_rate
-from gqa_convert.calibrate.tokens import window_plan
 from gqa_convert.conversion.operations import Solve
 from gqa_convert.hf.loading import max_positions
 
@@ -50,6 +49,8 @@ def forecast(plan: ConvertPlan) -> Forecast | None:
     recipe = plan.recipe
     if not solved or recipe.calibrate is None or plan.blocks is None:
         return None
+    from gqa_convert.calibrate.tokens import window_plan  # it reads text, and most conversions read none
+
     sequences, length = window_plan(
         max_positions(plan.anatomy.config), sequences=recipe.sequences, length=recipe.length
     )

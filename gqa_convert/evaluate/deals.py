@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,8 +13,10 @@ if TYPE_CHECKING:
 def conclusions(evaluation: Evaluation) -> list[str]:
     """Say in words which is the better deal in bytes of cache and loss; nothing where no cache was quantised.
 
+    Bytes are set against a cache in 16 bits, which models are served with, whatever the figures were measured in.
     A loss counts as higher only where its 95 % interval lies above the other's. Time is the benchmark's to say.
     """
+    evaluation = _in_16_bits(evaluation)
     formats = len({comparison.model.cache for comparison in evaluation.quantised})
     of_original = evaluation.quantised[:formats]
     lines = [f"{c.model.name}: {_price(c)}, {_loss_in_words(c)}." for c in of_original]
@@ -22,6 +25,18 @@ def conclusions(evaluation: Evaluation) -> list[str]:
         if together:
             lines.append(f"{converted.model.name}: {_deal(converted, of_original, together)}")
     return lines
+
+
+def _in_16_bits(evaluation: Evaluation) -> Evaluation:
+    """The same, with quantised caches set against the original's in 16 bits where the models ran in 32."""
+    if evaluation.dtype != "float32":
+        return evaluation
+    quantised = []
+    for comparison in evaluation.quantised:
+        ratio = comparison.figures["cache_ratio"]
+        figures = comparison.figures | {"cache_ratio": replace(ratio, value=2 * ratio.value)}
+        quantised.append(replace(comparison, figures=figures))
+    return replace(evaluation, quantised=tuple(quantised))
 
 
 def _deal(converted: Comparison, of_original: Sequence[Comparison], together: Sequence[Comparison]) -> str:
@@ -59,7 +74,7 @@ def _beats(one: Comparison, two: Comparison) -> bool:
 
 
 def _price(comparison: Comparison) -> str:
-    return f"{_ratio(comparison):.2f} of the cache at {comparison.loss_difference:+.4f} nats per token"
+    return f"{_ratio(comparison):.2f} of the 16-bit cache at {comparison.loss_difference:+.4f} nats per token"
 
 
 def _loss_in_words(comparison: Comparison) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +155,8 @@ def priced(comparison: Comparison, ratio: float, loss: float) -> Comparison:
     [
         ((0.5, 0.3), (0.5, 0.0), (0.25, 0.3), ("quantise the cache, do not convert", "Both together, with int8: 0.25")),
         ((0.5, 0.0), (0.5, 0.3), (0.25, 0.31), ("converting is the better deal", "Both together, with int8: 0.25")),
-        ((0.5, 0.0), (0.5, 0.001), (0.25, 0.0), ("no clear difference in loss", "0.25 of the cache at +0.0000")),
-        ((0.25, 0.3), (0.5, 0.0), (0.12, 0.3), ("no cache of the original's is as small", "0.12 of the cache")),
+        ((0.5, 0.0), (0.5, 0.001), (0.25, 0.0), ("no clear difference in loss", "0.25 of the 16-bit cache at +0.0000")),
+        ((0.25, 0.3), (0.5, 0.0), (0.12, 0.3), ("no cache of the original's is as small", "0.12 of the 16-bit cache")),
         ((0.5, 0.3), (0.2, 0.0), (0.25, 0.3), ("do not convert", "Both together are no better")),
     ],
 )
@@ -168,12 +169,19 @@ def test_the_better_deal(
 ) -> None:
     evaluation = replace(
         measured,
+        dtype="bfloat16",
         converted=(priced(measured.converted[0], *converted),),
         quantised=(priced(measured.quantised[0], *quantised), priced(measured.quantised[1], *together)),
     )
     _, line = conclusions(evaluation)
     for part in words:
         assert part in line
+
+
+def test_bytes_are_set_against_16_bits_though_models_run_in_32(measured: Evaluation) -> None:
+    assert measured.dtype == "float32"
+    first, _ = conclusions(measured)
+    assert first.startswith(f"tiny-llama, int8 cache: {10 / 16:.2f} of the 16-bit cache"), "float32 would say 0.31"
 
 
 def test_the_commands_take_formats(llama: Path, llama_gqa2: Path, lines: Path) -> None:
@@ -204,11 +212,11 @@ def test_a_sweep_and_its_page_tell_the_deal(llama: Path, lines: Path, tmp_path: 
         "mean-g1, int4 cache",
     ]
     deal = point["point"]["deal"]
-    assert deal.startswith("mean-g1: 0.25 of the cache")
+    assert deal.startswith("mean-g1: 0.25 of the 16-bit cache")
     assert deal in shown.output
     paged = CliRunner().invoke(app, ["report", str(run)])
     assert paged.exit_code == 0, paged.output
-    assert deal in "".join(page.read_text() for page in run.rglob("*.html"))
+    assert deal in unescape("".join(page.read_text() for page in run.rglob("*.html")))
 
 
 def test_a_format_that_is_none_is_refused() -> None:
