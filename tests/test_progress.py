@@ -27,7 +27,7 @@ def test_a_count_off_a_terminal_is_told_once_a_minute(clock: list[float], capsys
         for _ in range(4):
             counter.advance(2)
             clock[0] += 40.0
-    assert capsys.readouterr().err.splitlines() == ["points: 6 of 9"]
+    assert capsys.readouterr().err.splitlines() == ["points: 6 of 9, about 40 s left"]
 
 
 def test_layers_name_what_is_done_to_them_and_their_last_one_is_told(

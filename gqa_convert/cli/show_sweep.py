@@ -54,7 +54,7 @@ def show_sweep(sweep: Sweep) -> None:
     )
     for point in sweep.points:
         if point.deal:
-            out.print(point.deal, highlight=False, markup=False)
+            out.print(point.deal, highlight=False, markup=False, soft_wrap=True)
     verdict = "Take:" if sweep.recommendation.name else "Nothing to take:"
     out.print(Text.assemble((verdict, "bold"), f" {sweep.recommendation.reason}"))
     out.print(f"Run folder: {sweep.folder} (gqa report {sweep.folder})", highlight=False, markup=False)

@@ -13,7 +13,7 @@ Shapes: B sequences, K KV heads, T tokens, D head_dim, N blocks of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -77,45 +77,61 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 class QuantisedLayer(DynamicLayer):
-    """A layer of a transformers cache that stores in one of the formats and returns what it can restore.
+    """A layer of a transformers cache that stores in one of the formats; whoever reads it gets what can be restored.
 
-    `keys` and `values` are codes; the scales lie beside them. What is done to one along the batch is done to all.
+    Attributes:
+        stored: codes and scales of keys, then of values; nothing before the first update.
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.format = name
-        self.key_scales: Tensor | None = None
-        self.value_scales: Tensor | None = None
+        self.stored: list[Tensor] = []
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys, restored: cross-attention reads them from here, after its first step."""
+        return self._restored(0)
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:  # set by transformers to None alone, when a cache begins or is reset
+        assert value is None
+        self.stored = []
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values, restored."""
+        return self._restored(2)
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        assert value is None
+        self.stored = []
+
+    def _restored(self, first: int) -> Tensor | None:
+        if not self.stored:
+            return None
+        codes, scales = self.stored[first : first + 2]
+        return restore((codes, scales), self.format, self.dtype)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, K, T, D); return all that are stored, restored."""
-        if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.keys, self.key_scales = store(key_states, self.format)
-            self.values, self.value_scales = store(value_states, self.format)
-        else:
-            new = (*store(key_states, self.format), *store(value_states, self.format))
-            self._set([torch.cat(both, -2) for both in zip(self._held(), new, strict=True)])
-        keys, key_scales, values, value_scales = self._held()
-        return (
-            restore((keys, key_scales), self.format, self.dtype),
-            restore((values, value_scales), self.format, self.dtype),
-        )
+        new = [*store(key_states, self.format), *store(value_states, self.format)]
+        if self.stored:
+            new = [torch.cat(both, -2) for both in zip(self.stored, new, strict=True)]
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.stored = new
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        return keys, values
 
-    def _held(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert self.keys is not None
-        assert self.values is not None
-        assert self.key_scales is not None
-        assert self.value_scales is not None
-        return self.keys, self.key_scales, self.values, self.value_scales
-
-    def _set(self, held: Sequence[Tensor]) -> None:
-        self.keys, self.key_scales, self.values, self.value_scales = held
+    def get_seq_length(self) -> int:
+        """Tokens that are stored."""
+        return self.stored[0].shape[-2] if self.stored else 0
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.get_seq_length() > 0:
-            self._set([change(x) for x in self._held()])
+        self.stored = [change(x) for x in self.stored]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, so many as a negative number says."""

@@ -110,8 +110,8 @@ def cache_tensors(cache: Any) -> Iterator[Tensor]:
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
     for layer in getattr(cache, "layers", ()):
-        for name in ("keys", "values", "key_scales", "value_scales"):
-            tensor = getattr(layer, name, None)
+        plain = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        for tensor in layer.stored if hasattr(layer, "stored") else plain:  # one of fewer bits, or of the model's dtype
             if isinstance(tensor, Tensor):
                 yield tensor
 

@@ -185,6 +185,9 @@ def with_recall(
             raise UsageError(f"--recall: {subject.name} is an encoder-decoder model, which does not go on with a text.")
         if subject.max_context is not None and max(contexts) > subject.max_context:
             raise UsageError(f"--recall {max(contexts)}: {subject.name} is made for {subject.max_context} tokens.")
+    names = [subject.name for subject in subjects]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--recall: two models are called {max(names, key=names.count)}: rename a folder.")
     tokenizer = subjects[0].source.tokenizer()
     documents = reading.read_documents(settings.data, field=settings.field, separator=settings.separator)
     plain = [document for document in documents if isinstance(document, str)]

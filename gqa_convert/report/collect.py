@@ -147,6 +147,10 @@ def inside(folder: Path, path: Path) -> Path:
     return path
 
 
+_TOLD = ("converted", "quantised", "recall")
+"""What there is to tell of an evaluation: the loss of an original alone says nothing."""
+
+
 def read_run(folder: Path) -> Run:
     """Read what a sweep, `gqa eval --out` and `gqa bench --out` left in a folder.
 
@@ -168,13 +172,13 @@ def read_run(folder: Path) -> Run:
     evaluations = tuple(
         _parsed(path, "", Evaluation.from_json, value)
         for path, value in loose.items()
-        if value.get("kind") == "evaluation" and value.get("converted")
+        if value.get("kind") == "evaluation" and any(value.get(n) for n in _TOLD)
     )
     benches = tuple(_parsed(path, "", _timed, v) for path, v in loose.items() if v.get("kind") == "bench")
     curves = tuple(curve for path in sorted(folder.rglob(METRICS)) if (curve := _curve(path, folder)) is not None)
     if not (points or evaluations or benches or curves):
         raise UsageError(
-            f"{folder}: holds nothing to report. Run `gqa sweep MODEL --run {folder.name}`, or `gqa eval` and "
+            f"{folder}: holds nothing to report. Run `gqa sweep MODEL --out {folder.name}`, or `gqa eval` and "
             "`gqa bench` with --out into it, first."
         )
     if points:

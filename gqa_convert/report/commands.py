@@ -63,6 +63,11 @@ def _data(evaluation: Evaluation) -> list[str]:
             words.append(f"--{name}={settings[name]}")
     words += ["--max-windows", str(settings.get("max_windows") or 0)]
     words += [f"--no-{name}" for name in ("special", "eos") if settings.get(name) is False]
+    if evaluation.quantised:
+        words.append(f"--quantised-cache={_list(comparison.model.cache for comparison in evaluation.quantised)}")
+    if evaluation.recall:
+        words.append(f"--recall={_list(result.context for result in evaluation.recall)}")
+        words += ["--recall-items", str(len(evaluation.recall[0].right))]
     return [*words, f"--dtype={evaluation.dtype}"]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -109,10 +109,11 @@ class Engine:
 
         FSDP2 does so in each: gradients that wait are whole on every process, which is what sharding was to avoid.
         """
-        alone = last or self.processes == 1 or self.name == "deepspeed"
-        if alone or (self.name == "fsdp2" and self._sync == "micro_batch"):
+        if last or self.processes == 1 or self.name == "deepspeed":
             return nullcontext()
-        return self.accelerator.no_sync(model)
+        if self.name != "fsdp2":
+            return self.accelerator.no_sync(model)
+        return nullcontext() if self._sync == "micro_batch" else unsummed(model)
 
     def backward(self, model: nn.Module, loss: Tensor, *, last: bool) -> None:
         """Add to the gradients; `last` says that the step's are then complete."""
@@ -218,6 +219,16 @@ class Engine:
         for failure in self.gather(problem):
             if failure is not None:
                 raise failure
+
+
+@contextmanager
+def unsummed(model: Any) -> Iterator[None]:
+    """Keep FSDP2 from summing gradients over processes; they add up, whole and in float32, on each."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
 
 
 def sharded_precision(bf16: bool) -> Any:

@@ -148,9 +148,11 @@ def test_the_command_and_the_page_show_it(long_llama: Path, lines: Path, tmp_pat
     assert shown.exit_code == 0, shown.output
     assert re.search(r"variables, 350 +0 of 2", shown.output)
     assert "recall: needle" in shown.output
-    paged = CliRunner().invoke(app, ["report", str(out.parent), "--out", str(tmp_path / "report")])
+    paged = CliRunner().invoke(app, ["report", str(out.parent)])
     assert paged.exit_code == 0, paged.output
-    assert "variables, 350" in "".join(page.read_text() for page in (tmp_path / "report").rglob("*.html"))
+    page = "".join(page.read_text() for page in out.parent.rglob("*.html"))
+    assert "variables, 350" in page
+    assert "--recall=350 --recall-items 2" in page
 
 
 @pytest.mark.parametrize(("context", "message"), [("1k", "made for 512 tokens"), ("60", "too few tokens")])

@@ -120,7 +120,7 @@ def test_a_failed_point_does_not_lose_the_rest(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"groups": (3,)}, "does not divide the 4 KV heads"), ({"variants": ("meen",)}, "Did you mean mean")],
+    [({"groups": (3,)}, "does not divide the 4 KV heads"), ({"variants": ("meen",)}, "did you mean mean")],
 )
 def test_what_cannot_be_swept_is_refused_first(
     llama: Path, lines: Path, tmp_path: Path, changes: dict[str, object], message: str

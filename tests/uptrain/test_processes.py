@@ -126,16 +126,21 @@ def test_sharded_gradients_are_those_of_one_process(settings, write_config, tmp_
         done = subprocess.run(command, env={**environment, "ENGINE": engine}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         found[processes] = torch.load(out)
+    errors = {}
     for (precision, sync, accumulations), sharded in found[2].items():
         single = found[1][precision, sync, accumulations]
         names = list(single["gradient"])
         one, two = (torch.cat([side["gradient"][name].flatten() for name in names]) for side in (single, sharded))
-        error = float((one - two).norm() / one.norm())
-        # In bf16 each micro-batch's gradient is rounded, and that is all: no sum of them is.
-        assert error < (1e-6 if precision == "float32" else 2e-3), (precision, sync, accumulations, error)
+        errors[precision, sync, accumulations] = float((one - two).norm() / one.norm())
         assert torch.allclose(single["losses"], sharded["losses"], rtol=1e-6 if precision == "float32" else 1e-3)
-        groups = sharded["reductions"] / (accumulations if sync == "micro_batch" else 1)
-        assert groups == found[2][precision, sync, 1]["reductions"] > 0
+        times = accumulations if sync == "micro_batch" else 1
+        assert sharded["reductions"] == times * found[2][precision, sync, 1]["reductions"] > 0
+    for (precision, sync, accumulations), error in errors.items():
+        if precision == "float32":
+            assert error < 1e-6, (sync, accumulations, error)
+        else:
+            # Each micro-batch's gradient is rounded to bf16, and no sum of them is: the error does not grow with them.
+            assert error <= 1.05 * errors[precision, sync, 1] < 0.01, (sync, accumulations, error)
 
 
 def final_weights(folder):

@@ -169,13 +169,14 @@ def conclusions(bench: Bench) -> list[str]:
 
 def _of_formats(bench: Bench) -> list[str]:
     """For each model what storing its cache in fewer bits does to the time of a step, beside the dynamic cache."""
-    points = {(p.cache, p.mode, p.batch, p.context, p.source_tokens): p.models for p in bench.points}
+    whole = {(p.mode, p.batch, p.context, p.source_tokens): p.models for p in bench.points if p.cache == "dynamic"}
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for (kind, mode, batch, context, source), models in points.items():
-        whole = points.get(("dynamic", mode, batch, context, source), ()) if kind in QUANTISED else ()
-        for small, large in zip(models, whole, strict=False):
-            time = small.seconds.median / large.seconds.median
-            ratios.setdefault((small.name, kind), []).append((time, small.cache_bytes / large.cache_bytes))
+    for point in bench.points:
+        where = (point.mode, point.batch, point.context, point.source_tokens)
+        for small, large in zip(point.models, whole.get(where, ()), strict=False):
+            if point.cache in QUANTISED:
+                time = small.seconds.median / large.seconds.median
+                ratios.setdefault((small.name, point.cache), []).append((time, small.cache_bytes / large.cache_bytes))
     return [
         f"{name}, {kind} cache: {_percent([size for _, size in seen])} of the bytes of its dynamic cache, in "
         f"{_percent([time for time, _ in seen])} of its time (points not interleaved; transformers restores all of the "
