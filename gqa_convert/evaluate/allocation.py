@@ -33,6 +33,7 @@ from gqa_convert.evaluate.files import read_json, write_json
 from gqa_convert.evaluate.scoring import score
 from gqa_convert.heads import HeadPlan
 from gqa_convert.hf.loading import load_model
+from gqa_convert.modeling import shipping
 
 OnLayer = Callable[[str, int, int], None]
 BATCH = 4
@@ -199,6 +200,8 @@ def layer_bytes(plans: Mapping[int, ConvertPlan], present: Sequence[int]) -> lis
         names = {merge.key: merge.name for merge in plan.anatomy.merges}
         for operation in plan.operations:
             if isinstance(operation, Pool | Solve) and operation.cache_bytes_before:
+                if plan.cross_groups is not None and shipping.is_cross(names[operation.key]):
+                    continue  # set apart: the same whatever is chosen
                 layer = layer_number(names[operation.key])
                 weights[layer][count] = weights[layer].get(count, 0) + operation.cache_bytes_after
     for layer, heads in enumerate(present):

@@ -103,7 +103,9 @@ def plan_within(
     wanted = budget_bytes(
         budget, before, lambda groups: planned([groups] * len(present)).kv_cache_bytes_per_token_after
     )
-    fixed = before - sum(layer[heads] for layer, heads in zip(layer_bytes(plans, present), present, strict=True))
+    weights = layer_bytes(plans, present)
+    chosen = [lower[0] if lower[0] in layer else heads for layer, heads in zip(weights, present, strict=True)]
+    fixed = one.kv_cache_bytes_per_token_after - sum(w[count] for w, count in zip(weights, chosen, strict=True))
     found = allocate(
         plans,
         present,

@@ -101,7 +101,7 @@ class DeciLMConfig(LlamaConfig):
         raise ValueError("per_layer_config: this configuration's layers are its block_configs")
 
 
-def ffn_size(ffn: Any, width: int) -> int | None:
+def ffn_size(ffn: Any, width: int) -> Any:
     """The intermediate size that a block's `ffn` states, as engines compute it; None where it states none."""
     if ffn.get("ffn_mult") is None:
         stated: int | None = ffn.get("intermediate_size")

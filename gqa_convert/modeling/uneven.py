@@ -27,12 +27,14 @@ def is_uneven(values: Any) -> bool:
 
     NVIDIA's own models of this model type bring other code, which its `auto_map` names.
     """
-    get: Any = values.get if isinstance(values, Mapping) else lambda name: getattr(values, name, None)
-    if get("model_type") != MODEL_TYPE:
+    if isinstance(values, Mapping):
+        model_type, auto_map = values.get("model_type"), values.get("auto_map")
+    else:
+        model_type, auto_map = getattr(values, "model_type", None), getattr(values, "auto_map", None)
+    if model_type != MODEL_TYPE:
         return False
-    if not isinstance(values, Mapping) and hasattr(type(values), "kv_heads"):
+    if hasattr(type(values), "kv_heads"):  # the configuration of the shipped file
         return True
-    auto_map = get("auto_map")
     return isinstance(auto_map, Mapping) and auto_map.get("AutoModelForCausalLM") == f"{FILE.stem}.{ARCHITECTURE}"
 
 
@@ -134,4 +136,7 @@ def engine_note(config: Any) -> str:
             f"llama.cpp and mlx-lm cannot read it: its feed-forward size ({config.intermediate_size}) is no multiple "
             f"of {_ENGINES_FFN}, which their form of {MODEL_TYPE} counts on"
         )
-    return f"engines that know {MODEL_TYPE} (vLLM, llama.cpp as `deci`, mlx-lm) read the KV heads of each layer"
+    return (
+        f"llama.cpp (as `deci`) and mlx-lm were checked to read the KV heads of each layer; vLLM has {MODEL_TYPE} too, "
+        "where it was not shown yet"
+    )

@@ -214,7 +214,8 @@ def test_commands_date_and_versions_are_on_the_page(made: Path, tmp_path: Path) 
     text = (made / "report.html").read_text()
     assert (
         "gqa sweep tiny --groups 4,2 --methods=mean,pca,first --data=poems.jsonl --context 128 --stride 64 "
-        f"--max-windows 0 --dtype=float32 --tolerance 0.05 --batch 8,64 --cache-context 2048,8192 --out {made.name}" in text
+        f"--max-windows 0 --dtype=float32 --tolerance 0.05 --batch 8,64 --cache-context 2048,8192 --out {made.name}"
+        in text
     )
     value = evaluation(comparison("tiny gqa2", 2, 0.1)).to_json() | {"date": "2026-01-31"}
     (tmp_path / "eval.json").write_text(json.dumps(value))
