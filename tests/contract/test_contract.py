@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import gqa_convert
 from gqa_convert.anatomy.families import families
 from gqa_convert.anatomy.family_facts import refused_families
 from gqa_convert.contract.native import prove
 from gqa_convert.contract.run import run_all
+from gqa_convert.conversion import execute
 
 # One of each way in which families lay out keys and values, configs and checkpoint keys.
 SPREAD = {
@@ -84,14 +84,14 @@ def test_a_converter_that_pools_strided_heads_is_caught(tmp_path, monkeypatch) -
 
 
 def test_a_converter_that_leaves_the_config_is_caught(tmp_path, monkeypatch) -> None:
-    original = gqa_convert.convert
+    original = execute.convert
 
     def forgetful(source, *, groups, out):
         result = original(source, groups=groups, out=out)
         (out / "config.json").write_bytes((source / "config.json").read_bytes())
         return result
 
-    monkeypatch.setattr(gqa_convert, "convert", forgetful, raising=False)
+    monkeypatch.setattr(execute, "convert", forgetful)
     record = prove("llama", tmp_path)
     assert record.reason == "config_same: num_key_value_heads (1 in all)"
 

@@ -165,7 +165,7 @@ def test_a_signal_while_text_is_read_takes_effect_at_once(settings, monkeypatch,
             assert len(read) < 10_000
             yield "the cat sees the dog"
 
-    monkeypatch.setattr("gqa_convert.data.documents.Corpus.all_documents", endless)
+    monkeypatch.setattr("gqa_convert.data.documents.ShardReader.__iter__", endless)
     with pytest.raises(Preempted, match="before training"):
         run(settings, data={"streaming": streaming})
     assert len(read) < 600

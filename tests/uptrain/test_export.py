@@ -58,7 +58,7 @@ def test_by_command_of_a_step_in_the_middle(settings, tmp_path) -> None:
     arguments = ["uptrain", "export", settings["output"], "--step", "2", "--out", str(tmp_path / "plain")]
     told = runner.invoke(app, [*arguments, "--json"])
     assert told.exit_code == 0, told.output
-    assert json.loads(told.stdout) == {"folder": str(tmp_path / "plain"), "step": 2}
+    assert json.loads(told.stdout) == {"schema_version": 1, "folder": str(tmp_path / "plain"), "step": 2}
     saved = load_file(Path(settings["output"]) / "checkpoints/step-00000002/model.safetensors")
     written = load_file(tmp_path / "plain" / "model.safetensors")
     assert all(torch.equal(saved[f"model.{key}"], written[key]) for key in written)

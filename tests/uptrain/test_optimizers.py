@@ -74,14 +74,13 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tiny_folder) -> None:
         value for name, value in named.items() if value.ndim == 2 and "embed" not in name and "lm_head" not in name
     ]
     assert len(inner) > 10
-    rest = [value for value in named.values() if all(value is not matrix for matrix in inner)]
-    groups = [
-        {"params": [v for v in rest if v.ndim > 1], "weight_decay": 0.1},
-        {"params": [v for v in rest if v.ndim < 2]},
-    ]
+    rest = {id(value): value for value in named.values() if all(value is not matrix for matrix in inner)}
+    output = other.get_output_embeddings().weight
+    assert output is not other.get_input_embeddings().weight
+    decayed = {"params": [rest.pop(id(output))], "weight_decay": 0.1}  # embeddings are not, see `make_optimizer`
     parts = [
         torch.optim.Muon(inner, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0, betas=(0.9, 0.95)),
+        torch.optim.AdamW([decayed, {"params": list(rest.values())}], lr=0.01, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
     ids = torch.arange(24)[None] % 50
     for step in range(4):
