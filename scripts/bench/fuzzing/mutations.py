@@ -123,6 +123,8 @@ def _write(folder: Path, name: str, value: Any) -> None:
     while (at := text.find('"\\u0000raw:')) >= 0:
         end = text.index('"', at + 1)
         text = text[:at] + text[at + len('"\\u0000raw:') : end] + text[end + 1 :]
+    if (folder / name).is_fifo():  # an earlier mutation's, to which nobody listens
+        (folder / name).unlink()
     (folder / name).write_text(text)
 
 
