@@ -115,7 +115,7 @@ def _value(rng: random.Random) -> Any:
 
 
 def _read(folder: Path, name: str) -> Any:
-    if (folder / name).is_fifo():  # an earlier mutation's, in which nobody writes
+    if (folder / name).exists() and not (folder / name).is_file():  # an earlier mutation's pipe or device
         return {}
     return json.loads((folder / name).read_text("utf-8"))
 
@@ -125,7 +125,7 @@ def _write(folder: Path, name: str, value: Any) -> None:
     while (at := text.find('"\\u0000raw:')) >= 0:
         end = text.index('"', at + 1)
         text = text[:at] + text[at + len('"\\u0000raw:') : end] + text[end + 1 :]
-    if (folder / name).is_fifo():  # an earlier mutation's, to which nobody listens
+    if (folder / name).exists() and not (folder / name).is_file():  # an earlier mutation's, to which nobody listens
         (folder / name).unlink()
     (folder / name).write_text(text)
 
