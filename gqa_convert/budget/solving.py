@@ -5,7 +5,7 @@ The counts are those of `conversion/forecast.py`, which has a checkpoint and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,10 @@ REFIT_TOKENS = 300 * 2048
 HEAL_TOKENS = 500 * 1024
 FLOAT32_SHARE = 1 / 16
 """Solving is float32; devices are known by their bf16 peak (67 and 989 TFLOP/s on an H100)."""
+PEAK = 1.9
+"""Measured peaks of memory over what is counted while layers are solved."""
 _LENGTH = 2048
-_PEAK = 1.9  # as in conversion/forecast.py
+_HEAL_STEPS = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,10 @@ def solving(shape: ModelShape, *, hardware: str, mfu: float) -> dict[str, Solvin
     forward = 2 * shape.matmul_parameters + scores
     fast = CALIBRATION_TOKENS * forward + shape.layers * (2 * CALIBRATION_TOKENS * width**2 + 8 * width**3)
     best = fast + CALIBRATION_TOKENS * forward + 3 * REFIT_TOKENS * (2 * attention + scores)
-    # Healing: both models forward, and backward through what is frozen and for the gradients of attention.
-    heal = HEAL_TOKENS * (2 * forward + 2 * shape.matmul_parameters + scores + 2 * attention)
+    # Healing: both models forward, backward through what is frozen and for the gradients of attention; Muon's products.
+    heal: float = HEAL_TOKENS * (2 * forward + 2 * shape.matmul_parameters + scores + 2 * attention)
+    # Of q and o: how small k and v have become is not known here.
+    heal += _HEAL_STEPS * shape.layers * muon_flops([(width, shape.attention_width)] * 2)
     peak = device_tflops(hardware) * 1e12 * mfu * 3600
     hours = {"fast": fast / (peak * FLOAT32_SHARE), "best": best / (peak * FLOAT32_SHARE)}
     hours["heal"] = hours["best"] + heal / peak
@@ -69,10 +73,19 @@ def solving(shape: ModelShape, *, hardware: str, mfu: float) -> dict[str, Solvin
         name: Solving(
             flops=float(flops[name]),
             device_hours=hours[name],
-            memory_bytes=round(_PEAK * (8 * width**2 + held["fast" if name == "fast" else "best"])),
+            memory_bytes=round(PEAK * (8 * width**2 + held["fast" if name == "fast" else "best"])),
         )
         for name in hours
     }
+
+
+def muon_flops(shapes: Iterable[tuple[int, ...]]) -> float:
+    """Operations of one step of Muon over parameters of these shapes.
+
+    Five rounds of three products for every matrix: two with its narrow side squared, one with it cubed.
+    """
+    sides = [sorted(shape) for shape in shapes if len(shape) == 2]
+    return float(sum(5 * 2 * (2 * narrow**2 * wide + narrow**3) for narrow, wide in sides))
 
 
 def solving_rows(found: Mapping[str, Solving], price: float | None) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gqa_convert.budget.machine import free_memory, matmul_rate
+from gqa_convert.budget.solving import PEAK
 from gqa_convert.conversion.operations import Solve
 from gqa_convert.hf.loading import max_positions
 
@@ -20,8 +21,6 @@ REACHED = 0.6
 """Share of a large matrix product's rate that solving reaches (measured at widths 256 to 1,024)."""
 _SPILLED = 0.5
 """Activations beyond this share of the free memory go to files."""
-_PEAK = 1.9
-"""Measured peaks over what is counted here."""
 _WRITING = 3
 """How many times dearer a token is that is written one by one than one that is read."""
 _HELD_OUT = 16  # one window in so many is kept from the fitting, and checked seven times
@@ -79,4 +78,4 @@ def forecast(plan: ConvertPlan) -> Forecast | None:
     held = 8 * width**2 + layer + min(activations, _SPILLED * free_memory())
     if recipe.self_written:
         held = max(held, plan.bytes_in)
-    return Forecast(flops=flops, seconds=flops / (REACHED * matmul_rate()), memory_bytes=round(_PEAK * held))
+    return Forecast(flops=flops, seconds=flops / (REACHED * matmul_rate()), memory_bytes=round(PEAK * held))

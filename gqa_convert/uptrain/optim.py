@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.budget.solving import muon_flops
 from gqa_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -107,11 +108,8 @@ def _vocabulary_weights(model: nn.Module) -> set[int]:
     """Ids of the embeddings and of the output matrix."""
     from torch import nn
 
-    held = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for module in model.modules():
-        output = getattr(module, "get_output_embeddings", lambda: None)()
-        held += [output] if isinstance(output, nn.Linear) else []  # type: ignore[list-item]
-    return {id(module.weight) for module in held}
+    outputs = (getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules())
+    return _embeddings(model) | {id(output.weight) for output in outputs if isinstance(output, nn.Linear)}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -147,15 +145,9 @@ def _muon(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Op
     return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps)
 
 
-def _muon_flops(shapes: Iterable[tuple[int, ...]]) -> float:
-    """Five rounds of three products for every matrix: two with its narrow side squared, one with it cubed."""
-    sides = [sorted(shape) for shape in shapes if len(shape) == 2]
-    return float(sum(5 * 2 * (2 * narrow**2 * wide + narrow**3) for narrow, wide in sides))
-
-
 # AdamW keeps two float32 moments; Adafactor the sums of rows and columns, almost nothing; Muon the momentum.
 register(Optimizer(name="adamw", make=_adamw, state_bytes=8))
 register(Optimizer(name="adafactor", make=_adafactor, state_bytes=0, whole_matrices=True))
 register(
-    Optimizer(name="muon", make=_muon, state_bytes=4, step_flops=_muon_flops, inner_matrices=True, whole_matrices=True)
+    Optimizer(name="muon", make=_muon, state_bytes=4, step_flops=muon_flops, inner_matrices=True, whole_matrices=True)
 )
