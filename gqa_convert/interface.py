@@ -169,12 +169,9 @@ def convert(
 def _convert_folder(
     model: Model, out: Model | None, *, measure: bool, data: str | None, on_progress: OnProgress | None, **chosen: Any
 ) -> ConvertResult:
-    from dataclasses import replace
-
-    from gqa_convert.conversion.card import refresh_card
     from gqa_convert.conversion.execute import execute
     from gqa_convert.conversion.plan import plan
-    from gqa_convert.evaluate.quality import measure_conversion
+    from gqa_convert.evaluate.quality import recorded_quality
 
     of_plan = (
         "groups",
@@ -190,14 +187,12 @@ def _convert_folder(
     )
     planned = plan(model, out=out, **{name: chosen.pop(name) for name in of_plan if name in chosen})
     if on_progress is not None:
-        chosen["on_bytes"] = _both(chosen["on_bytes"], _counted(on_progress, "writing", planned.bytes_out))
+        written = _Counted("writing", on_progress)
+        written.total(planned.bytes_out)
+        chosen["on_bytes"] = _both(chosen["on_bytes"], written.advance)
         chosen["on_layer"] = _both(chosen["on_layer"], on_progress)
     result = execute(planned, **chosen)
-    if not measure:
-        return result
-    quality = measure_conversion(planned, result.out, data=data, insist=True, device=chosen["device"])
-    refresh_card(result.out, quality.to_json())
-    return replace(result, quality=quality.to_json())
+    return recorded_quality(result, data=data, insist=True, device=chosen["device"])[0] if measure else result
 
 
 def _convert_live(model: Any, out: Model | None, tokenizer: Any, **chosen: Any) -> Any:
@@ -225,18 +220,6 @@ def _convert_live(model: Any, out: Model | None, tokenizer: Any, **chosen: Any) 
     return converted.train(model.training)
 
 
-def _counted(on_progress: OnProgress, what: str, total: int = 0) -> Any:
-    """A callback that is told of more, and tells how much that is in all."""
-    done = 0
-
-    def add(count: int = 1, *_: Any) -> None:
-        nonlocal done
-        done += count
-        on_progress(what, done, total)
-
-    return add
-
-
 def _both(first: Callable[..., None] | None, second: Callable[..., None]) -> Callable[..., None]:
     if first is None:
         return second
@@ -248,7 +231,7 @@ def _both(first: Callable[..., None] | None, second: Callable[..., None]) -> Cal
     return call
 
 
-class _Windows:
+class _Counted:
     """Turns two callbacks, one for the total and one for what is done, into one."""
 
     def __init__(self, what: str, on_progress: OnProgress | None) -> None:
@@ -317,7 +300,7 @@ def evaluate(
 
     chosen = _settings(evaluation.EvalSettings, settings | {"data": data})
     folders = _listed(converted)
-    windows = _Windows("windows", on_progress)
+    windows = _Counted("windows", on_progress)
     result = evaluation.evaluate(base, folders, chosen, on_windows=windows.advance, on_total=windows.total)
     if tasks:
         result = evaluation.with_tasks(result, [base, *folders], list(tasks), chosen, limit=tasks_limit)
@@ -358,7 +341,7 @@ def bench(
     contenders = load_contenders(
         [base, *_listed(converted)], dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    points = _Windows("points", on_progress)
+    points = _Counted("points", on_progress)
     points.total(len(chosen.batches) * len(chosen.contexts) * len(chosen.caches))
     return benchmark.bench(contenders, chosen, on_point=lambda _: points.advance())
 
@@ -408,7 +391,7 @@ def sweep(
             "evaluation": _settings(EvalSettings, {**(evaluation or {}), "data": data}),
         },
     )
-    points = _Windows("points", on_progress)
+    points = _Counted("points", on_progress)
     return sweeping.sweep(str(model), Path(out), chosen, on_point=lambda *_: points.advance(), on_total=points.total)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -28,6 +31,17 @@ def tree(folder: Path) -> dict[str, tuple[str, int]]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def script_module(file: Path) -> ModuleType:
+    """A script as a module, under its own name, which dataclasses look up."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_with_info(folder: Path, loader: Any = None, **settings: Any) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from gqa_convert.console import talking
 from tests import factories
-from tests.support import Command
+from tests.support import Command, script_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,12 +38,7 @@ OTHER_KIND = {"--groups": "a list, where many are tried"}
 
 @pytest.fixture(scope="module")
 def table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("commands_table", ROOT / "scripts" / "commands_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module(ROOT / "scripts" / "commands_table.py")
 
 
 @pytest.fixture(scope="module")

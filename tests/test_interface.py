@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from gqa_convert.checkpoint.embedded import CHECKPOINT
 from gqa_convert.errors import UsageError
 from gqa_convert.interface import as_arguments
 from tests import factories
+from tests.support import script_module
 
 ROOT = Path(__file__).parents[1]
 
@@ -145,12 +145,7 @@ def test_errors_name_arguments(tmp_path: Path) -> None:
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("run_notebook", ROOT / "scripts" / "run_notebook.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    notebook = module.run(ROOT / "docs" / "quickstart.ipynb")
+    notebook = script_module(ROOT / "scripts" / "run_notebook.py").run(ROOT / "docs" / "quickstart.ipynb")
     outputs = ["".join(str(out) for out in cell.get("outputs", [])) for cell in notebook["cells"]]
     assert "loss_difference" in "".join(outputs)
     assert "'LlamaForCausalLM', 2" in outputs[-1]

@@ -18,6 +18,7 @@ from gqa_convert.calibrate.paused_forward import LayerCall
 from gqa_convert.calibrate.refit import RefitOptions, RefitReport, refit_block
 from gqa_convert.calibrate.report import BlockReport
 from gqa_convert.calibrate.residual import hidden_of, residual_scale
+from gqa_convert.checkpoint.dtypes import not_finite
 from gqa_convert.errors import CheckpointError
 from gqa_convert.heads import Grouping
 from gqa_convert.merge.apply import merge_block, method_options
@@ -113,14 +114,14 @@ class Merger:
 def _check_finite(tensors: Mapping[str, Tensor], path: str, statistics_of: Mapping[str, Statistics]) -> None:
     """Refuse what no merge can be computed from, before a decomposition fails on it."""
     for name, tensor in tensors.items():
-        wrong = 0 if bool(tensor.sum().isfinite()) else int((~tensor.isfinite()).sum())  # a large sum may overflow
+        wrong = not_finite(tensor)
         if wrong:
             raise CheckpointError(
                 f"{name}: {wrong:,} of {tensor.numel():,} values are not finite (NaN or infinity), so {path} cannot be "
                 "merged. Repair or re-download the checkpoint."
             )
     for module, statistics in statistics_of.items():
-        if not bool(statistics.moment.isfinite().all()):
+        if not_finite(statistics.moment):
             raise CheckpointError(
                 f"{module}: what goes into it when the model reads the calibration text is not finite (NaN, infinity). "
                 "A weight before it is damaged, or its numbers overflow."

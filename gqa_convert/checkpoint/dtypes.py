@@ -121,6 +121,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     raise CheckpointError(f"{dtype} cannot be stored in a safetensors file. Cast the tensor to a float dtype first.")
 
 
+def not_finite(tensor: torch.Tensor) -> int:
+    """How many values of a tensor are NaN or infinite.
+
+    A sum is not finite if any element is not; it may also overflow, so only then is every element looked at. A sum in
+    the tensor's own dtype is the fastest: torch accumulates half precision in float32 all the same.
+    """
+    return 0 if bool(tensor.sum().isfinite()) else int((~tensor.isfinite()).sum())
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """View a tensor's elements as bytes, in row-major order, little-endian; no copy if it is contiguous on the CPU."""
     import torch

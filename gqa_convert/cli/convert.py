@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -193,16 +193,11 @@ def convert_command(
     _clear_work(planned, work)
     quality = None
     if measure is not False:
-        from gqa_convert.evaluate.quality import measure_conversion
+        from gqa_convert.evaluate.quality import recorded_quality
 
         insist = bool(measure) or data is not None
-        quality = measure_conversion(planned, result.out, data=data, insist=insist, device=device)
-        if quality.rise is not None:
-            from gqa_convert.conversion.card import refresh_card
-
-            refresh_card(result.out, quality.to_json())
-    described = replace(result, quality=None if quality is None else quality.to_json()).to_json()
-    emit(described, json, lambda: show_conversion.show_result(result, quality))
+        result, quality = recorded_quality(result, data=data, insist=insist, device=device)
+    emit(result.to_json(), json, lambda: show_conversion.show_result(result, quality))
 
 
 def _clear_work(planned: ConvertPlan, work: Path | None) -> None:

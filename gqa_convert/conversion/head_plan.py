@@ -17,7 +17,7 @@ PER_LAYER = "groups_per_layer"
 
 
 def as_groups(groups: int | Sequence[int] | HeadPlan) -> Groups:
-    """Return KV heads of all layers alike, or of each, from what a caller gives; equal ones become one number.
+    """Return KV heads of all layers alike, or of each, from what a caller gives.
 
     Raises:
         UsageError: if a number is none, or below 1.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from gqa_convert.checkpoint.dtypes import not_finite
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import CheckpointError
 from gqa_convert.merge.registry import get_method
@@ -55,13 +56,7 @@ def pooled_tensor(checkpoint: Checkpoint, operation: Pool) -> Tensor:
 
 
 def _check_finite(checkpoint: Checkpoint, key: str, x: Tensor) -> None:
-    import torch
-
-    # A sum is not finite if any element is not; it may also overflow, so only then is every element looked at. A sum
-    # in x's own dtype is the fastest: torch accumulates half precision in float32 all the same.
-    if torch.isfinite(x.sum()):
-        return
-    bad = int((~torch.isfinite(x)).sum())
+    bad = not_finite(x)
     if bad:
         raise CheckpointError(
             f"{checkpoint.tensors[key].file}: {key} holds {bad} values that are not finite (NaN or infinity), so its "

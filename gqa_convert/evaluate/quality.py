@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from gqa_convert.budget.machine import free_memory, matmul_rate
 from gqa_convert.hf.loading import pick_device
 
 if TYPE_CHECKING:
+    from gqa_convert.conversion.execute import ConvertResult
     from gqa_convert.conversion.plan import ConvertPlan
 
 SECONDS = 20.0
@@ -75,6 +76,28 @@ class Quality:
             for name, value in (("loss_before", self.loss_before), ("loss_after", self.loss_after))
         }
         return asdict(self) | perplexities | {"verdict": self.verdict}
+
+
+def recorded_quality(
+    result: ConvertResult, *, data: str | None = None, insist: bool = False, device: str = "auto"
+) -> tuple[ConvertResult, Quality]:
+    """Measure a finished conversion, and write the figures into its result and its card.
+
+    Args:
+        result: the conversion.
+        data: as for `measure_conversion`.
+        insist: as for `measure_conversion`.
+        device: as for `measure_conversion`.
+
+    Raises:
+        GQAConvertError: as `measure_conversion`.
+    """
+    from gqa_convert.conversion.card import refresh_card
+
+    quality = measure_conversion(result.plan, result.out, data=data, insist=insist, device=device)
+    if quality.rise is not None:
+        refresh_card(result.out, quality.to_json())
+    return replace(result, quality=quality.to_json()), quality
 
 
 def measure_conversion(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gqa_convert.checkpoint.dtypes import not_finite
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, chunked_loss, hidden_cosine
 
@@ -33,13 +34,12 @@ def check_finite(model: nn.Module, name: str) -> None:
     for key, parameter in model.named_parameters():
         if parameter.is_meta or hasattr(parameter, "placements") or not parameter.is_floating_point():
             continue
-        if not bool(parameter.sum(dtype=torch.float32).isfinite()):  # one number first; a large sum may overflow
-            wrong = int((~parameter.isfinite()).sum())
-            if wrong:
-                raise CheckpointError(
-                    f"{name}: {wrong:,} of the {parameter.numel():,} values of {key} are NaN or infinite. The "
-                    "checkpoint is damaged, or its training had diverged; use a sound one."
-                )
+        wrong = not_finite(parameter)
+        if wrong:
+            raise CheckpointError(
+                f"{name}: {wrong:,} of the {parameter.numel():,} values of {key} are NaN or infinite. The "
+                "checkpoint is damaged, or its training had diverged; use a sound one."
+            )
 
 
 def check_reads_text(model_type: str, cls: Any) -> None:

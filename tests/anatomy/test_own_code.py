@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from gqa_convert.errors import CheckpointError, HubError, UnsupportedModelError
 from gqa_convert.hf.loading import Source
 from tests import factories
 from tests.factories import SIZES
-from tests.support import Command
+from tests.support import Command, script_module
 
 GROUPS = 2
 IDS = torch.arange(3, 27)[None]
@@ -105,12 +103,7 @@ def write(folder: Path, body: str, *, name: str, **sizes: Any) -> Any:
     folder.mkdir(parents=True)
     file = folder / f"modeling_{name}.py"
     file.write_text(HEAD.format(name=name) + body + TAIL)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    code = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = code
-    spec.loader.exec_module(code)
+    code = script_module(file)
     torch.manual_seed(0)
     model = code.OwnForCausalLM(code.OwnConfig(**{**SIZES, **sizes})).eval()
     for parameter in model.parameters():

@@ -3,7 +3,6 @@
 FOLDER is what scripts/clients/setup.sh filled.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from gqa_convert.modeling.engines import summary, where_it_runs
 from gqa_convert.modeling.transpile.rule import all_rules
+from tests.support import script_module
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "clients"
 RESULTS = json.loads((SCRIPTS / "results.json").read_text())
@@ -22,13 +22,7 @@ MODELS = ("Llama", "GPT-NeoX, sequential", "Phi")
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return script_module(SCRIPTS / f"{name}.py")
 
 
 @pytest.mark.clients

@@ -18,7 +18,7 @@ from gqa_convert.uptrain.corpus import prepare_data
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
 from tests.uptrain.conftest import WORDS, make_tiny
-from tests.uptrain.test_run import losses, run, same_bits, stop_after, trained
+from tests.uptrain.test_run import check_resumed, run, stop_after
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}"
@@ -130,14 +130,7 @@ def test_eval_scores_the_assistants_turns(chat_folder, chat_file, tiny_folder, c
 def test_a_mixture_stopped_and_resumed_is_bitwise_the_same(mixed, tmp_path, monkeypatch, streaming) -> None:
     mixed["data"]["streaming"] = streaming
     run(mixed)
-    resumed = {**mixed, "output": str(tmp_path / "resumed")}
-    stop_after(monkeypatch, 9)
-    with pytest.raises(Preempted):
-        run(resumed)
-    monkeypatch.undo()
-    run(resumed)
-    assert same_bits(trained(mixed["output"]), trained(resumed["output"]))
-    assert losses(mixed["output"]) == losses(resumed["output"])
+    check_resumed(mixed, tmp_path / "resumed", monkeypatch)
 
 
 def test_every_set_has_its_curve_and_the_originals_line(mixed, teacher_folder) -> None:

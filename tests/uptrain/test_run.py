@@ -59,6 +59,18 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM) -> None:
     monkeypatch.setattr(loop, "train_step", train_step)
 
 
+def check_resumed(settings, folder, monkeypatch) -> None:
+    """What `settings` came to is what they come to in `folder` after a stop at step 9, bit for bit."""
+    resumed = {**settings, "output": str(folder)}
+    stop_after(monkeypatch, 9)
+    with pytest.raises(Preempted):
+        run(resumed)
+    monkeypatch.undo()
+    run(resumed)
+    assert same_bits(trained(settings["output"]), trained(folder))
+    assert losses(settings["output"]) == losses(folder)
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["", "dropout"])
 def test_stopped_by_a_signal_and_resumed_is_bitwise_the_same(

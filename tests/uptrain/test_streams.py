@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from gqa_convert.data.strided import StridedBlocks
-from gqa_convert.errors import Preempted, UsageError
+from gqa_convert.errors import UsageError
 from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.corpus import prepare_data
 from gqa_convert.uptrain.read_config import parse_config
 from tests.uptrain.conftest import WORDS
-from tests.uptrain.test_run import losses, run, same_bits, stop_after, trained
+from tests.uptrain.test_run import check_resumed, run
 
 
 @pytest.fixture
@@ -31,14 +31,7 @@ def test_a_dealt_out_run_stopped_and_resumed_is_bitwise_the_same(streamed, tmp_p
     state = json.loads((Path(streamed["output"]) / "checkpoints/step-00000020/state.json").read_text())
     assert state["data"]["count"] == 4  # of 5 shards, for steps of 4 sequences
     assert len(state["data"]["streams"]) == 4
-    resumed = {**streamed, "output": str(tmp_path / "resumed")}
-    stop_after(monkeypatch, 9)
-    with pytest.raises(Preempted):
-        run(resumed)
-    monkeypatch.undo()
-    run(resumed)
-    assert same_bits(trained(streamed["output"]), trained(resumed["output"]))
-    assert losses(streamed["output"]) == losses(resumed["output"])
+    check_resumed(streamed, tmp_path / "resumed", monkeypatch)
 
 
 def test_streams_that_do_not_divide_a_step_are_refused(streamed) -> None:
