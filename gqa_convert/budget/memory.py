@@ -208,9 +208,8 @@ def _trained(shape: ModelShape, setup: TrainingSetup) -> int:
 def _activations(shape: ModelShape, setup: TrainingSetup, narrow: int) -> int:
     """What a forward pass keeps for the backward pass; the block is Llama's: two norms, attention, a gated MLP."""
     tokens = setup.context * setup.micro_batch
-    width, inner = shape.hidden_size, 0
-    mlp = max(0, _layer_parameters(shape) - _attention_parameters(shape))
-    inner = mlp // (3 * width)
+    width = shape.hidden_size
+    inner = max(0, _layer_parameters(shape) - _attention_parameters(shape)) // (3 * width)
     learns_mlp = setup.parameters == "all"
     # A norm computes in float32: its input, and what its weight is multiplied with if that is learnt.
     norms = 2 * width * (4 + narrow * learns_mlp)
