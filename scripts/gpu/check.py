@@ -177,7 +177,7 @@ def all_pieces(out: Path, scale: Scale, devices: int) -> list[Piece]:
         Piece(
             name="decode",
             command=[*cli, "bench", model, grouped, "--mode", "eager" if on_cpu else "graph",
-                     "--batch", "1,2" if on_cpu else "1,8,32", "--context", "32" if on_cpu else "512,2k",
+                     "--batch", "1,2" if on_cpu else "1,8,32", "--cache-context", "32" if on_cpu else "512,2k",
                      "--cache", "static", "--rounds", "2" if on_cpu else "7", "--prefill-tokens", "0",
                      "--device", scale.device, "--json"],
             environment=plain,
