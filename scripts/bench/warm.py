@@ -37,6 +37,16 @@ class Outcome:
     peak_mb: int
 
 
+def _renew_threads() -> None:
+    """Let torch make its thread pool anew, which a fork has not got.
+
+    It does so at the first call, but several threads at once, as transformers loads with, race for it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(torch.get_num_threads())
+
+
 def in_fork(work: Callable[[], Any], *, seconds: float) -> Outcome:
     """Run `work` in a fork and return what it returns; a fork that is not done after `seconds` is killed."""
     reader, writer = os.pipe()
@@ -47,6 +57,7 @@ def in_fork(work: Callable[[], Any], *, seconds: float) -> Outcome:
             os.close(reader)
             os.setsid()
             held = _virtual_bytes()
+            _renew_threads()
             # Whoever asks for more than that is refused by the system, and this machine stays usable.
             resource.setrlimit(resource.RLIMIT_AS, (held + _HEADROOM, held + _HEADROOM))
             answer = pickle.dumps(work())
