@@ -9,6 +9,7 @@ from gqa_convert.budget.arithmetic import budget, horizon
 from gqa_convert.budget.counts import format_count, parse_bytes, parse_count, parse_counts
 from gqa_convert.budget.shape import devices, known_model, known_models, peak_flops, shape_of_folder
 from gqa_convert.errors import UsageError
+from tests import factories
 from tests.support import Command
 
 
@@ -165,6 +166,26 @@ def test_a_folders_shape_is_read_from_headers(tmp_path) -> None:
     assert shape.parameters == model.num_parameters()
     assert shape.matmul_parameters == shape.parameters - 99 * 32
     assert (shape.layers, shape.attention_width, shape.context, shape.weight_bytes) == (2, 32, 128, 4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("num_key_value_heads", "data/text.jsonl"), ("num_attention_heads", 0), ("vocab_size", True), ("head_dim", -8)],
+)
+def test_a_setting_that_is_no_count_is_named(tmp_path, setting: str, value: object) -> None:
+    factories.make(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, setting: value}))
+    with pytest.raises(UsageError, match=setting):
+        shape_of_folder(tmp_path / "model")
+
+
+def test_layers_with_their_own_kv_heads_count_by_their_mean(tmp_path) -> None:
+    factories.make(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "num_key_value_heads": [1, 4, 4]}))
+    assert shape_of_folder(tmp_path / "model").kv_width == 3 * head_dim
 
 
 def test_the_command_prints_json_without_torch() -> None:

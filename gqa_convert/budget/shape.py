@@ -162,9 +162,10 @@ def shape_of_folder(folder: Path) -> ModelShape:
     )
     hidden = _first(folder, text, "hidden_size", "d_model", "n_embd", "dim")
     heads = _first(folder, text, "num_attention_heads", "num_heads", "n_head", "n_heads", "decoder_attention_heads")
-    head_dim = text.get("head_dim") or text.get("d_kv") or hidden // heads
+    stated = [name for name in ("head_dim", "d_kv") if text.get(name)]
+    head_dim = _first(folder, text, *stated) if stated else hidden // heads
     sizes = {key: _elements(info.shape) for key, info in checkpoint.tensors.items()}
-    vocab = text.get("vocab_size", 0)
+    vocab = _first(folder, text, "vocab_size") if "vocab_size" in text else 0
     tables = [key for key, info in checkpoint.tensors.items() if tuple(info.shape) == (vocab, hidden)]
     encoder = sum(count for key, count in sizes.items() if key.startswith(("encoder.", "model.encoder.")))
     dtypes = [BITS[info.dtype] // 8 if info.dtype in FLOATS else 2 for info in checkpoint.tensors.values()]
@@ -181,16 +182,33 @@ def shape_of_folder(folder: Path) -> ModelShape:
         context=stated_context(text.get) or 2048,
         weight_bytes=max(set(dtypes), key=dtypes.count),
         hidden_size=hidden,
-        vocab_size=int(vocab),
-        kv_width=int(text.get("num_key_value_heads") or heads) * head_dim,
+        vocab_size=vocab,
+        kv_width=_kv_heads(folder, text, heads) * head_dim,
     )
 
 
+def _kv_heads(folder: Path, config: dict[str, Any], heads: int) -> int:
+    """KV heads of a layer; where every layer states its own, their mean, rounded up."""
+    stated = config.get("num_key_value_heads")
+    if not stated:
+        return heads
+    if isinstance(stated, list):
+        counts = [_first(folder, {"num_key_value_heads": count}, "num_key_value_heads") for count in stated]
+        return -(-sum(counts) // len(counts))
+    return _first(folder, config, "num_key_value_heads")
+
+
 def _first(folder: Path, config: dict[str, Any], *names: str) -> int:
+    """The first of these settings that is a whole number above 0."""
     for name in names:
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    raise UsageError(f"{folder / 'config.json'}: has none of {', '.join(names)}, so its cost cannot be computed.")
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    what = " and ".join(f"{name} is {config[name]!r:.80}" for name in names if name in config) or "they are missing"
+    raise UsageError(
+        f"{folder / 'config.json'}: {' or '.join(names)} must be a whole number above 0, and {what}; "
+        "its cost cannot be computed."
+    )
 
 
 def _elements(shape: tuple[int, ...]) -> int:
