@@ -17,6 +17,7 @@ from gqa_convert.evaluate.sweep import run as sweep_module
 from gqa_convert.evaluate.sweep.points import SweepPoint, from_json, frontier, recommend
 from gqa_convert.evaluate.sweep.run import sweep
 from gqa_convert.evaluate.sweep.settings import SweepSettings
+from tests.support import Command
 
 
 def point(groups: int, loss: float, high: float | None = None, variant: str = "mean") -> SweepPoint:
@@ -116,6 +117,32 @@ def test_a_failed_point_does_not_lose_the_rest(
     monkeypatch.setattr(sweep_module, "execute", whole)
     again = sweep(str(llama), tmp_path / "run", settings(lines, sensitivity=False))
     assert [p.status for p in again.points] == ["done", "done"]
+
+
+def test_a_budget_is_spent_where_layers_need_it(
+    llama: Path, lines: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_convert.evaluate.kv_budget.WINDOWS", 2)
+    run = tmp_path / "run"
+    swept = command(
+        "gqa", "sweep", llama, "--groups", 2, "--kv-budget", "75%,groups=2", "--data", lines, "--max-windows", 4,
+        "--no-bench", "--no-sensitivity", "--out", run,
+    )  # fmt: skip
+    assert swept.code == 0, swept.err
+    points = [from_json(p) for p in json.loads((run / "sweep.json").read_text())["points"]]
+    assert [p.name for p in points] == ["mean-g2", "mean-kv75%", "mean-kvgroups-2"]
+    assert sorted(points[1].groups_per_layer) == [2, 4]
+    assert points[1].heads == "~3"
+    assert points[1].cache_ratio == pytest.approx(0.75)
+    assert points[2].cache_ratio is not None
+    assert points[2].cache_ratio <= 0.5
+    assert points[1].loss_difference is not None
+    assert "2,4" in swept.out or "4,2" in swept.out
+    reported = command("gqa", "report", run)
+    assert reported.code == 0, reported.err
+    page = (run / "report.html").read_text()
+    assert "KV heads of each layer" in page
+    assert "--kv-budget=75%,groups=2" in page.replace("&#39;", "'").replace("'", "")
 
 
 @pytest.mark.parametrize(
