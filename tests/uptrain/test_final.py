@@ -38,6 +38,9 @@ def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype)
     again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     assert torch.allclose(again.lm_head.weight, model.lm_head.weight, atol=0 if dtype == torch.float32 else 5e-3)
     assert json.loads((target / "gqa_convert.json").read_text())["uptraining"] == {"steps": 1}
+    card = (target / "README.md").read_text()
+    assert "# source\n\nsource, trained further. No attention heads were merged." in card
+    assert "None" not in card
 
 
 def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path) -> None:
