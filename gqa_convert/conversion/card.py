@@ -97,7 +97,7 @@ def card_text(folder: Path, record: Mapping[str, Any], quality: Mapping[str, Any
     repo = str(as_object(source.get("hub")).get("repo_id") or "")
     name = " ".join(str(repo or source.get("name") or folder.name).split())
     heads = _heads(after)
-    title = Path(name).name + (f", {heads} KV head{'s' if heads != '1' else ''}" if conversion else "")
+    title = Path(name).name + (f", {heads} KV head{'s' if heads != '1' else ''}" if after else "")
     training = as_object(record.get("uptraining"))
     front = metadata(folder, repo, title, _results(config, quality))
     sections = [
@@ -106,7 +106,7 @@ def card_text(folder: Path, record: Mapping[str, Any], quality: Mapping[str, Any
         f"{plain(name)} converted to grouped-query attention: {_heads(before)} KV heads became {heads}, shared "
         f"by {after.get('query_heads')} query heads. Nothing else of the model was changed"
         + (", and the result was trained further." if training else ".")
-        if conversion
+        if after
         else f"{plain(name)}, trained further. No attention heads were merged.",
         "## What it costs\n\n" + _cost(conversion, training, quality),
         "## How to load\n\n" + loading(folder),
@@ -275,7 +275,7 @@ def _cost(conversion: Mapping[str, Any], training: Mapping[str, Any], quality: M
         tokens = training.get("tokens")
         lines.append(
             (
-                f"Trained on {tokens:,} tokens{' after the conversion' if conversion else ''}. "
+                f"Trained on {tokens:,} tokens{' after the conversion' if conversion.get('after') else ''}. "
                 if isinstance(tokens, int)
                 else ""
             )
@@ -305,7 +305,7 @@ def _cost(conversion: Mapping[str, Any], training: Mapping[str, Any], quality: M
 
 def _making(record: Mapping[str, Any]) -> str:
     conversion = as_object(record.get("conversion"))
-    if not conversion:
+    if not conversion.get("after"):
         return "Trained with `gqa uptrain`. `gqa_convert.json` has the whole record."
     recipe = as_object(conversion.get("recipe")) or {"method": conversion.get("method")}
     heads = _heads(as_object(conversion.get("after")))

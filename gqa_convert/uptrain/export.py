@@ -86,8 +86,8 @@ def write_final(
             write_text(stage / CONFIG, checkpoint.config_text)
         _readable(stage)
         digests = {key: tensor_digest(info) for key, info in Checkpoint.open(stage).tensors.items()}
-        told = checkpoint.provenance or {"source": {"name": source_identity(checkpoint)["name"]}}
-        record = {**told, "uptraining": uptraining, "tensors": digests}
+        own = {"source": {"name": source_identity(checkpoint)["name"]}}  # where no conversion said what it came from
+        record = {**own, **(checkpoint.provenance or {}), "uptraining": uptraining, "tensors": digests}
         if card is None or is_signed(card):  # the conversion's own; what it says was true before the training
             write_card(stage, record)
         write_provenance(stage / PROVENANCE, record)

@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from layer_proxies import proxies
+
 from gqa_convert.conversion.head_plan import budget_bytes, legal_counts
 from gqa_convert.conversion.plan import ConvertPlan, plan_source, present_heads
 from gqa_convert.conversion.recipe import make_recipe
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--random", type=int, default=200)
+    parser.add_argument("--no-proxies", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("uneven-work"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -62,7 +65,7 @@ def main() -> None:
             result["runs"].append(run)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-            print(json.dumps({key: value for key, value in run.items() if key != "random"}))
+            print(json.dumps({k: v for k, v in run.items() if k not in ("random", "proxies")}), flush=True)
 
 
 def measure(args: argparse.Namespace, seed: int) -> Any:
@@ -108,11 +111,30 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
             even = _sums(assembly, [same[0]] * len(present), present)
             run["even"] = {"groups": same[0]} | _figures(even)
             run["uneven_minus_even"] = {name: _difference(uneven, even, name) for name in ("kl", "loss")}
+        if text == args.budgets.split(",")[0] and not args.no_proxies:
+            run["proxies"] = _proxies(Assembly(plans, solved, choosing), found, present)
         run["random"] = _random(assembly, found, present, weights, budget, args.random, seed)
         kls = [each["kl"] for each in run["random"]]
         run["rank"] = sum(kl < run["held_out"]["kl"] for kl in kls) / max(1, len(kls))
         run["correlation"] = _spearman([each["predicted"] for each in run["random"]], kls)
         yield run
+
+
+def _proxies(assembly: Assembly, found: Allocation, present: Sequence[int]) -> dict[str, Any]:
+    """How well cheap estimates rank what was measured of single layers, and what both took."""
+    wanted = [(i, count) for i, layer in enumerate(found.costs) for count in layer if count != present[i]]
+    measured = [found.costs[layer][count].kl for layer, count in wanted]
+    started = time.monotonic()
+    assembly.measure(dict(wanted[:1]))
+    once = time.monotonic() - started
+    estimated = proxies(assembly, wanted)
+    return {
+        "wanted": wanted,
+        "measured_kl": measured,
+        "measured_sum_of_costs_took_about_s": round(once * len(wanted), 1),
+        **estimated,
+        "correlation": {name: _spearman(estimated[name], measured) for name in ("fisher", "local")},
+    }
 
 
 def _sums(assembly: Assembly, counts: Sequence[int], present: Sequence[int]) -> tuple[WindowSums, WindowSums]:
