@@ -31,7 +31,18 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "--data": ("convert", "eval", "sweep"),
 }
 # Options that take another kind of value, or other words, on some commands; anything else is the same everywhere.
-OTHER_WORDS = {"--out", "--dtype", "--data", "--tokens", "--context", "--groups", "--seed", "--work", "--batch"}
+OTHER_WORDS = {
+    "--out",
+    "--dtype",
+    "--data",
+    "--tokens",
+    "--context",
+    "--groups",
+    "--kv-budget",
+    "--seed",
+    "--work",
+    "--batch",
+}
 OTHER_WORDS |= {"--refit", "--cache-context", "--steps"}
 OTHER_KIND = {"--groups": "a list, where many are tried"}
 

@@ -24,6 +24,9 @@ from tests.report.make_run import HOSTILE, bench, comparison, evaluation, write_
 
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
 
+DRAWN = [name for name in DRAWINGS if name != "heads"]
+"""Of a run none of whose points has layers that differ; `tests/evaluate/test_sweep.py` draws one that has."""
+
 
 class Outline(HTMLParser):
     """Every tag and attribute value of a page; fails on tags that are not closed in order."""
@@ -70,7 +73,7 @@ def test_the_page_needs_nothing_else(made: Path) -> None:
     assert len(set(outline.ids)) == len(outline.ids), "ids of different plots must not clash"
     assert "prefers-color-scheme:dark" in text
     assert 'name="viewport"' in text
-    assert outline.tags.count("svg") == len(DRAWINGS)
+    assert outline.tags.count("svg") == len(DRAWN)
 
 
 def test_what_came_from_outside_is_escaped(made: Path) -> None:
@@ -80,7 +83,7 @@ def test_what_came_from_outside_is_escaped(made: Path) -> None:
 
 
 def test_every_plot_is_a_file_too(made: Path) -> None:
-    for name in DRAWINGS:
+    for name in DRAWN:
         assert (made / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert ElementTree.parse(made / "plots" / f"{name}.svg").getroot().tag.endswith("svg")
     assert set(TITLES) == set(DRAWINGS)
@@ -195,7 +198,7 @@ def test_a_run_written_before_metrics_were_rows_still_makes_a_report(tmp_path: P
     text = report.page.read_text()
     for cell in ("4.0300", "+0.0300 [+0.0200, +0.0400]", "90.0%", "512 B", "x 0.25", "x 0.50 (faster)", "60.34"):
         assert f"<td>{cell}</td>" in text
-    assert len(report.plots) == 2 * len(DRAWINGS)
+    assert len(report.plots) == 2 * len(DRAWN)
     assert len(report.cards) == 3
 
 
@@ -230,7 +233,7 @@ def test_tables_and_drawings_can_be_read_aloud(made: Path) -> None:
     assert text.count("<table>") == text.count('<thead><tr><th scope="col"') == 2
     assert re.findall(r"<tr[^>]*><t[dh](?! scope)", text) == [], "the first cell of every row names it"
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', text)
-    assert [label.split(".")[0] for label in labels] == list(TITLES.values())
+    assert [label.split(".")[0] for label in labels] == [TITLES[name] for name in DRAWN]
     assert all('role="region"' in box and "tabindex" in box for box in re.findall(r'<div class="scroll"[^>]*>', text))
 
 
@@ -302,10 +305,10 @@ def test_without_matplotlib_it_says_what_to_install(made: Path, monkeypatch: pyt
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = write_run(tmp_path)
-    monkeypatch.setattr(writing, "draw_all", lambda run, folder: dict.fromkeys(DRAWINGS, "<svg></svg>"))
+    monkeypatch.setattr(writing, "draw_all", lambda run, folder: dict.fromkeys(DRAWN, "<svg></svg>"))
     shown = CliRunner().invoke(app, ["report", str(made)])
     assert shown.exit_code == 0, shown.output
     assert "Take 2 KV heads by pca" in shown.output
     found = json.loads(CliRunner().invoke(app, ["report", str(made), "--json", "--no-cards"]).stdout)
     assert found["cards"] == []
-    assert len(found["plots"]) == 2 * len(DRAWINGS)
+    assert len(found["plots"]) == 2 * len(DRAWN)
