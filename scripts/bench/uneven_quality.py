@@ -24,8 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from layer_proxies import proxies
-
 from gqa_convert.conversion.head_plan import budget_bytes, legal_counts
 from gqa_convert.conversion.plan import ConvertPlan, plan_source, present_heads
 from gqa_convert.conversion.recipe import make_recipe
@@ -34,6 +32,7 @@ from gqa_convert.evaluate import models
 from gqa_convert.evaluate.allocation import BATCH, Allocation, Assembly, allocate, layer_bytes
 from gqa_convert.evaluate.evaluation import EvalSettings, make_task
 from gqa_convert.evaluate.intervals import mean_per_token
+from gqa_convert.evaluate.layer_estimates import estimated_costs
 from gqa_convert.evaluate.scoring import WindowSums, score
 
 
@@ -50,7 +49,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--random", type=int, default=200)
-    parser.add_argument("--no-proxies", action="store_true")
+    parser.add_argument("--no-proxies", action="store_true", help="leave out the estimates of single layers")
+    parser.add_argument("--kv-costs", default="measured", help="as of gqa-convert")
     parser.add_argument("--work", type=Path, default=Path("uneven-work"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -89,7 +89,9 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
     for text in args.budgets.split(","):
         budget = budget_bytes(text, before, lambda groups: plans[groups].kv_cache_bytes_per_token_after)
         started = time.monotonic()
-        found = allocate(plans, present, options, budget, choosing, work=args.work, data=args.data)
+        found = allocate(
+            plans, present, options, budget, choosing, work=args.work, data=args.data, costs_by=args.kv_costs
+        )
         seconds = time.monotonic() - started
         solved = {g: None if p.blocks is None else solve_blocks(p, args.work) for g, p in plans.items()}
         assembly = Assembly(plans, solved, held_out)
@@ -127,13 +129,16 @@ def _proxies(assembly: Assembly, found: Allocation, present: Sequence[int]) -> d
     started = time.monotonic()
     assembly.measure(dict(wanted[:1]))
     once = time.monotonic() - started
-    estimated = proxies(assembly, wanted)
+    started = time.monotonic()
+    estimates = list(estimated_costs(assembly, wanted, batch=BATCH).values())
+    estimated = {"fisher": [each.kl for each in estimates], "local": [each.error for each in estimates]}
     return {
         "wanted": wanted,
         "measured_kl": measured,
         "measured_sum_of_costs_took_about_s": round(once * len(wanted), 1),
         **estimated,
-        "correlation": {name: _spearman(estimated[name], measured) for name in ("fisher", "local")},
+        "seconds": round(time.monotonic() - started, 1),
+        "correlation": {name: _spearman(values, measured) for name, values in estimated.items()},
     }
 
 
