@@ -55,7 +55,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     result: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(args).items() if name not in ("out", "work")},
+        "settings": {
+            name: Path(value).name if name in ("model", "data", "calibrate") else str(value)
+            for name, value in vars(args).items()
+            if name not in ("out", "work")
+        },
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {platform.system()}",
         "runs": [],
