@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_layers_outside_the_module_tree_are_merged_too(tmp_path: Path) -> None:
     """Multi-token-prediction layers are in the checkpoint but not in the model, and share the decoder's KV heads."""
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-    sizes = {**factories.SIZES, "num_hidden_layers": 2, "head_dim": 8, "first_k_dense_replace": 2}
+    sizes: dict[str, Any] = {**factories.SIZES, "num_hidden_layers": 2, "head_dim": 8, "first_k_dense_replace": 2}
     config = Glm4MoeConfig(**sizes, num_key_value_heads=HEADS, n_routed_experts=2, num_experts_per_tok=1)
     source = tmp_path / "source"
     Glm4MoeForCausalLM(config).save_pretrained(source)

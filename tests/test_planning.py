@@ -22,7 +22,7 @@ def cache_bytes_per_token(folder: Path, family: str, dtype: torch.dtype) -> int:
     model = factories.load(folder, family).to(dtype)
     ids = factories.token_ids(1, 9)
     cache = model(input_ids=ids, use_cache=True).past_key_values
-    total = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    total: int = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     return total // ids.shape[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_search_alone_moves_heads_under_the_mean(tmp_path: Path) -> None:
         ({"refit_lr": -1.0}, "--refit-lr -1.0"),
     ],
 )
-def test_choices_that_cannot_be_honoured(chosen: dict[str, object], message: str) -> None:
+def test_choices_that_cannot_be_honoured(chosen: dict[str, Any], message: str) -> None:
     chosen = dict(chosen)
     preset = chosen.pop("preset", None)
     with pytest.raises(UsageError, match=message):

@@ -30,7 +30,7 @@ def test_every_family_has_one_main_field(family: str) -> None:
 
 def test_an_absent_key_means_what_the_class_says() -> None:
     """Not every class reads an absent key as MHA: most default to a number of their own."""
-    values = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    values: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     assert fields_of(transformers.LlamaConfig(**values))[0].kv_heads == HEADS
     assert fields_of(transformers.MistralConfig(**{**values, "num_attention_heads": 32}))[0].kv_heads == 8
 

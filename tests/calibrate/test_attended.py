@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from gqa_convert.calibrate.hooks import part_of
 from gqa_convert.calibrate.input_statistics import InputMoments
 from gqa_convert.calibrate.solve import solve
 from gqa_convert.conversion.recipe import Recipe
+from tests.calibrate.conftest import Case, Saved
 
 
 def attention_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -55,7 +58,9 @@ def eager_columns(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     ("model_type", "sizes"),
     [("llama", {}), ("llama", {"num_heads": 4, "num_kv_heads": 2}), ("mistral", {}), ("t5", {}), ("gpt_neox", {})],
 )
-def test_what_is_received_is_the_column_sum_of_the_weights(model_type, sizes, saved, tokens) -> None:
+def test_what_is_received_is_the_column_sum_of_the_weights(
+    model_type: str, sizes: dict[str, Any], saved: Callable[..., Saved], tokens: torch.Tensor
+) -> None:
     model = saved(model_type, **sizes).model
     expected = eager_columns(model, tokens)
     modules = attention_modules(model)
@@ -74,7 +79,7 @@ def test_what_is_received_is_the_column_sum_of_the_weights(model_type, sizes, sa
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_that_a_module_returns_do_as_well(saved, tokens) -> None:
+def test_weights_that_a_module_returns_do_as_well(saved: Callable[..., Saved], tokens: torch.Tensor) -> None:
     model = saved("llama").model
     expected = eager_columns(model, tokens)
     modules = attention_modules(model)
@@ -87,7 +92,7 @@ def test_weights_that_a_module_returns_do_as_well(saved, tokens) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_the_outputs_stay_and_nothing_is_left_behind(saved, tokens) -> None:
+def test_the_outputs_stay_and_nothing_is_left_behind(saved: Callable[..., Saved], tokens: torch.Tensor) -> None:
     model = saved("llama").model
     hooks = [len(module._forward_hooks) for module in model.modules()]
     before = run(model, tokens).logits
@@ -131,7 +136,7 @@ def test_received_alike_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("received", [torch.ones(2, 4), torch.zeros(2, 5)])
-def test_another_number_of_tokens_or_no_attention_at_all_counts_alike(received) -> None:
+def test_another_number_of_tokens_or_no_attention_at_all_counts_alike(received: torch.Tensor) -> None:
     x = torch.randn(2, 5, 3)
     moments = InputMoments()
     moments.add(x, x, received)
@@ -151,7 +156,7 @@ def solved(found: Any, work: Any, inputs: Any) -> Any:
     )
 
 
-def test_solving_counts_tokens_by_attention(case, tokens, work) -> None:
+def test_solving_counts_tokens_by_attention(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
     found = case("llama")
     model, names = found.saved.model, found.blocks[0]
     read: list[torch.Tensor] = []
@@ -168,7 +173,9 @@ def test_solving_counts_tokens_by_attention(case, tokens, work) -> None:
     assert not [note for note in done.notes if "alike" in note]
 
 
-def test_blocks_whose_attention_is_not_seen_are_named(case, tokens, work, monkeypatch) -> None:
+def test_blocks_whose_attention_is_not_seen_are_named(
+    case: Callable[..., Case], tokens: torch.Tensor, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = case("llama")
     monkeypatch.setattr(session, "attention_received", lambda modules: attention_received(()))
     (note,) = solved(found, work, tokens).notes
@@ -177,7 +184,7 @@ def test_blocks_whose_attention_is_not_seen_are_named(case, tokens, work, monkey
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gpt2", "opt", "t5", "bart", "gemma2"])
-def test_attention_is_seen_in(model_type, case, tokens, work) -> None:
+def test_attention_is_seen_in(model_type: str, case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
     found = case(model_type)
     inputs = {"input_ids": tokens}
     if found.saved.config.is_encoder_decoder:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,10 +11,11 @@ from gqa_convert.calibrate.input_statistics import InputMoments, read_statistics
 from gqa_convert.calibrate.layer_stream import LayerStream
 from gqa_convert.calibrate.tokens import batches
 from gqa_convert.hf.partial import PartialModel
+from tests.calibrate.conftest import Case
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text"])
-def test_moments_are_those_of_the_inputs(model_type, case, tokens) -> None:
+def test_moments_are_those_of_the_inputs(model_type: str, case: Callable[..., Case], tokens: torch.Tensor) -> None:
     found = case(model_type)
     inputs: dict[str, list[torch.Tensor]] = {names.module: [] for names in found.blocks}
     handles = [
@@ -61,7 +65,7 @@ def test_a_long_sum_does_not_drift() -> None:
     assert abs(float(moments.statistics().moment[0, 0]) - float(x[0, 0].double()) ** 2) < 1e-14
 
 
-def test_statistics_come_back_from_their_file(work) -> None:
+def test_statistics_come_back_from_their_file(work: Path) -> None:
     store = statistics_store(work, {"source": "a"})
     moments = InputMoments()
     moments.add(torch.randn(3, 5, 8), torch.randn(3, 7, 6))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gqa_convert.conversion.tensors import pooled_tensor
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.hf.loading import Source
 from tests import factories
+from tests.calibrate.conftest import Case
 
 FAST = Recipe(method="pca", grouping="search", fold=True, max_context=32, calibrate="text", refit_tokens=64)
 REFIT = Recipe(**{**vars(FAST), "refit": True, "refit_steps": 30})
@@ -39,7 +41,7 @@ def loss(found: Any, result: SolvedLayers, tokens: torch.Tensor) -> float:
         return float((found.converted(state(result))(tokens, use_cache=False).logits - wanted).square().mean())
 
 
-def test_mean_is_the_conversion_that_pools(case, work) -> None:
+def test_mean_is_the_conversion_that_pools(case: Callable[..., Case], work: Path) -> None:
     found = case("qwen2")
     result = solved(found, Recipe(), None, work)
     for merge in found.anatomy.merges:
@@ -49,7 +51,9 @@ def test_mean_is_the_conversion_that_pools(case, work) -> None:
 
 
 @pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"])
-def test_a_model_that_computes_what_is_not_finite_is_refused(key, case, tokens, work, tmp_path) -> None:
+def test_a_model_that_computes_what_is_not_finite_is_refused(
+    key: str, case: Callable[..., Case], tokens: torch.Tensor, work: Path, tmp_path: Path
+) -> None:
     found = case("llama")
     folder = tmp_path / "damaged"
     shutil.copytree(found.saved.checkpoint.folder, folder)
@@ -61,7 +65,9 @@ def test_a_model_that_computes_what_is_not_finite_is_refused(key, case, tokens, 
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "mixtral", "gpt2", "opt"])
-def test_a_refit_is_far_better_than_the_mean_for_any_family(model_type, case, tokens, work) -> None:
+def test_a_refit_is_far_better_than_the_mean_for_any_family(
+    model_type: str, case: Callable[..., Case], tokens: torch.Tensor, work: Path
+) -> None:
     found = case(model_type)
     recipe = REFIT if found.freedom.permutable else Recipe(**{**vars(REFIT), "grouping": "contiguous"})
     mean = loss(found, solved(found, Recipe(), None, work), tokens)
@@ -75,7 +81,7 @@ def test_a_refit_is_far_better_than_the_mean_for_any_family(model_type, case, to
         assert report.seconds > 0
 
 
-def test_each_step_is_worth_its_while(case, tokens, work) -> None:
+def test_each_step_is_worth_its_while(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
     found = case("llama")
     fast, refit = (Recipe(**{**vars(recipe), "grouping": "contiguous"}) for recipe in (FAST, REFIT))
     plain = loss(found, solved(found, fast, tokens, work), tokens)
@@ -84,7 +90,9 @@ def test_each_step_is_worth_its_while(case, tokens, work) -> None:
     assert loss(found, solved(found, refit, tokens, work), tokens) < plain
 
 
-def test_o_proj_stays_as_it_is_where_nothing_better_is_found(case, tokens, work) -> None:
+def test_o_proj_stays_as_it_is_where_nothing_better_is_found(
+    case: Callable[..., Case], tokens: torch.Tensor, work: Path
+) -> None:
     """A layer that its positions tell nothing new about keeps the merged o_proj: refitting never worsens it."""
     found = case("llama")
     plain = loss(found, solved(found, FAST, tokens, work), tokens)
@@ -92,7 +100,7 @@ def test_o_proj_stays_as_it_is_where_nothing_better_is_found(case, tokens, work)
     assert loss(found, solved(found, least_squares, tokens, work), tokens) <= plain
 
 
-def test_a_grouped_source(case, tokens, work) -> None:
+def test_a_grouped_source(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
     found = case("mistral", 2, num_kv_heads=4)
     result = solved(found, REFIT, tokens, work)
     assert result.tensor("model.layers.0.self_attn.k_proj.weight").shape[0] == 2 * found.anatomy.head_dim
@@ -103,7 +111,9 @@ class Interruption(Exception):
     """What a user's Ctrl-C would be."""
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(case, tokens, tmp_path, monkeypatch) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    case: Callable[..., Case], tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = case("llama", num_layers=3)
     straight = solved(found, REFIT, tokens, tmp_path / "straight")
 
@@ -125,7 +135,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(case, tokens, tmp_path, mon
     assert [r.error_after for r in again.reports] == [r.error_after for r in straight.reports]
 
 
-def test_moments_serve_another_method_and_number_of_groups(case, tokens, work, monkeypatch) -> None:
+def test_moments_serve_another_method_and_number_of_groups(
+    case: Callable[..., Case], tokens: torch.Tensor, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = solved(case("llama", 2), FAST, tokens, work)
     monkeypatch.setattr(session, "LayerStream", None)  # running anything would fail
     second = solved(case("llama", 4), Recipe(**{**vars(FAST), "method": "aligned", "fold": False}), tokens, work)
@@ -134,14 +146,16 @@ def test_moments_serve_another_method_and_number_of_groups(case, tokens, work, m
     assert len(list(work.glob("moments-*"))) == 1
 
 
-def test_other_text_is_other_work(case, tokens, work) -> None:
+def test_other_text_is_other_work(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
     found = case("llama")
     solved(found, FAST, tokens, work)
     solved(found, FAST, tokens.flip(0), work)
     assert len(list(work.glob("moments-*"))) == len(list(work.glob("layers-*"))) == 2
 
 
-def test_spilling_changes_nothing(case, tokens, tmp_path, monkeypatch) -> None:
+def test_spilling_changes_nothing(
+    case: Callable[..., Case], tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = case("llama")
     plain = state(solved(found, REFIT, tokens, tmp_path / "a"))
     monkeypatch.setattr(activations, "_SMALL", 1)
@@ -153,14 +167,14 @@ def test_spilling_changes_nothing(case, tokens, tmp_path, monkeypatch) -> None:
     assert all(torch.equal(plain[name], spilled[name]) for name in plain)
 
 
-def test_bfloat16_layers(case, tokens, work) -> None:
+def test_bfloat16_layers(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
     found = case("llama")
     result = solved(found, REFIT, tokens, work, dtype=torch.bfloat16)
     assert all((report.error_after or 1) < (report.error_before or 0) for report in result.reports)
     assert {tensor.dtype for tensor in state(result).values()} == {torch.float32}
 
 
-def test_norms_over_all_heads_are_pooled_too(case, tokens, work) -> None:
+def test_norms_over_all_heads_are_pooled_too(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
     found = case("olmo2")
     result = solved(found, Recipe(method="pca", calibrate="text"), tokens, work)
     name = "model.layers.0.self_attn.k_norm.weight"
@@ -168,7 +182,7 @@ def test_norms_over_all_heads_are_pooled_too(case, tokens, work) -> None:
     torch.testing.assert_close(result.tensor(name), expected)
 
 
-def test_a_fold_needs_a_context(case, work, monkeypatch) -> None:
+def test_a_fold_needs_a_context(case: Callable[..., Case], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gqa_convert.calibrate.session.max_positions", lambda config: None)
     with pytest.raises(UsageError, match="--max-context"):
         solved(case("llama"), Recipe(method="pca", fold=True), None, work)

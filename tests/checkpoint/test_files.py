@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_a_link_made_at_the_last_moment_leads_nowhere(tmp_path: Path, monkeypatc
     checkpoint = Checkpoint.open(folder)
     regular = files.open_regular
 
-    def swapped(path: Path):
+    def swapped(path: Path) -> BinaryIO:
         path.rename(tmp_path / "kept")
         path.symlink_to("../secret")
         opened = regular(path)

@@ -32,7 +32,9 @@ ENTRIES = st.dictionaries(
     metadata=st.dictionaries(KEYS, st.text(max_size=5).filter(str.isprintable), max_size=2),
     padding=st.integers(0, 3).map(lambda n: 8 * n),
 )
-def test_what_is_built_is_what_is_read_by_us_and_by_safetensors(tmp_path: Path, entries, metadata, padding) -> None:
+def test_what_is_built_is_what_is_read_by_us_and_by_safetensors(
+    tmp_path: Path, entries: dict[str, tuple[str, list[int]]], metadata: dict[str, str], padding: int
+) -> None:
     table = [
         (key, dtype, shape, torch.Size(shape).numel() * BITS[dtype] // 8) for key, (dtype, shape) in entries.items()
     ]

@@ -204,7 +204,7 @@ def test_formats_unknown_to_torch_are_copied(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes().endswith(bytes(range(12)))
 
 
-def test_formats_that_no_installed_library_reads_are_refused(tmp_path: Path):
+def test_formats_that_no_installed_library_reads_are_refused(tmp_path: Path) -> None:
     entries = {"new": {"dtype": "X9", "shape": [5], "data_offsets": [0, 14]}}
     (tmp_path / "model.safetensors").write_bytes(raw_safetensors(entries, bytes(range(14))))
     (tmp_path / "config.json").write_text("{}")

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +13,7 @@ from gqa_convert.errors import UsageError
 SENTINELS = tuple(range(32099, 31999, -1))
 
 
-def t5(inputs=512, **options):
+def t5(inputs: int = 512, **options: Any) -> SpanCorruption:
     return SpanCorruption.fitting(inputs, sentinels=SENTINELS, eos=1, **options)
 
 
@@ -28,7 +30,9 @@ def test_lengths_are_those_of_the_paper() -> None:
     mean_span=st.floats(1, 10),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(inputs, density, mean_span, seed) -> None:
+def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(
+    inputs: int, density: float, mean_span: float, seed: int
+) -> None:
     try:
         made = t5(inputs, density=density, mean_span=mean_span)
     except UsageError:
@@ -77,16 +81,16 @@ def test_the_batch_is_a_function_of_seed_and_block() -> None:
 @pytest.mark.parametrize(
     ("inputs", "options"), [(4000, {}), (512, {"density": 1.5}), (512, {"mean_span": 0.5}), (2, {})]
 )
-def test_impossible_corruption_is_refused(inputs, options) -> None:
+def test_impossible_corruption_is_refused(inputs: int, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         t5(inputs, **options)
 
 
 class Tokenizer:
-    def __init__(self, vocabulary) -> None:
+    def __init__(self, vocabulary: dict[str, int]) -> None:
         self._vocabulary = vocabulary
 
-    def get_vocab(self):
+    def get_vocab(self) -> dict[str, int]:
         return self._vocabulary
 
 

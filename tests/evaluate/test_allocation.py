@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_a_layer_alone_is_put_in_and_taken_out(model: Path) -> None:
 
 
 def test_constraints_hold_and_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
-    choices = {"recipe": Recipe(), "out": tmp_path / "out", "work": tmp_path / "work", "exchanges": 0}
+    choices: dict[str, Any] = {"recipe": Recipe(), "out": tmp_path / "out", "work": tmp_path / "work", "exchanges": 0}
     kept = kv_budget.plan_within(model, budget="60%", keep_layers="1", tensor_parallel=2, **choices)
     assert kept.layout_after.per_layer[1] == 8
     assert min(kept.layout_after.per_layer) >= 2

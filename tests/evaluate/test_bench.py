@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def _known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(llama: Path) -> torch.nn.Module:
+def model(llama: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(llama).eval()
 
 
@@ -130,7 +131,7 @@ def test_caches_are_built_in_turn_where_not_all_fit(model: torch.nn.Module, monk
         ({"rounds": 0}, "at least 1"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         BenchSettings(**change)
 

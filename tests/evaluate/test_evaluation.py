@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,8 +104,6 @@ def test_command_line(llama: Path, llama_gqa2: Path, lines: Path, tmp_path: Path
         ({"max_windows": 0}, "at least one window"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(
-    llama: Path, lines: Path, change: dict[str, object], message: str
-) -> None:
+def test_settings_that_do_not_fit_are_refused(llama: Path, lines: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluate(llama, [], EvalSettings(data=str(lines), **change))

@@ -52,8 +52,8 @@ def test_points_survive_json() -> None:
     assert [from_json(json.loads(json.dumps(p.to_json()))) for p in POINTS] == POINTS
 
 
-def settings(lines: Path, **changes: object) -> SweepSettings:
-    defaults: dict[str, object] = {"groups": (2, 1), "evaluation": EvalSettings(data=str(lines), max_windows=4)}
+def settings(lines: Path, **changes: Any) -> SweepSettings:
+    defaults: dict[str, Any] = {"groups": (2, 1), "evaluation": EvalSettings(data=str(lines), max_windows=4)}
     return SweepSettings(**(defaults | {"benchmark": None} | changes))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +17,15 @@ from gqa_convert.errors import UsageError
 from gqa_convert.heads import Grouping
 from gqa_convert.merge import get_method
 from gqa_convert.merge.apply import merge_block
-from gqa_convert.merge.grouping import residual_cost, search_grouping
+from gqa_convert.merge.grouping import GroupCost, residual_cost, search_grouping
 from gqa_convert.merge.maps import residual
-from gqa_convert.merge.moments import block_moments
+from gqa_convert.merge.moments import BlockMoments, block_moments
 from gqa_convert.merge.options import MergeOptions
 from gqa_convert.merge.reference import attention
 from tests.merge.random_blocks import make_block, make_inputs, make_statistics, regauged, tied
 
 
-def partitions(heads, size):
+def partitions(heads: list[int], size: int) -> Iterator[tuple[tuple[int, ...], ...]]:
     if not heads:
         yield ()
         return
@@ -33,14 +35,14 @@ def partitions(heads, size):
             yield (group, *rest)
 
 
-def random_cost(seed):
+def random_cost(seed: int) -> GroupCost:
     """Any cost at all, not only sums over pairs."""
     return lambda members: random.Random(f"{seed} {sorted(members)}").random() ** 3
 
 
 @given(st.sampled_from([(4, 2), (6, 3), (6, 2), (8, 4), (8, 2), (9, 3), (6, 1), (6, 6)]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_exact_search_finds_the_best_of_all(shape, seed) -> None:
+def test_exact_search_finds_the_best_of_all(shape: tuple[int, int], seed: int) -> None:
     heads, groups = shape
     cost = random_cost(seed)
     found = search_grouping(heads, groups, cost)
@@ -52,7 +54,7 @@ def test_exact_search_finds_the_best_of_all(shape, seed) -> None:
 
 @given(st.sampled_from([(12, 3), (16, 4), (20, 10), (32, 8), (24, 2), (40, 5)]), st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_search_is_never_worse_than_adjacent_heads(shape, seed) -> None:
+def test_search_is_never_worse_than_adjacent_heads(shape: tuple[int, int], seed: int) -> None:
     heads, groups = shape
     cost = random_cost(seed)
     found = search_grouping(heads, groups, cost, max_evaluations=60)
@@ -63,14 +65,14 @@ def test_search_is_never_worse_than_adjacent_heads(shape, seed) -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(32, 16), (32, 8), (32, 4), (40, 8), (28, 4), (36, 12)])
-def test_local_search_finds_planted_groups(heads, groups) -> None:
+def test_local_search_finds_planted_groups(heads: int, groups: int) -> None:
     place = list(range(heads))
     random.Random(1).shuffle(place)
     planted = {h: place.index(h) * groups // heads for h in range(heads)}
     noise = random.Random(2)
     bumps = {pair: noise.random() for pair in itertools.combinations(range(heads), 2)}
 
-    def cost(members):
+    def cost(members: tuple[int, ...]) -> Any:
         pairs = list(itertools.combinations(sorted(members), 2))
         return sum((planted[i] != planted[j]) + bumps[i, j] for i, j in pairs) ** 0.8
 
@@ -82,7 +84,7 @@ def test_local_search_finds_planted_groups(heads, groups) -> None:
 def test_search_is_repeatable_and_prices_each_set_once() -> None:
     seen = []
 
-    def cost(members):
+    def cost(members: tuple[int, ...]) -> float:
         seen.append(members)
         return random_cost(3)(members)
 
@@ -98,7 +100,7 @@ def test_groups_must_divide_heads() -> None:
 
 @pytest.mark.parametrize("name", ["mean", "first", "aligned", "pca"])
 @pytest.mark.parametrize("heads", [6, 12])
-def test_search_finds_hidden_twins_by_each_methods_own_residual(name, heads) -> None:
+def test_search_finds_hidden_twins_by_each_methods_own_residual(name: str, heads: int) -> None:
     block = tied(make_block("partial", heads, 6, biases=True), 3)
     if name in ("aligned", "pca"):
         block = regauged(block, seed=1, unitary=name == "aligned")
@@ -113,7 +115,7 @@ def test_search_finds_hidden_twins_by_each_methods_own_residual(name, heads) -> 
     torch.testing.assert_close(attention(merged, x), attention(block, x), rtol=1e-6, atol=1e-7)
 
 
-def priced(method, moments, grouping):
+def priced(method: Any, moments: BlockMoments, grouping: Grouping) -> float:
     """The residual that a search minimises, from the maps themselves."""
     parts = [residual(moments, members, method.maps(moments, members, MergeOptions())) for members in grouping.members]
     return sum(keys / moments.total[0] + values / moments.total[1] for keys, values in parts)
@@ -136,7 +138,7 @@ def test_heads_that_add_little_to_the_output_may_lose_their_keys() -> None:
 
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("context", [None, 30])
-def test_search_never_worsens_the_residual(heads, context) -> None:
+def test_search_never_worsens_the_residual(heads: int, context: int | None) -> None:
     method, options = get_method("pca"), MergeOptions(max_context=context)
     for seed in range(4):
         block, statistics = make_block("half", heads, 6, seed=seed), make_statistics(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -42,14 +43,14 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return made
 
 
-def untie(model: object) -> None:
+def untie(model: Any) -> None:
     """Give a T5 an output layer of its own, as T5.1.1 has, which does not scale its outputs."""
     import torch
     from torch import nn
 
     assert isinstance(model, nn.Module)
     head = model.get_submodule("lm_head")
-    head.weight = nn.Parameter(torch.randn_like(model.get_submodule("shared").weight) / 8)
+    head.weight = nn.Parameter(torch.randn_like(cast(Any, model.get_submodule("shared")).weight) / 8)
     model.config.scale_decoder_outputs = False
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # type: ignore[assignment]

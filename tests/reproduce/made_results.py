@@ -2,19 +2,20 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "reproduce"
 TOTAL = 1_000_000
 MARKS = (1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
-def made_curve(start, end, fall, last):
+def made_curve(start: float, end: float, fall: float, last: float) -> list[list[float]]:
     """A loss that falls from `start` towards `end`."""
     marks = [0, *[mark for mark in MARKS if mark <= last]]
     return [[tokens, end + (start - end) * math.exp(-tokens / fall)] for tokens in marks]
 
 
-def made_arms(shift):
+def made_arms(shift: float) -> dict[str, dict[str, Any]]:
     """Arms of one seed: mean starts 3 nats up and falls slowly, best starts nearly there."""
     from arms import ARMS
 

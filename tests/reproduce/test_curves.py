@@ -35,7 +35,7 @@ falling = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=8).map(
 
 
 @given(falling, st.floats(0.0, 1.0))
-def test_reading_a_falling_curve_forth_and_back_comes_home(curve, share) -> None:
+def test_reading_a_falling_curve_forth_and_back_comes_home(curve: list[tuple[float, float]], share: float) -> None:
     from curves import loss_at, tokens_to_reach
 
     target = curve[0][1] + (curve[-1][1] - curve[0][1]) * share

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.reproduce.made_results import SCRIPTS
 
 
-def run(out, *more):
+def run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, SCRIPTS / "run.py", "--out", out, "--shrink", "60", "--seeds", "0", "1", *more],
         capture_output=True,
@@ -20,7 +21,7 @@ def run(out, *more):
     )
 
 
-def test_nothing_finished_is_nothing_reported(tmp_path) -> None:
+def test_nothing_finished_is_nothing_reported(tmp_path: Path) -> None:
     from arms import ARMS
     from chain import Chain
     from pieces import Pieces
@@ -35,7 +36,7 @@ def test_nothing_finished_is_nothing_reported(tmp_path) -> None:
 
 @pytest.mark.parametrize("family", ["decoder", "t5"])
 @pytest.mark.parametrize("name", ["tiny", "small"])
-def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path) -> None:
+def test_the_settings_of_every_scale_are_a_configuration(name: str, family: str, tmp_path: Path) -> None:
     from scales import SCALES
     from training import settings
 
@@ -52,7 +53,7 @@ def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path)
 
 
 @pytest.mark.slow
-def test_stopped_gone_on_with_and_reported(tmp_path) -> None:
+def test_stopped_gone_on_with_and_reported(tmp_path: Path) -> None:
     stopped = run(tmp_path, "--minutes", "0.3")
     assert stopped.returncode == 75, stopped.stderr
     assert not (tmp_path / "results.json").exists()

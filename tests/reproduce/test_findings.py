@@ -1,16 +1,19 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tests.reproduce.made_results import TOTAL
 
 
 @pytest.fixture
-def findings(found):
+def findings(found: dict[int, dict[str, Any]]) -> Any:
     from findings import Findings
 
     return Findings(found, TOTAL)
 
 
-def test_a_start_below_the_goal_gives_a_bound_and_no_ratio(findings, found) -> None:
+def test_a_start_below_the_goal_gives_a_bound_and_no_ratio(findings: Any, found: dict[int, dict[str, Any]]) -> None:
     made = findings.saving("best-mqa-kd", "mean-mqa-ce")
     assert made.starts_there
     assert made.ratio.mean == pytest.approx(50_000 / 1000)  # nothing below the first evaluation is resolved
@@ -19,7 +22,7 @@ def test_a_start_below_the_goal_gives_a_bound_and_no_ratio(findings, found) -> N
     assert made.time_ratio.mean == pytest.approx(6.0)
 
 
-def test_a_ratio_is_taken_seed_by_seed(findings, found) -> None:
+def test_a_ratio_is_taken_seed_by_seed(findings: Any, found: dict[int, dict[str, Any]]) -> None:
     made = findings.saving("pca-mqa-ce", "mean-mqa-ce")
     assert made.reached
     assert not made.starts_there
@@ -28,20 +31,20 @@ def test_a_ratio_is_taken_seed_by_seed(findings, found) -> None:
     assert made.ratio_with_calibration.mean < made.ratio.mean
 
 
-def test_one_seed_that_never_arrives_leaves_no_ratio(findings, found) -> None:
+def test_one_seed_that_never_arrives_leaves_no_ratio(findings: Any, found: dict[int, dict[str, Any]]) -> None:
     found[1]["arms"]["pca-mqa-ce"]["curve"] = [[0, 9.0], [50_000, 8.0]]
     made = findings.saving("pca-mqa-ce", "mean-mqa-ce")
     assert made.needed[1] is None
     assert (made.ratio, made.ratio_with_calibration, made.time_ratio) == (None, None, None)
 
 
-def test_the_gap_is_to_the_control_at_the_same_alpha(findings) -> None:
+def test_the_gap_is_to_the_control_at_the_same_alpha(findings: Any) -> None:
     assert findings.gap("mean-mqa-ce", 0.0).mean == pytest.approx(3.0)
     assert findings.closed("mean-mqa-ce", 0.0).mean == pytest.approx(0.0)
     assert 0.9 < findings.closed("mean-mqa-ce", 0.05).mean < 1.0
 
 
-def test_the_order_is_claimed_only_where_it_is_seen(findings, found) -> None:
+def test_the_order_is_claimed_only_where_it_is_seen(findings: Any, found: dict[int, dict[str, Any]]) -> None:
     import words
 
     assert "holds.**" in words.order_of_figure_4(findings)
@@ -53,7 +56,7 @@ def test_the_order_is_claimed_only_where_it_is_seen(findings, found) -> None:
     assert "does not hold" in words.order_of_figure_4(findings)
 
 
-def test_what_one_seed_lacks_is_compared_for_none(findings, found) -> None:
+def test_what_one_seed_lacks_is_compared_for_none(findings: Any, found: dict[int, dict[str, Any]]) -> None:
     del found[2]["pretraining"]["small"]
     del found[2]["arms"]["pca-mqa-ce"]
     assert findings.sizes() == ["large"]
@@ -61,7 +64,7 @@ def test_what_one_seed_lacks_is_compared_for_none(findings, found) -> None:
     assert findings.arms("gqa") == ["mean-gqa-ce", "best-gqa-kd", "best-gqa-ce"]
 
 
-def test_the_page_and_the_figures_are_written_from_results(results, tmp_path) -> None:
+def test_the_page_and_the_figures_are_written_from_results(results: dict[str, Any], tmp_path: Path) -> None:
     from results_page import render
 
     render(results, tmp_path)
@@ -75,7 +78,7 @@ def test_the_page_and_the_figures_are_written_from_results(results, tmp_path) ->
     assert len(names) == 7
 
 
-def test_seconds_are_said_to_be_whose_they_are(results) -> None:
+def test_seconds_are_said_to_be_whose_they_are(results: dict[str, Any]) -> None:
     from results_page import findings, page
 
     families = {name: findings(results, name) for name in results["families"]}
@@ -87,7 +90,7 @@ def test_seconds_are_said_to_be_whose_they_are(results) -> None:
     assert "all seeds: decoder 3. " in said
 
 
-def test_what_one_command_took_is_said_where_one_command_made_it_all(results) -> None:
+def test_what_one_command_took_is_said_where_one_command_made_it_all(results: dict[str, Any]) -> None:
     from results_page import findings, page, shown
 
     families = {name: findings(results, name) for name in results["families"]}

@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +14,26 @@ from gqa_convert.uptrain.export import both_spellings, write_final
 from gqa_convert.uptrain.source_keys import restore_keys
 from tests.support import load_with_info
 
-SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 20,
+}
 
 
-def saved(folder, *, dtype=torch.float32, **more):
+def saved(folder: Path, *, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL, **more)).to(dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL, **more))
+    model = model.to(dtype)
     model.save_pretrained(folder)
     return model
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype) -> None:
+def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
     source, target = tmp_path / "source", tmp_path / "final"
     saved(source, dtype=dtype, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -43,7 +52,7 @@ def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype)
     assert "None" not in card
 
 
-def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path) -> None:
+def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path: Path) -> None:
     source, stage = tmp_path / "source", tmp_path / "stage"
     model = saved(source)
     state = load_file(source / "model.safetensors")
@@ -63,7 +72,7 @@ def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path) -> None:
     assert files == {file: file.read_bytes() for file in stage.iterdir()}  # nothing more to do
 
 
-def test_a_result_of_other_shapes_is_not_written(tmp_path) -> None:
+def test_a_result_of_other_shapes_is_not_written(tmp_path: Path) -> None:
     saved(tmp_path / "source")
     other = LlamaForCausalLM(LlamaConfig(**{**SMALL, "intermediate_size": 24}))
     with pytest.raises(VerificationError, match="shape"):
@@ -83,7 +92,7 @@ def test_a_result_of_other_shapes_is_not_written(tmp_path) -> None:
     ],
     ids=["old", "new", "new-scaled", "old-scaled"],
 )
-def test_both_spellings_mean_the_same(tmp_path, given) -> None:
+def test_both_spellings_mean_the_same(tmp_path: Path, given: dict[str, Any]) -> None:
     saved(tmp_path)
     path = tmp_path / "config.json"
     plain = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("rope_parameters", "dtype")}
@@ -104,7 +113,7 @@ def test_both_spellings_mean_the_same(tmp_path, given) -> None:
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear"])
-def test_both_spellings_name_the_rotary_share(tmp_path, rope_type) -> None:
+def test_both_spellings_name_the_rotary_share(tmp_path: Path, rope_type: str) -> None:
     PhiConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 
 
-def test_a_slice_of_damaged_runs(tmp_path) -> None:
+def test_a_slice_of_damaged_runs(tmp_path: Path) -> None:
     out = tmp_path / "fuzz.json"
     done = subprocess.run(
         [sys.executable, BENCH / "fuzz_training.py", "--cases", "20", "--seed", "11", "--out", out],
