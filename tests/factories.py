@@ -294,7 +294,7 @@ def load(folder: Path, family: str = "llama") -> Any:
     """Load a folder with stock transformers in float32; nothing may be missing, unexpected or of another shape."""
     cls = getattr(transformers, FAMILIES[family].class_name)
     model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-    faults = {kind: found for kind, found in info.items() if found}
+    faults = {kind: names for kind, names in info.items() if names}
     assert not faults, faults
     return model.eval()
 

@@ -73,15 +73,15 @@ def test_steps_win_over_tokens_and_tokens_over_alpha() -> None:
     given: dict[str, Any] = {"batch_tokens": 100, "alpha": 0.05, "pretraining_tokens": 100_000}
     assert horizon(**given, steps=7, tokens=900).steps == 7
     assert horizon(**given, tokens=901).steps == 10
-    found = horizon(**given)
-    assert (found.steps, found.tokens, found.came_from) == (50, 5000, "alpha")
-    assert found.alpha == pytest.approx(0.05)
+    resolved = horizon(**given)
+    assert (resolved.steps, resolved.tokens, resolved.came_from) == (50, 5000, "alpha")
+    assert resolved.alpha == pytest.approx(0.05)
 
 
 def test_the_papers_recipe_is_fifty_thousand_steps() -> None:
     model: Any = known_model("t5-v1_1-xxl")
-    found = horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens)
-    assert found.steps == 50_000
+    resolved = horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens)
+    assert resolved.steps == 50_000
 
 
 def test_alpha_of_pretraining_steps() -> None:
@@ -103,28 +103,28 @@ def test_llama_flops_agree_with_six_n_plus_attention() -> None:
 def test_the_papers_600_tpu_v3_chip_days_are_a_plausible_utilisation() -> None:
     # Ainslie et al. 2023, section 2.1: alpha = 0.05 took about 600 TPUv3 chip-days.
     model: Any = known_model("t5-v1_1-xxl")
-    found = budget(
+    estimate = budget(
         model.shape,
         horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens),
         hardware="tpuv3",
         mfu=1.0,
     )
-    assert 0.2 < found.device_hours / 24 / 600 < 0.6
+    assert 0.2 < estimate.device_hours / 24 / 600 < 0.6
 
 
 def test_distillation_from_a_model_as_large_costs_a_third_more() -> None:
     shape = known_model("pythia-1b").shape
-    found = budget(shape, horizon(batch_tokens=2048, steps=10), teacher=shape)
-    assert found.distillation_overhead == pytest.approx(1 / 3)
-    assert found.flops == pytest.approx(found.student_flops * 4 / 3)
+    estimate = budget(shape, horizon(batch_tokens=2048, steps=10), teacher=shape)
+    assert estimate.distillation_overhead == pytest.approx(1 / 3)
+    assert estimate.flops == pytest.approx(estimate.student_flops * 4 / 3)
 
 
 def test_hours_and_bytes() -> None:
     shape = known_model("pythia-1b").shape
-    found = budget(shape, horizon(batch_tokens=2_097_152, steps=100), hardware="100", device_count=4, mfu=0.5)
-    assert found.hours == pytest.approx(found.flops / (100e12 * 4 * 0.5) / 3600)
-    assert found.device_hours == pytest.approx(4 * found.hours)
-    assert found.checkpoint_bytes == 12 * shape.parameters
+    estimate = budget(shape, horizon(batch_tokens=2_097_152, steps=100), hardware="100", device_count=4, mfu=0.5)
+    assert estimate.hours == pytest.approx(estimate.flops / (100e12 * 4 * 0.5) / 3600)
+    assert estimate.device_hours == pytest.approx(4 * estimate.hours)
+    assert estimate.checkpoint_bytes == 12 * shape.parameters
 
 
 @pytest.mark.parametrize("wrong", [{"hardware": "abacus"}, {"mfu": 0}, {"device_count": 0}])
@@ -197,9 +197,9 @@ def test_the_command_prints_json_without_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert found["tokens"] == pytest.approx(100e9, rel=1e-4)
-    assert found["steps"] == 25_000
+    printed = json.loads(done.stdout)
+    assert printed["tokens"] == pytest.approx(100e9, rel=1e-4)
+    assert printed["steps"] == 25_000
 
 
 def test_the_command_lists_and_shows() -> None:

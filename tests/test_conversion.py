@@ -40,9 +40,9 @@ def tied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_tied_heads_merge_exactly(tied: Tied) -> None:
-    expected, found = factories.tensors_of(tied.reference), factories.tensors_of(tied.converted)
-    assert found.keys() == expected.keys()
-    differing = [key for key, x in expected.items() if factories.as_bytes(found[key]) != factories.as_bytes(x)]
+    expected, actual = factories.tensors_of(tied.reference), factories.tensors_of(tied.converted)
+    assert actual.keys() == expected.keys()
+    differing = [key for key, x in expected.items() if factories.as_bytes(actual[key]) != factories.as_bytes(x)]
     assert not differing
 
 
@@ -54,8 +54,8 @@ def test_tied_heads_keep_the_function(tied: Tied) -> None:
 
 
 def test_config_says_what_a_model_of_that_shape_would_say(tied: Tied) -> None:
-    expected, found = (json.loads((folder / "config.json").read_text()) for folder in (tied.reference, tied.converted))
-    assert found == expected
+    expected, actual = (json.loads((folder / "config.json").read_text()) for folder in (tied.reference, tied.converted))
+    assert actual == expected
 
 
 def test_the_cache_shrinks(tied: Tied) -> None:

@@ -41,9 +41,9 @@ def test_best_preset_keeps_its_word_on_every_kind_of_attention(tmp_path: Path, m
 
 def test_presets_go_without_search_where_heads_cannot_move(tmp_path: Path) -> None:
     source = tiny_folder(tmp_path / "source", "t5")
-    made = plan(source, groups=2, recipe=make_recipe("fast"))
-    assert made.recipe.grouping == "contiguous"
-    assert any("cannot change places" in note for note in made.notes)
+    planned = plan(source, groups=2, recipe=make_recipe("fast"))
+    assert planned.recipe.grouping == "contiguous"
+    assert any("cannot change places" in note for note in planned.notes)
     with pytest.raises(UnsupportedModelError, match="--grouping search cannot be used on t5"):
         plan(source, groups=2, recipe=make_recipe("fast", grouping="search"))
 

@@ -192,12 +192,12 @@ def show(rows: list[dict[str, Any]], projected: dict[str, Any], rate: float) -> 
             f"| {row['wall_s']:.1f} | {row['gflop']:.0f} | {speed:.1f} | {row['memory_mb']:.0f} |"
         )
     print(f"\n7B (32 layers, width 4096, 262,144 tokens), {rate / 1e9:.0f} GFLOP/s a processor:")
-    for preset, found in projected.items():
+    for preset, cost in projected.items():
         print(
-            f"{preset}: {found['flops']:.2e} operations, {found['held_gb']:.0f} GB, {found['processor_hours']:.0f} "
-            f"processor hours, {found['h100_hours']:.2f} H100 hours"
+            f"{preset}: {cost['flops']:.2e} operations, {cost['held_gb']:.0f} GB, {cost['processor_hours']:.0f} "
+            f"processor hours, {cost['h100_hours']:.2f} H100 hours"
         )
-        for name, value in found["parts"].items():
+        for name, value in cost["parts"].items():
             print(f"    {name:32s} {value:.2e}")
 
 
@@ -238,13 +238,13 @@ def main() -> None:
     rate = widest["gflop"] * 1e9 / widest["processor_s"]
     projected = project(rate)
     show(rows, projected, rate)
-    found = {
+    figures = {
         "rows": rows,
         "rate_flops": rate,
         "h100": {"peak_flops": H100_FLOPS, "share": H100_SHARE},
         "seven_billion": projected,
     }
-    write(args.out, known | described() | found)
+    write(args.out, known | described() | figures)
 
 
 def described() -> dict[str, Any]:
@@ -255,10 +255,10 @@ def described() -> dict[str, Any]:
     }
 
 
-def write(path: Path | None, found: dict[str, Any]) -> None:
+def write(path: Path | None, figures: dict[str, Any]) -> None:
     """Write the figures, if a file was named."""
     if path is not None:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ def run(model: Any, tokens: torch.Tensor, **more: Any) -> Any:
 
 def eager_columns(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Column sums of the attention matrices that the eager path returns, of all modules as they run."""
-    found: list[torch.Tensor] = []
+    columns: list[torch.Tensor] = []
     before = model.config._attn_implementation
 
     def hook(_: Any, args: Any, out: Any) -> None:
-        found.append(out[-1].sum((1, 2)))
+        columns.append(out[-1].sum((1, 2)))
 
     handles = [module.register_forward_hook(hook) for module in attention_modules(model).values()]
     model.set_attn_implementation("eager")
@@ -50,7 +50,7 @@ def eager_columns(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     model.set_attn_implementation(before)
     for handle in handles:
         handle.remove()
-    return found
+    return columns
 
 
 # a plain decoder, one whose heads share keys, one with a sliding window, one with a position bias and cross-attention
@@ -86,9 +86,9 @@ def test_weights_that_a_module_returns_do_as_well(saved: Callable[..., Saved], t
     model.set_attn_implementation("eager")
     with attention_received(modules.values()) as attended:
         run(model, tokens)
-        found = [attended.take(module) for module in modules.values()]
+        taken = [attended.take(module) for module in modules.values()]
     model.set_attn_implementation("sdpa")
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(taken, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -130,9 +130,9 @@ def test_received_alike_changes_nothing() -> None:
     plain, alike = InputMoments(), InputMoments()
     plain.add(x, x)
     alike.add(x, x, torch.full((2, 5), 0.7))
-    found = alike.statistics().kv
-    assert found is not None
-    torch.testing.assert_close(found.moment, plain.statistics().moment)
+    statistics = alike.statistics().kv
+    assert statistics is not None
+    torch.testing.assert_close(statistics.moment, plain.statistics().moment)
 
 
 @pytest.mark.parametrize("received", [torch.ones(2, 4), torch.zeros(2, 5)])
@@ -143,13 +143,13 @@ def test_another_number_of_tokens_or_no_attention_at_all_counts_alike(received: 
     assert moments.statistics().kv is None
 
 
-def solved(found: Any, work: Any, inputs: Any) -> Any:
+def solved(example: Any, work: Any, inputs: Any) -> Any:
     recipe = Recipe(method="pca", calibrate="text.txt")
     return solve(
-        found.saved.checkpoint,
-        found.anatomy,
-        found.blocks,
-        found.freedom,
+        example.saved.checkpoint,
+        example.anatomy,
+        example.blocks,
+        example.freedom,
         recipe,
         inputs,
         work=work,
@@ -157,15 +157,15 @@ def solved(found: Any, work: Any, inputs: Any) -> Any:
 
 
 def test_solving_counts_tokens_by_attention(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
-    found = case("llama")
-    model, names = found.saved.model, found.blocks[0]
+    example = case("llama")
+    model, names = example.saved.model, example.blocks[0]
     read: list[torch.Tensor] = []
     handle = part_of(model, "", names.k).register_forward_pre_hook(lambda _, args: read.append(args[0]))
     received = eager_columns(model, tokens)[0].flatten().double()
     handle.remove()
     x = read[0].flatten(0, 1).double()
 
-    done = solved(found, work, tokens)
+    done = solved(example, work, tokens)
 
     (file,) = work.glob("moments-*/layer-00000.safetensors")
     kept = load_file(file)[f"{names.module}.kv.moment"]
@@ -176,17 +176,17 @@ def test_solving_counts_tokens_by_attention(case: Callable[..., Case], tokens: t
 def test_blocks_whose_attention_is_not_seen_are_named(
     case: Callable[..., Case], tokens: torch.Tensor, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = case("llama")
+    example = case("llama")
     monkeypatch.setattr(session, "attention_received", lambda modules: attention_received(()))
-    (note,) = solved(found, work, tokens).notes
-    assert all(names.module in note for names in found.blocks)
+    (note,) = solved(example, work, tokens).notes
+    assert all(names.module in note for names in example.blocks)
     assert "count alike" in note
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gpt2", "opt", "t5", "bart", "gemma2"])
 def test_attention_is_seen_in(model_type: str, case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
-    found = case(model_type)
+    example = case(model_type)
     inputs = {"input_ids": tokens}
-    if found.saved.config.is_encoder_decoder:
+    if example.saved.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens[:, :5]
-    assert [note for note in solved(found, work, inputs).notes if "alike" in note] == []
+    assert [note for note in solved(example, work, inputs).notes if "alike" in note] == []

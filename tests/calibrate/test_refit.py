@@ -63,7 +63,7 @@ def test_a_step_takes_small_calls_together() -> None:
 
 
 def test_inputs_of_several_shapes_are_refitted(case: Callable[..., Case], work: Path) -> None:
-    found = case("t5")
+    example = case("t5")
     generator = torch.Generator().manual_seed(0)
     inputs = [
         {
@@ -73,8 +73,8 @@ def test_inputs_of_several_shapes_are_refitted(case: Callable[..., Case], work: 
         for source, target in ((8, 2), (8, 4), (12, 6))
     ]
     recipe = Recipe(method="pca", calibrate="text.jsonl", refit=True, refit_steps=60, refit_tokens=240)
-    done = solve(found.saved.checkpoint, found.anatomy, found.blocks, found.freedom, recipe, inputs, work=work)
-    assert len(done.reports) == len(found.blocks)
+    done = solve(example.saved.checkpoint, example.anatomy, example.blocks, example.freedom, recipe, inputs, work=work)
+    assert len(done.reports) == len(example.blocks)
     befores, afters = zip(*((r.error_before, r.error_after_descent) for r in done.reports), strict=True)
     assert all(after <= before for after, before in zip(afters, befores, strict=True))
     assert sum(afters) < 0.9 * sum(befores)
@@ -131,10 +131,10 @@ def test_options_that_mean_nothing(values: dict[str, Any]) -> None:
         RefitOptions(**values)
 
 
-def observed(found: Case, tokens: torch.Tensor, size: int = 4) -> tuple[BlockNames, Any, BlockRecord, Any]:
+def observed(example: Case, tokens: torch.Tensor, size: int = 4) -> tuple[BlockNames, Any, BlockRecord, Any]:
     """The last block, its module with spoilt weights, its calls and the outputs of the right one."""
-    names = found.blocks[-1]
-    parts = WholeModel(found.saved.source, dtype=torch.float32)
+    names = example.blocks[-1]
+    parts = WholeModel(example.saved.source, dtype=torch.float32)
     for window in LayerStream(parts, batches(tokens, size)):
         if names.module.startswith(f"{window.path}."):
             record = BlockRecord()
@@ -181,13 +181,13 @@ def test_what_cannot_be_bettered_is_kept(
     options: RefitOptions, case: Callable[..., Case], tokens: torch.Tensor
 ) -> None:
     """The right block has no error, and a ruinous learning rate finds nothing better."""
-    found = case("llama")
-    names, _, record, window = observed(found, tokens)
+    example = case("llama")
+    names, _, record, window = observed(example, tokens)
     right = part_of(window.module, window.path, names.module)
     state, report = refit_block(right, names.module, names, record.calls, record.outputs, options)
     assert report.error_before < 1e-10
     for name, tensor in state.items():
-        torch.testing.assert_close(tensor, found.saved.model.get_parameter(name), rtol=0, atol=1e-6)
+        torch.testing.assert_close(tensor, example.saved.model.get_parameter(name), rtol=0, atol=1e-6)
 
 
 def test_only_q_k_v_o_are_trained(case: Callable[..., Case], tokens: torch.Tensor) -> None:
@@ -213,8 +213,8 @@ def test_a_descent_is_the_same_every_time(case: Callable[..., Case], tokens: tor
 def test_how_attention_enters_the_stream_is_found(
     model_type: str, expected: float | None, case: Callable[..., Case], tokens: torch.Tensor
 ) -> None:
-    found = case(model_type)
-    names, _, _, window = observed(found, tokens)
+    example = case(model_type)
+    names, _, _, window = observed(example, tokens)
     assert residual_scale(window.module, window.path, names, window.calls[0]) == (
         None if expected is None else pytest.approx(expected, abs=1e-4)
     )

@@ -117,9 +117,9 @@ def test_compressed_files_are_read_too(tmp_path: Path) -> None:
     rows = texts(30)
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
-    found = list(documents(str(tmp_path / "a.jsonl.gz")))
-    assert sorted(found) == sorted(rows)
-    assert found != rows  # drawn from all over
+    read = list(documents(str(tmp_path / "a.jsonl.gz")))
+    assert sorted(read) == sorted(rows)
+    assert read != rows  # drawn from all over
     assert sorted(documents(str(tmp_path))) == sorted(rows)
 
 
@@ -224,10 +224,10 @@ def test_an_encoder_decoder_answers_but_does_not_begin(saved: Callable[..., Save
     source = saved("t5").source
     with pytest.raises(UnsupportedModelError, match="cannot write text from nothing"):
         self_text.self_tokens(source, sequences=2, length=8)
-    found = self_text.own_answers(source, [tokens[:3, :8], tokens[:5]])
-    asked = [row for parts in found for row in parts["input_ids"].tolist()]
+    answers = self_text.own_answers(source, [tokens[:3, :8], tokens[:5]])
+    asked = [row for parts in answers for row in parts["input_ids"].tolist()]
     assert sorted(asked) == sorted([*tokens[:3, :8].tolist(), *tokens[:5].tolist()])
-    for parts in found:
+    for parts in answers:
         assert len(parts["input_ids"]) == len(parts["decoder_input_ids"])
         assert parts["decoder_input_ids"].shape[1] == shorter(parts["decoder_input_ids"].shape[1]) <= 16
         assert (parts["decoder_input_ids"][:, 0] == 0).all()  # T5 starts with its padding
@@ -238,10 +238,10 @@ def test_an_answer_ends_where_the_model_ends_it(
 ) -> None:
     source = saved("t5").source
     monkeypatch.setattr(self_text, "_document_marks", lambda model: (0, list(range(1, 60))))
-    found = self_text.own_answers(source, [tokens])
-    for parts in found:
+    answers = self_text.own_answers(source, [tokens])
+    for parts in answers:
         assert not torch.isin(parts["decoder_input_ids"], torch.arange(1, 60)).any()
-    assert sum(parts["decoder_input_ids"].numel() for parts in found) < 3 * len(tokens)
+    assert sum(parts["decoder_input_ids"].numel() for parts in answers) < 3 * len(tokens)
 
 
 def test_lengths_are_few() -> None:
@@ -259,10 +259,10 @@ class Words:
 def test_rows_are_single_documents_between_their_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["a bb ccc dddd eeeee", "a", "bb " * 20]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    found = document_rows(str(tmp_path / "a.jsonl"), Words(), tokens=1000, length=12)
-    rows = sorted(row for ids in found for row in ids.tolist())
+    framed = document_rows(str(tmp_path / "a.jsonl"), Words(), tokens=1000, length=12)
+    rows = sorted(row for ids in framed for row in ids.tolist())
     assert rows == sorted([[1, 11, 12, 13, 14, 2], [1, *[12] * 10, 2], [1, *[12] * 10, 2]])
-    assert [ids.shape[1] for ids in found] == [6, 12]
+    assert [ids.shape[1] for ids in framed] == [6, 12]
     few = document_rows(str(tmp_path / "a.jsonl"), Words(), tokens=1, length=12)
     assert sum(map(len, few)) in (1, 2)  # one document
     (tmp_path / "b.txt").write_text("a")

@@ -37,15 +37,15 @@ LAYOUTS = st.sampled_from(
 )
 
 
-def paths(found: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def paths(node: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Paths of every object of a JSON value."""
-    if not isinstance(found, dict):
+    if not isinstance(node, dict):
         return []
-    return [prefix] + [path for key, value in found.items() for path in paths(value, (*prefix, key))]
+    return [prefix] + [path for key, value in node.items() for path in paths(value, (*prefix, key))]
 
 
-def set_in(found: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    result = copy.deepcopy(found)
+def set_in(node: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    result = copy.deepcopy(node)
     here = result
     for key in path[:-1]:
         here = here[key]
@@ -98,10 +98,10 @@ def test_removing_from_the_text_is_removing_from_the_value(
     assert list(json.loads(edited)) == list(expected)
 
 
-def _at(found: Any, path: tuple[str, ...]) -> Any:
+def _at(node: Any, path: tuple[str, ...]) -> Any:
     for key in path:
-        found = found[key]
-    return found
+        node = node[key]
+    return node
 
 
 CONFIG = """{

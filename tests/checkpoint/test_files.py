@@ -32,9 +32,9 @@ def test_what_is_no_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     elif kind == "socket":
         import socket
 
-        with socket.socket(socket.AF_UNIX) as made:
+        with socket.socket(socket.AF_UNIX) as connection:
             monkeypatch.chdir(folder)  # the address of a socket may only be short
-            made.bind(name)
+            connection.bind(name)
     else:
         file.mkdir()
     with pytest.raises(CheckpointError, match=name):
@@ -62,9 +62,9 @@ def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     stat = os.fstat
 
     def smaller(handle: int) -> os.stat_result:
-        found = list(stat(handle))
-        found[6] = 10
-        return os.stat_result(found)
+        fields = list(stat(handle))
+        fields[6] = 10
+        return os.stat_result(fields)
 
     monkeypatch.setattr(os, "fstat", smaller)
     with pytest.raises(CheckpointError, match="grew"):

@@ -57,9 +57,9 @@ def test_every_dtype_is_read_as_stored(tmp_path: Path, dtype: torch.dtype) -> No
     checkpoint = Checkpoint.open(single(tmp_path, table))
 
     for key, value in table.items():
-        found = checkpoint.tensor(key)
-        assert (found.dtype, found.shape) == (dtype, value.shape)
-        assert torch.equal(found.double(), value.double())
+        stored = checkpoint.tensor(key)
+        assert (stored.dtype, stored.shape) == (dtype, value.shape)
+        assert torch.equal(stored.double(), value.double())
 
 
 def test_opening_a_safetensors_checkpoint_needs_no_torch(tmp_path: Path) -> None:

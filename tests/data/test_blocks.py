@@ -69,8 +69,8 @@ def test_document_numbers_change_where_documents_do(store: TokenStore) -> None:
 
 
 def test_positions_restart_at_each_document_and_each_row() -> None:
-    found = restarting_positions(np.array([[4, 4, 4, 7, 7], [1, 2, 2, 2, 2]]))
-    assert found.tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
+    positions = restarting_positions(np.array([[4, 4, 4, 7, 7], [1, 2, 2, 2, 2]]))
+    assert positions.tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
 
 
 def test_no_document_predicts_the_next(store: TokenStore) -> None:
@@ -89,15 +89,15 @@ def test_no_document_predicts_the_next(store: TokenStore) -> None:
 @pytest.mark.parametrize("micro", [1, 2])
 def test_a_step_has_the_same_blocks_whatever_the_processes(store: TokenStore, processes: int, micro: int) -> None:
     def rows(step: int) -> list[tuple[int, ...]]:
-        found = []
+        seen = []
         for rank in range(processes):
             batches = StepBatches(
                 StoredBlocks(store, 8, seed=1), collate_causal(False),
                 sequences=8, micro=micro, processes=processes, rank=rank,
             )  # fmt: skip
-            found += [tuple(row.tolist()) for part in batches.step(step) for row in part.inputs["input_ids"]]
+            seen += [tuple(row.tolist()) for part in batches.step(step) for row in part.inputs["input_ids"]]
             batches.close()
-        return sorted(found)
+        return sorted(seen)
 
     reference = StoredBlocks(store, 8, seed=1)
     for step in (0, 3):

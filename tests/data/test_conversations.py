@@ -42,10 +42,10 @@ def tokenizer_with(template: str | None) -> Any:
     vocabulary = {"<unk>": 0, "</s>": 1} | {word: i + 2 for i, word in enumerate(sorted(words))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    made.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>", "<end>"]})
-    made.chat_template = template
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>", "<end>"]})
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def learnt_words(tokenizer: Any, document: Conversation) -> list[str]:
@@ -126,8 +126,8 @@ def test_labels_are_the_learnt_tokens_alone_and_inputs_are_plain_ids() -> None:
     ids=["text wins", "not a list", "from and value", "nulls of a table"],
 )  # fmt: skip
 def test_rows_that_are_conversations(row: dict[str, Any], expected: list[dict[str, Any]] | None) -> None:
-    found = conversation(row, "text")
-    assert (None if found is None else found.parsed[0]) == expected
+    said = conversation(row, "text")
+    assert (None if said is None else said.parsed[0]) == expected
 
 
 @pytest.mark.parametrize(

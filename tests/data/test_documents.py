@@ -37,8 +37,8 @@ def test_every_kind_of_file(corpus_folder: Path) -> None:
     assert texts(SourceSpec(kind="text", paths=(f"{here}/a.txt",), documents="line")) == ["one", "two", "three"]
     assert texts(SourceSpec(kind="jsonl", paths=(f"{here}/b.jsonl",))) == ["four", "five"]
     assert texts(SourceSpec(kind="parquet", paths=(f"{here}/c.parquet",))) == ["six", "seven"]
-    found = texts(SourceSpec(kind="folder", paths=(here,)))
-    assert found == ["one\ntwo\n\nthree\n", "four", "five", "six", "seven", "eight"]
+    read = texts(SourceSpec(kind="folder", paths=(here,)))
+    assert read == ["one\ntwo\n\nthree\n", "four", "five", "six", "seven", "eight"]
 
 
 def test_a_separator_cuts_documents_and_can_be_resumed_within_a_line(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ def t5(inputs: int = 512, **options: Any) -> SpanCorruption:
 
 
 def test_lengths_are_those_of_the_paper() -> None:
-    found = t5()
-    assert (found.raw_length, found.inputs_length, found.targets_length) == (568, 512, 114)
+    corruption = t5()
+    assert (corruption.raw_length, corruption.inputs_length, corruption.targets_length) == (568, 512, 114)
 
 
 @settings(max_examples=60, deadline=None)
@@ -34,21 +34,21 @@ def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(
     inputs: int, density: float, mean_span: float, seed: int
 ) -> None:
     try:
-        made = t5(inputs, density=density, mean_span=mean_span)
+        corruption = t5(inputs, density=density, mean_span=mean_span)
     except UsageError:
         return
     rng = np.random.default_rng(seed)
-    text = rng.integers(2, 31000, made.raw_length)
-    source, target = made.corrupt(text, rng)
-    assert len(source) == made.inputs_length <= inputs
-    assert len(target) == made.targets_length
-    assert (made.reconstruct(source, target) == text).all()
+    text = rng.integers(2, 31000, corruption.raw_length)
+    source, target = corruption.corrupt(text, rng)
+    assert len(source) == corruption.inputs_length <= inputs
+    assert len(target) == corruption.targets_length
+    assert (corruption.reconstruct(source, target) == text).all()
     assert source[-1] == target[-1] == 1
 
 
 def test_sentinels_come_in_order_in_both() -> None:
-    made = t5(64)
-    source, target = made.corrupt(np.arange(2, 2 + made.raw_length), np.random.default_rng(0))
+    corruption = t5(64)
+    source, target = corruption.corrupt(np.arange(2, 2 + corruption.raw_length), np.random.default_rng(0))
     for row in (source, target):
         used = [i for i in row.tolist() if i in SENTINELS]
         assert used == list(SENTINELS[: len(used)])
@@ -67,15 +67,15 @@ def test_density_and_span_length_are_as_asked() -> None:
 
 
 def test_the_batch_is_a_function_of_seed_and_block() -> None:
-    made = t5(32)
-    block = Block(np.arange(2, 2 + made.raw_length + 1), np.zeros(made.raw_length + 1, np.int64))
-    collate = collate_spans(made, seed=4, decoder_start=0)
+    corruption = t5(32)
+    block = Block(np.arange(2, 2 + corruption.raw_length + 1), np.zeros(corruption.raw_length + 1, np.int64))
+    collate = collate_spans(corruption, seed=4, decoder_start=0)
     one, same, other = collate([(5, block, 99)]), collate([(5, block, 99)]), collate([(6, block, 99)])
     assert (one.labels == same.labels).all()
     assert (one.labels != other.labels).any()
     assert one.inputs["decoder_input_ids"][0, 0] == 0
     assert (one.inputs["decoder_input_ids"][0, 1:] == one.labels[0, :-1]).all()
-    assert one.valid == made.targets_length
+    assert one.valid == corruption.targets_length
 
 
 @pytest.mark.parametrize(

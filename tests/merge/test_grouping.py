@@ -45,11 +45,11 @@ def random_cost(seed: int) -> GroupCost:
 def test_exact_search_finds_the_best_of_all(shape: tuple[int, int], seed: int) -> None:
     heads, groups = shape
     cost = random_cost(seed)
-    found = search_grouping(heads, groups, cost)
+    searched = search_grouping(heads, groups, cost)
     best = min(sum(map(cost, p)) for p in partitions(list(range(heads)), heads // groups))
-    assert found.exact
-    assert found.cost == pytest.approx(best)
-    assert sum(map(cost, found.grouping.members)) == pytest.approx(best)
+    assert searched.exact
+    assert searched.cost == pytest.approx(best)
+    assert sum(map(cost, searched.grouping.members)) == pytest.approx(best)
 
 
 @given(st.sampled_from([(12, 3), (16, 4), (20, 10), (32, 8), (24, 2), (40, 5)]), st.integers(0, 10**6))
@@ -57,11 +57,11 @@ def test_exact_search_finds_the_best_of_all(shape: tuple[int, int], seed: int) -
 def test_search_is_never_worse_than_adjacent_heads(shape: tuple[int, int], seed: int) -> None:
     heads, groups = shape
     cost = random_cost(seed)
-    found = search_grouping(heads, groups, cost, max_evaluations=60)
+    searched = search_grouping(heads, groups, cost, max_evaluations=60)
     adjacent = Grouping.contiguous(heads, groups)
-    assert found.cost <= sum(map(cost, adjacent.members)) + 1e-12
-    assert found.contiguous_cost == pytest.approx(sum(map(cost, adjacent.members)))
-    assert (found.grouping.num_heads, found.grouping.num_groups) == shape
+    assert searched.cost <= sum(map(cost, adjacent.members)) + 1e-12
+    assert searched.contiguous_cost == pytest.approx(sum(map(cost, adjacent.members)))
+    assert (searched.grouping.num_heads, searched.grouping.num_groups) == shape
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(32, 16), (32, 8), (32, 4), (40, 8), (28, 4), (36, 12)])
@@ -76,9 +76,9 @@ def test_local_search_finds_planted_groups(heads: int, groups: int) -> None:
         pairs = list(itertools.combinations(sorted(members), 2))
         return sum((planted[i] != planted[j]) + bumps[i, j] for i, j in pairs) ** 0.8
 
-    found = search_grouping(heads, groups, cost)
-    assert not found.exact
-    assert all(len({planted[h] for h in group}) == 1 for group in found.grouping.members)
+    searched = search_grouping(heads, groups, cost)
+    assert not searched.exact
+    assert all(len({planted[h] for h in group}) == 1 for group in searched.grouping.members)
 
 
 def test_search_is_repeatable_and_prices_each_set_once() -> None:
@@ -107,10 +107,10 @@ def test_search_finds_hidden_twins_by_each_methods_own_residual(name: str, heads
     block = block.permuted(Grouping(((0, 2, 4), (1, 5, 3))))
     method, statistics = get_method(name), make_statistics(mean=0.2)
     moments = block_moments(block, statistics)
-    found = search_grouping(6, 3, residual_cost(method, [moments]))
-    assert found.grouping.members == ((0, 3), (1, 5), (2, 4))
-    assert found.cost == pytest.approx(0, abs=1e-9)
-    merged = merge_block(method, block, found.grouping, statistics).block
+    searched = search_grouping(6, 3, residual_cost(method, [moments]))
+    assert searched.grouping.members == ((0, 3), (1, 5), (2, 4))
+    assert searched.cost == pytest.approx(0, abs=1e-9)
+    merged = merge_block(method, block, searched.grouping, statistics).block
     x = make_inputs(mean=0.2)
     torch.testing.assert_close(attention(merged, x), attention(block, x), rtol=1e-6, atol=1e-7)
 
@@ -132,8 +132,8 @@ def test_heads_that_add_little_to_the_output_may_lose_their_keys() -> None:
     priced_so = moments.by_output()
     torch.testing.assert_close(priced_so.keys.power, torch.einsum("kkaa->k", moments.values.weighted))
     assert priced_so.values is moments.values
-    found = search_grouping(6, 3, residual_cost(get_method("pca"), [moments])).grouping
-    assert not any({0, 3} <= set(group) for group in found.members)
+    grouping = search_grouping(6, 3, residual_cost(get_method("pca"), [moments])).grouping
+    assert not any({0, 3} <= set(group) for group in grouping.members)
 
 
 @pytest.mark.parametrize("heads", [6, 12])
@@ -144,11 +144,11 @@ def test_search_never_worsens_the_residual(heads: int, context: int | None) -> N
         block, statistics = make_block("half", heads, 6, seed=seed), make_statistics(seed)
         moments = block_moments(block, statistics, options)
         for groups in (1, 2, 3):
-            found = search_grouping(6, groups, residual_cost(method, [moments], options))
-            pair = [priced(method, moments.by_output(), g) for g in (found.grouping, Grouping.contiguous(6, groups))]
+            best = search_grouping(6, groups, residual_cost(method, [moments], options))
+            pair = [priced(method, moments.by_output(), g) for g in (best.grouping, Grouping.contiguous(6, groups))]
             searched, adjacent = pair
             assert searched <= adjacent * (1 + 1e-9)
-            assert found.cost == pytest.approx(searched, rel=1e-6)
+            assert best.cost == pytest.approx(searched, rel=1e-6)
 
 
 def test_layers_may_share_one_grouping() -> None:

@@ -32,7 +32,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             model.save_pretrained(folder)
         return folder
 
-    def made(name: str, groups: int | None = None, cross_groups: int | None = None) -> Path:
+    def make_folder(name: str, groups: int | None = None, cross_groups: int | None = None) -> Path:
         if groups is None:
             return source(name)
         folder = root / f"{name}-{groups}-{cross_groups}"
@@ -40,7 +40,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             convert(source(name), groups=groups, cross_groups=cross_groups, allow_slow=True, out=folder)
         return folder
 
-    return made
+    return make_folder
 
 
 def untie(model: Any) -> None:

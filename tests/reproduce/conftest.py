@@ -11,7 +11,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 
 @pytest.fixture
-def found() -> dict[int, dict[str, Any]]:
+def seeds_found() -> dict[int, dict[str, Any]]:
     """What three seeds of one family give."""
     return {
         seed: {
@@ -27,7 +27,7 @@ def found() -> dict[int, dict[str, Any]]:
 
 
 @pytest.fixture
-def results(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def results(seeds_found: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """A results.json."""
     from dataclasses import asdict
 
@@ -44,7 +44,7 @@ def results(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
         }  # fmt: skip
 
     times = timed({"MHA large": 8, "MHA small": 4, "GQA large": 2, "MQA large": 1})
-    seeds = {str(seed): value for seed, value in found.items()}
+    seeds = {str(seed): value for seed, value in seeds_found.items()}
     scales = {
         family: asdict(scale) | {"batch": 10, "context": 100, "steps": 1000} for family, scale in SCALES["tiny"].items()
     }

@@ -48,10 +48,10 @@ def test_the_interval_is_students() -> None:
     from curves import geometric_interval, interval
 
     values = [1.0, 2.0, 6.0]
-    found = interval(values)
+    inside = interval(values)
     half = 4.303 * statistics.stdev(values) / math.sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - half, 3 + half))
-    assert not found.excludes_zero
+    assert (inside.mean, inside.low, inside.high) == pytest.approx((3.0, 3 - half, 3 + half))
+    assert not inside.excludes_zero
     assert interval([5.0, 5.1]).excludes_zero
     alone = interval([4.0])
     assert (alone.mean, alone.low, alone.high) == (4.0, None, None)

@@ -43,8 +43,10 @@ def test_the_settings_of_every_scale_are_a_configuration(name: str, family: str,
     from gqa_convert.uptrain.read_config import parse_config
 
     scale = SCALES[name][family]
-    made = settings(scale, family, model=tmp_path, output=tmp_path / "run", seed=0, start_step=scale.steps, steps=5)
-    config = parse_config(made)
+    configuration = settings(
+        scale, family, model=tmp_path, output=tmp_path / "run", seed=0, start_step=scale.steps, steps=5
+    )
+    config = parse_config(configuration)
     # Uptraining continues the pretraining's learning rate, and alpha is a share of its steps.
     assert config.schedule.start_step == scale.steps
     assert config.schedule.warmup_tokens == 0

@@ -7,11 +7,11 @@ import pytest
 def test_a_piece_is_made_once_and_found_again(tmp_path: Path) -> None:
     from pieces import Pieces
 
-    made = []
+    folders = []
 
     def make(folder: Path) -> dict[str, int]:
-        made.append(folder)
-        return {"n": len(made)}
+        folders.append(folder)
+        return {"n": len(folders)}
 
     told: list[str] = []
     pieces = Pieces(tmp_path, told.append)
@@ -20,7 +20,7 @@ def test_a_piece_is_made_once_and_found_again(tmp_path: Path) -> None:
     other = pieces.get("arm", {"a": 2}, make)
     assert (first.result, other.result) == ({"n": 1}, {"n": 2})
     assert first.key != other.key
-    assert len(told) == len(made) == 2
+    assert len(told) == len(folders) == 2
 
 
 def test_the_processors_time_is_kept_and_summed_by_name(tmp_path: Path) -> None:

@@ -71,12 +71,12 @@ def gradient(engine: Engine, config: UptrainConfig, accumulations: int) -> dict[
 
 
 def main(out: str, path: str) -> None:
-    found = {}
+    gradients = {}
     for precision, sync in CASES:
         config = load_config(Path(path), [f"train.precision={precision}", f"train.fsdp_sync={sync}"])
         for accumulations in (1, 8, MOST):
             engine = (ShardedEngine if torch.distributed.is_torchelastic_launched() else Engine)(config)
-            found[precision, sync, accumulations] = gradient(engine, config, accumulations)
+            gradients[precision, sync, accumulations] = gradient(engine, config, accumulations)
             rank = engine.rank
             engine.accelerator.free_memory()
             if not torch.distributed.is_initialized():
@@ -86,7 +86,7 @@ def main(out: str, path: str) -> None:
 
                 AcceleratorState._reset_state()
     if rank == 0:
-        torch.save(found, out)
+        torch.save(gradients, out)
 
 
 if __name__ == "__main__":

@@ -150,9 +150,9 @@ def test_a_mixture_stopped_and_resumed_is_bitwise_the_same(
 def test_every_set_has_its_curve_and_the_originals_line(mixed: dict[str, Any], teacher_folder: Path) -> None:
     mixed["evaluation"]["reference"] = str(teacher_folder)
     run(mixed)
-    found = [r for r in read_metrics(Path(mixed["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
-    assert len(found) > 2
-    for record in found:
+    evaluations = [r for r in read_metrics(Path(mixed["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
+    assert len(evaluations) > 2
+    for record in evaluations:
         named = {key for key in record if key.startswith("held_out_loss/")}
         assert named == {"held_out_loss/text", "held_out_loss/cats", "held_out_loss/again"}
         assert {key.replace("held_out_loss", "reference_loss") for key in named} <= set(record)

@@ -30,9 +30,9 @@ def test_every_shipped_configuration_prints_its_whole_plan_and_trains_nothing(
     text = " ".join(shown.output.split())
     for row in ("horizon", "batch", "documents", "held out", "objective", "learning rate", "checkpoints", "trackers"):
         assert row in text
-    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert found["budget"]["steps"] > 0
-    assert found["config"]["train"]["micro_batch"] > 0
+    printed = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert printed["budget"]["steps"] > 0
+    assert printed["config"]["train"]["micro_batch"] > 0
     assert not output.exists()
 
 

@@ -83,11 +83,11 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
 
 def test_the_plan_resolves_and_prints(settings: dict[str, Any]) -> None:
     settings["budget"] = {"alpha": 0.1, "pretraining_tokens": 12_800}
-    made = resolve(parse_config(settings))
-    assert (made.horizon.steps, made.horizon.tokens) == (10, 1280)
-    rows = dict(plan_rows(made))
+    resolved = resolve(parse_config(settings))
+    assert (resolved.horizon.steps, resolved.horizon.tokens) == (10, 1280)
+    rows = dict(plan_rows(resolved))
     assert "10 steps of 128 tokens (from alpha, alpha 0.1)" in rows["horizon"]
-    assert made.to_json()["budget"]["tokens"] == 1280
+    assert resolved.to_json()["budget"]["tokens"] == 1280
 
 
 def test_an_output_inside_the_model_is_refused(settings: dict[str, Any]) -> None:

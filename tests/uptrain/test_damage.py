@@ -100,8 +100,8 @@ def test_what_cannot_be_resumed_falls_back_though_its_marker_fits(
     assert not (tmp_path / "harmed").exists()
     resumed = [r["step"] for r in read_metrics(begun / "metrics.jsonl") if r.get("event") == "resumed"]
     assert resumed == [2]
-    found = load_file(result.folder / "model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    actual = load_file(result.folder / "model.safetensors")
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
@@ -141,8 +141,8 @@ def test_a_damaged_token_store_is_made_again(settings: dict[str, Any], begun: Pa
     shutil.rmtree(begun / "checkpoints")
     result = run(settings)
     assert tokens.read_bytes() != bytes(data)
-    found = load_file(result.folder / "model.safetensors")
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    actual = load_file(result.folder / "model.safetensors")
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_what_a_killed_tokenisation_left_goes_and_what_is_being_written_stays(settings: dict[str, Any]) -> None:
@@ -199,9 +199,9 @@ def test_a_kill_before_the_result_is_written_doubles_no_line(
     run(settings)
     lines = (Path(settings["output"]) / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines))
-    found = [(r["kind"], r["step"]) for r in map(json.loads, lines)]
-    assert found.count(("evaluation", 20)) == 1
-    assert [step for kind, step in found if kind == "evaluation"] == [0, 5, 10, 15, 20]
+    logged = [(r["kind"], r["step"]) for r in map(json.loads, lines)]
+    assert logged.count(("evaluation", 20)) == 1
+    assert [step for kind, step in logged if kind == "evaluation"] == [0, 5, 10, 15, 20]
     run(settings, budget={"steps": 25})  # what was the last evaluation is now one on the way
     steps = [r["step"] for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
     assert steps == [0, 5, 10, 15, 20, 25]

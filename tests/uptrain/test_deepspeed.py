@@ -136,10 +136,10 @@ def test_bf16_attention_only_with_a_teacher_and_recomputed_activations(
     path = write_config(settings)
     launch_and_stop(path)
     launch(path)
-    found, expected = losses(settings["output"]), losses(tmp_path / "single")
+    actual, expected = losses(settings["output"]), losses(tmp_path / "single")
     # The sixth step was skipped here and not there, and bf16 rounds every exchange of gradients.
-    assert found[:6] == pytest.approx(expected[:6], rel=1e-3)
-    assert found[-1] == pytest.approx(expected[-1], rel=0.01)
+    assert actual[:6] == pytest.approx(expected[:6], rel=1e-3)
+    assert actual[-1] == pytest.approx(expected[-1], rel=0.01)
     ours, theirs = (
         load_file(folder / "model.safetensors") for folder in (Path(settings["output"]) / "final", single.folder)
     )

@@ -36,8 +36,8 @@ def worsening(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict
 
 
 def evaluations(settings: dict[str, Any]) -> dict[int, float]:
-    found = read_metrics(Path(settings["output"]) / "metrics.jsonl")
-    return {r["step"]: r["held_out_loss"] for r in found if r["kind"] == "evaluation"}
+    records = read_metrics(Path(settings["output"]) / "metrics.jsonl")
+    return {r["step"]: r["held_out_loss"] for r in records if r["kind"] == "evaluation"}
 
 
 def saved(settings: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
@@ -103,8 +103,8 @@ def test_more_checkpoints_than_are_kept_cannot_be_averaged(settings: dict[str, A
 def test_embeddings_are_decayed_only_if_that_is_asked_for(kind: str, decayed: bool) -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4))
     settings = OptimizerSection(kind=kind, weight_decay=0.1, decay_embeddings=decayed)
-    made = optim.make_optimizer(model, settings)
-    decay = {id(p): group["weight_decay"] for group in made.param_groups for p in group["params"]}
+    optimizer = optim.make_optimizer(model, settings)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == 3
     assert decay[id(model[0].weight)] == (0.1 if decayed else 0.0)
     assert (decay[id(model[1].weight)], decay[id(model[1].bias)]) == (0.1, 0.0)

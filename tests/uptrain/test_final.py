@@ -99,12 +99,12 @@ def test_both_spellings_mean_the_same(tmp_path: Path, given: dict[str, Any]) -> 
     path.write_text(json.dumps({**plain, **given}, indent=2))
     before = AutoConfig.from_pretrained(tmp_path)
     text = both_spellings(tmp_path, path.read_text())
-    found = json.loads(text)
-    assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == 5e4
-    assert found["dtype"] == found["torch_dtype"] == "float32"
-    assert list(found)[:3] == list(plain)[:3]
+    both = json.loads(text)
+    assert both["rope_theta"] == both["rope_parameters"]["rope_theta"] == 5e4
+    assert both["dtype"] == both["torch_dtype"] == "float32"
+    assert list(both)[:3] == list(plain)[:3]
     if "scaled" in str(given) or "linear" in str(given):
-        assert found["rope_scaling"]["factor"] == found["rope_parameters"]["factor"] == 2.0
+        assert both["rope_scaling"]["factor"] == both["rope_parameters"]["factor"] == 2.0
     path.write_text(text)
     after = AutoConfig.from_pretrained(tmp_path)
     assert after.rope_parameters == before.rope_parameters
@@ -120,8 +120,8 @@ def test_both_spellings_name_the_rotary_share(tmp_path: Path, rope_type: str) ->
     rope = {"rope_theta": 5e4, "partial_rotary_factor": 0.25, "rope_type": rope_type}
     config["rope_parameters"] = rope | ({"factor": 2.0} if rope_type == "linear" else {})
     path.write_text(json.dumps(config))
-    found = json.loads(both_spellings(tmp_path, path.read_text()))
-    assert (found["partial_rotary_factor"], found["rope_theta"]) == (0.25, 5e4)
-    assert found.get("rope_scaling") == ({"rope_type": "linear", "factor": 2.0} if rope_type == "linear" else None)
-    path.write_text(json.dumps(found))
+    both = json.loads(both_spellings(tmp_path, path.read_text()))
+    assert (both["partial_rotary_factor"], both["rope_theta"]) == (0.25, 5e4)
+    assert both.get("rope_scaling") == ({"rope_type": "linear", "factor": 2.0} if rope_type == "linear" else None)
+    path.write_text(json.dumps(both))
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config["rope_parameters"]

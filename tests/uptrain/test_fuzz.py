@@ -15,6 +15,6 @@ def test_a_slice_of_damaged_runs(tmp_path: Path) -> None:
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = json.loads(out.read_text())
-    assert found["cases"] == 20
-    assert set(found["faults"].values()) == {0}
+    outcome = json.loads(out.read_text())
+    assert outcome["cases"] == 20
+    assert set(outcome["faults"].values()) == {0}

@@ -114,10 +114,10 @@ def test_every_engine_stops_resumes_and_matches_one_device(
     said = second.communicate(timeout=300)[0]
     assert second.returncode == 0, said
     assert f"engine {engine}" in said
-    found, expected = losses(output), losses(tmp_path / "one")
-    assert len(found) == 60
+    actual, expected = losses(output), losses(tmp_path / "one")
+    assert len(actual) == 60
     tolerance = 5e-3 if precision == "float32" else 5e-2
-    assert found == pytest.approx(expected, abs=tolerance)
+    assert actual == pytest.approx(expected, abs=tolerance)
     ours, theirs = (load_file(Path(f) / "model.safetensors") for f in (output / "final", one.folder))
     assert ours.keys() == theirs.keys()
     _, info = load_with_info(output / "final")

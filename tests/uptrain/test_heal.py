@@ -85,10 +85,10 @@ def test_interrupted_and_started_again_it_gives_the_same_bits(
     real = real_step
 
     def train_step(parts: Any, guards: Any, at: int, **rest: Any) -> Any:
-        found = real(parts, guards, at, **rest)
+        result = real(parts, guards, at, **rest)
         if at == 6:
             signal.raise_signal(signal.SIGTERM)
-        return found
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", train_step)

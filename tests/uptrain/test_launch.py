@@ -91,13 +91,13 @@ def test_the_sky_task_runs_what_is_there() -> None:
 def test_accelerate_reads_its_configurations(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    found = load_config_from_file(str(path))
-    assert found.num_processes >= 1
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
     if path.stem == "fsdp2":
-        assert found.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_version"] == 2
     if path.stem == "deepspeed":
-        assert found.deepspeed_config["zero_stage"] == 3
-        assert not found.deepspeed_config["zero3_init_flag"]
+        assert config.deepspeed_config["zero_stage"] == 3
+        assert not config.deepspeed_config["zero3_init_flag"]
 
 
 def test_the_module_is_the_command() -> None:

@@ -62,13 +62,13 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(case: Case, weights: di
     wanted = torch.autograd.grad(expected * 1.7, leaves)
     hidden, weight, bias = leaves
     loss, sums = chunked_loss(hidden, Head(weight, bias), labels, teacher, spec)
-    found = torch.autograd.grad(loss * 1.7, leaves)
+    gradients = torch.autograd.grad(loss * 1.7, leaves)
     # Logits are float32 by design, so agreement is that of float32.
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert sums[0].item() == pytest.approx(ce.item(), rel=1e-5)
     if spec.kl_weight:
         assert sums[1].item() == pytest.approx(kl.item(), rel=1e-5)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 

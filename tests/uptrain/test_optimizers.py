@@ -20,14 +20,14 @@ from gqa_convert.uptrain.read_config import parse_config
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(optim, "_OPTIMIZERS", dict(optim._OPTIMIZERS))
-    made = []
+    optimizers = []
 
     def make(groups: list[dict[str, Any]], settings: OptimizerSection) -> torch.optim.Optimizer:
-        made.append(torch.optim.SGD(groups, lr=0.0, momentum=settings.betas[0]))
-        return made[-1]
+        optimizers.append(torch.optim.SGD(groups, lr=0.0, momentum=settings.betas[0]))
+        return optimizers[-1]
 
     optim.register(Optimizer(name="toy", make=make, state_bytes=4, whole_matrices=True))
-    return made
+    return optimizers
 
 
 def test_a_new_row_is_configured_planned_and_trained_with(settings: dict[str, Any], toy: list[Any]) -> None:

@@ -34,8 +34,8 @@ def single(settings: dict[str, Any], tmp_path: Path) -> tuple[UptrainResult, lis
 
 
 def close(a: list[dict[str, Any]], b: list[dict[str, Any]], tolerance: float = 1e-5) -> bool:
-    found = [(x["loss"], y["loss"]) for x, y in zip(a, b, strict=True) if "loss" in x]
-    return len(found) == 20 and all(abs(x - y) < tolerance for x, y in found)
+    pairs = [(x["loss"], y["loss"]) for x, y in zip(a, b, strict=True) if "loss" in x]
+    return len(pairs) == 20 and all(abs(x - y) < tolerance for x, y in pairs)
 
 
 def launch(script: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -127,7 +127,7 @@ def test_sharded_gradients_are_those_of_one_process(
     """FSDP2 set up as on GPUs, gradients summed in float32, at 1, 8 and 64 micro-batches a step."""
     path, worker = write_config(settings), Path(__file__).with_name("gradient_worker.py")
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
-    found = {}
+    gradients = {}
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
@@ -136,16 +136,16 @@ def test_sharded_gradients_are_those_of_one_process(
         command: list[Any] = ["bash", "-c", script, "start", LAUNCH / "engine.sh", *launcher, worker, out, path]
         done = subprocess.run(command, env={**environment, "ENGINE": engine}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        found[processes] = torch.load(out)
+        gradients[processes] = torch.load(out)
     errors = {}
-    for (precision, sync, accumulations), sharded in found[2].items():
-        single = found[1][precision, sync, accumulations]
+    for (precision, sync, accumulations), sharded in gradients[2].items():
+        single = gradients[1][precision, sync, accumulations]
         names = list(single["gradient"])
         one, two = (torch.cat([side["gradient"][name].flatten() for name in names]) for side in (single, sharded))
         errors[precision, sync, accumulations] = float((one - two).norm() / one.norm())
         assert torch.allclose(single["losses"], sharded["losses"], rtol=1e-6 if precision == "float32" else 1e-3)
         times = accumulations if sync == "micro_batch" else 1
-        assert sharded["reductions"] == times * found[2][precision, sync, 1]["reductions"] > 0
+        assert sharded["reductions"] == times * gradients[2][precision, sync, 1]["reductions"] > 0
     for (precision, sync, accumulations), error in errors.items():
         if precision == "float32":
             assert error < 1e-6, (sync, accumulations, error)
@@ -176,7 +176,7 @@ def test_sharded_training_matches_and_resumes(
     output = Path(settings["output"])
     assert (output / "checkpoints" / "step-00000020" / "shards").is_dir()
     trained, expected = (
-        [r for r in found if r["kind"] == "train"] for found in (read_metrics(output / "metrics.jsonl"), single[1])
+        [r for r in records if r["kind"] == "train"] for records in (read_metrics(output / "metrics.jsonl"), single[1])
     )
     assert close(trained, expected, tolerance)
     pairs = zip(trained, expected, strict=True)
@@ -236,17 +236,19 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
         assert {"model.safetensors", "optimizer.pt"}.issubset(p.name for p in saved.iterdir()) == (engine != "fsdp2")
     ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (output, tmp_path / "single"))
     assert [(r["step"], r["engine"]) for r in ours if r.get("event") == "resumed"] == [(7, legs[1]), (14, legs[2])]
-    trained, expected = ([r for r in found if r["kind"] == "train"] for found in (ours, theirs))
+    trained, expected = ([r for r in records if r["kind"] == "train"] for records in (ours, theirs))
     assert [r["step"] for r in trained] == list(range(1, 21))
     assert close(trained, expected)
-    final = [r["held_out_loss"] for found in (ours, theirs) for r in found if r["kind"] == "evaluation" and r["step"]]
+    final = [
+        r["held_out_loss"] for records in (ours, theirs) for r in records if r["kind"] == "evaluation" and r["step"]
+    ]
     assert abs(final[0] - final[1]) < 1e-5
     # The position in the data: as many tokens of the very same text.
     states = [json.loads((f / "checkpoints" / "step-00000020" / "state.json").read_text()) for f in
               (output, undisturbed.folder.parent)]  # fmt: skip
     assert states[0]["data"] == states[1]["data"]
-    found, right = final_weights(output), final_weights(undisturbed.folder.parent)
-    assert all(torch.allclose(found[key], right[key], atol=2e-4) for key in right)
+    final_here, right = final_weights(output), final_weights(undisturbed.folder.parent)
+    assert all(torch.allclose(final_here[key], right[key], atol=2e-4) for key in right)
 
 
 @pytest.mark.slow
@@ -260,13 +262,13 @@ def test_sharded_bf16_attention_only_with_a_teacher_and_recomputed_activations(
     path = write_config(settings)
     launch_sharded(path, stop=10)
     launch_sharded(path, stop=0)
-    found, expected = (
+    actual, expected = (
         [(r["loss"], r["kl"]) for r in read_metrics(Path(folder) / "metrics.jsonl") if r["kind"] == "train"]
         for folder in (settings["output"], tmp_path / "single")
     )
-    assert len(found) == 20
+    assert len(actual) == 20
     # bf16 weights in the layers here, bf16 arithmetic on float32 weights there.
-    assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 0.02
+    assert torch.tensor(actual).sub(torch.tensor(expected)).abs().max() < 0.02
     ours, theirs, before = (
         final_weights(settings["output"]),
         final_weights(one.folder.parent),

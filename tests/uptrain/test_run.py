@@ -38,8 +38,8 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def losses(folder: Path | str) -> dict[int, tuple[float, float, float]]:
-    found = read_metrics(Path(folder) / "metrics.jsonl")
-    return {r["step"]: (r["loss"], r["lr"], r["grad_norm"]) for r in found if r["kind"] == "train"}
+    records = read_metrics(Path(folder) / "metrics.jsonl")
+    return {r["step"]: (r["loss"], r["lr"], r["grad_norm"]) for r in records if r["kind"] == "train"}
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.
     real = real_step
 
     def train_step(parts: Any, guards: Any, at: int, **rest: Any) -> Any:
-        found = real(parts, guards, at, **rest)
+        result = real(parts, guards, at, **rest)
         if at + 1 == step - 1:  # arrives before the last step, takes effect after it
             os.kill(os.getpid(), number)
-        return found
+        return result
 
     monkeypatch.setattr(loop, "train_step", train_step)
 
@@ -218,9 +218,11 @@ def test_distillation_brings_the_model_to_its_teacher(
 ) -> None:
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder), **distillation}}
     result = run(settings)
-    found = [r["held_out_kl"] for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if "held_out_kl" in r]
+    divergences = [
+        r["held_out_kl"] for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if "held_out_kl" in r
+    ]
     if not distillation or "hidden_weight" in distillation:
-        assert found[-1] < 0.9 * found[0]
+        assert divergences[-1] < 0.9 * divergences[0]
     assert result.reference_loss is not None
 
 
@@ -304,9 +306,9 @@ def test_a_compiled_model_trains_as_the_plain_one_does_and_resumes(
         run(settings)
     monkeypatch.undo()
     result = run(settings)
-    found, expected = losses(settings["output"]), losses(straight[1])
-    assert len(found) == 20
-    assert all(abs(found[step][0] - expected[step][0]) < 1e-4 for step in expected)
+    actual, expected = losses(settings["output"]), losses(straight[1])
+    assert len(actual) == 20
+    assert all(abs(actual[step][0] - expected[step][0]) < 1e-4 for step in expected)
     _, info = load_with_info(result.folder)
     assert not any(info.values())
 
@@ -387,6 +389,6 @@ def test_asking_for_what_is_not_there_is_refused(settings: dict[str, Any]) -> No
 def test_held_out_text_of_its_own_and_a_python_source(settings: dict[str, Any], text_file: Path) -> None:
     own = {"kind": "jsonl", "paths": [str(text_file)]}
     result = run(settings, data={"held_out_source": own, "held_out_fraction": 0.0}, evaluation={"tokens": 500})
-    found = read_metrics(Path(settings["output"]) / "metrics.jsonl")[0]
-    assert 300 < found["held_out_tokens"] <= 512
+    first = read_metrics(Path(settings["output"]) / "metrics.jsonl")[0]
+    assert 300 < first["held_out_tokens"] <= 512
     assert result.loss_after < result.loss_before

@@ -85,13 +85,13 @@ def test_a_t5_can_be_distilled(t5_settings: dict[str, Any], t5_folder: Path) -> 
 
 
 def test_held_out_losses_of_any_seed_are_of_one_task(t5_settings: dict[str, Any], tmp_path: Path) -> None:
-    found = []
+    results = []
     for seed in (1, 2):
         values = {**t5_settings, "output": str(tmp_path / str(seed)), "budget": {"steps": 1}}
         values["train"] = values["train"] | {"seed": seed}
-        found.append(loop.uptrain(parse_config(values), quiet=True))
-    assert found[0].loss_before == found[1].loss_before
-    assert found[0].loss_after != found[1].loss_after  # other spans of other blocks were trained on
+        results.append(loop.uptrain(parse_config(values), quiet=True))
+    assert results[0].loss_before == results[1].loss_before
+    assert results[0].loss_after != results[1].loss_after  # other spans of other blocks were trained on
 
 
 def test_an_objective_that_does_not_fit_the_model_is_refused(

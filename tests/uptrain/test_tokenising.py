@@ -74,14 +74,14 @@ def test_finished_parts_are_not_made_again(
     with pytest.raises(KeyboardInterrupt):
         making.both(corpus, 0.2)
     parts = sorted((tmp_path / "tokens").glob("*-parts/part-*.npz"))
-    made = sum(len(np.load(part)["held_out"]) for part in parts)
-    assert made > 100
+    documents = sum(len(np.load(part)["held_out"]) for part in parts)
+    assert documents > 100
     parts[-1].write_bytes(parts[-1].read_bytes()[:100])  # one that was not whole counts as absent
-    lost = made - sum(len(np.load(part)["held_out"]) for part in parts[:-1])
+    lost = documents - sum(len(np.load(part)["held_out"]) for part in parts[:-1])
     encoded[:] = ["x"] * 10_000
     train, held = making.both(corpus, 0.2)
     total = len(list(corpus.all_documents()))
-    assert len(encoded) - 10_000 == total - made + lost
+    assert len(encoded) - 10_000 == total - documents + lost
     monkeypatch.undo()
     rows = straight(corpus, encoder, 0.2)
     assert train.tokens.tolist() == [i for ids, held_out in rows if not held_out for i in ids]
