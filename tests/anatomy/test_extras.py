@@ -22,7 +22,7 @@ NORMS = {"q_norm.weight", "k_norm.weight"}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "switch", "found"),
+    ("model_type", "switch", "expected"),
     [
         ("llama", None, set()),
         ("qwen3", None, set()),  # one norm for all heads stays where it is

@@ -160,7 +160,7 @@ def test_metadata_is_kept_and_the_format_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "made",
+    "computed",
     [torch.ones(2, 3), torch.ones(3, 2, dtype=torch.float16), torch.ones(6), torch.ones(3, 2, dtype=torch.cdouble)],
 )
 def test_a_computed_tensor_must_be_what_was_announced(tmp_path: Path, computed: torch.Tensor) -> None:
