@@ -25,10 +25,10 @@ from gqa_convert.evaluate.examples import batches
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The self-attention of every decoder layer, first to last."""
-    found = [module for name, module in model.named_modules() if name.endswith((".self_attn", ".attn", ".attention"))]
-    if not found:
+    modules = [module for name, module in model.named_modules() if name.endswith((".self_attn", ".attn", ".attention"))]
+    if not modules:
         raise SystemExit("no module is called self_attn, attn or attention: proxies need those blocks")
-    return found
+    return modules
 
 
 def proxies(assembly: Assembly, wanted: Sequence[tuple[int, int]], seed: int = 0) -> dict[str, Any]:

@@ -120,10 +120,10 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
         yield run
 
 
-def _proxies(assembly: Assembly, found: Allocation, present: Sequence[int]) -> dict[str, Any]:
+def _proxies(assembly: Assembly, allocation: Allocation, present: Sequence[int]) -> dict[str, Any]:
     """How well cheap estimates rank what was measured of single layers, and what both took."""
-    wanted = [(i, count) for i, layer in enumerate(found.costs) for count in layer if count != present[i]]
-    measured = [found.costs[layer][count].kl for layer, count in wanted]
+    wanted = [(i, count) for i, layer in enumerate(allocation.costs) for count in layer if count != present[i]]
+    measured = [allocation.costs[layer][count].kl for layer, count in wanted]
     started = time.monotonic()
     assembly.measure(dict(wanted[:1]))
     once = time.monotonic() - started
