@@ -52,10 +52,10 @@ def test_side_files_go_along_and_strangers_do_not(tmp_path: Path) -> None:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
     out = convert(source, groups=4).out
-    found = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     own = {"config.json", "generation_config.json", "gqa_convert.json", "model.safetensors", "tokenizer.json"}
     own |= {"README.md"}
-    assert found == own | taken.keys()
+    assert files == own | taken.keys()
     assert all((out / name).read_text() == text for name, text in taken.items())
 
 
@@ -132,9 +132,9 @@ def test_pickled_weights_become_safetensors(legacy: bool, tmp_path: Path) -> Non
     torch.save(tensors, source / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
     out = convert(source, groups=4).out
     assert not (out / "pytorch_model.bin").exists()
-    found = factories.tensors_of(out)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(x, found[key]) for key, x in expected.items())
+    actual = factories.tensors_of(out)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(x, actual[key]) for key, x in expected.items())
     factories.load(out)
 
 

@@ -96,10 +96,10 @@ def compare(output: Path, undisturbed: Path) -> list[str]:
 
 def records(output: Path) -> list[dict[str, Any]]:
     """What a run has measured, without speeds and without what was said of its being resumed."""
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: value for key, value in record.items() if key not in MACHINES_OWN}
-        for record in found
+        for record in lines
         if record["kind"] != "event"
     ]
 

@@ -93,23 +93,23 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
     for text in args.budgets.split(","):
         budget = budget_bytes(text, before, lambda groups: plans[groups].kv_cache_bytes_per_token_after)
         started = time.monotonic()
-        found = allocate(
+        allocation = allocate(
             plans, present, options, budget, choosing, work=args.work, data=args.data, costs_by=args.kv_costs
         )
         seconds = time.monotonic() - started
         solved = {g: None if p.blocks is None else solve_blocks(p, args.work) for g, p in plans.items()}
         assembly = Assembly(plans, solved, held_out)
-        uneven = _sums(assembly, found.groups.counts, present)
+        uneven = _sums(assembly, allocation.groups.counts, present)
         run: dict[str, Any] = {
             "seed": seed,
             "budget": text,
             "share": budget / before,
             "seconds_to_choose": round(seconds, 1),
-            "groups_per_layer": list(found.groups.counts),
-            "predicted_kl": found.predicted,
-            "first_kl": found.first.kl,
-            "measured_kl": found.measured.kl,
-            "exchanges": found.exchanges,
+            "groups_per_layer": list(allocation.groups.counts),
+            "predicted_kl": allocation.predicted,
+            "first_kl": allocation.first.kl,
+            "measured_kl": allocation.measured.kl,
+            "exchanges": allocation.exchanges,
             "held_out": _figures(uneven),
         }
         same = [g for g in plans if sum(w[g] for w in weights) == budget]
@@ -118,18 +118,18 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
             run["even"] = {"groups": same[0]} | _figures(even)
             run["uneven_minus_even"] = {name: _difference(uneven, even, name) for name in ("kl", "loss")}
         if text == args.budgets.split(",")[0] and not args.no_proxies:
-            run["proxies"] = _proxies(Assembly(plans, solved, choosing), found, present)
-        run["random"] = _random(assembly, found, present, weights, budget, args.random, seed)
+            run["proxies"] = _proxies(Assembly(plans, solved, choosing), allocation, present)
+        run["random"] = _random(assembly, allocation, present, weights, budget, args.random, seed)
         kls = [each["kl"] for each in run["random"]]
         run["rank"] = sum(kl < run["held_out"]["kl"] for kl in kls) / max(1, len(kls))
         run["correlation"] = _spearman([each["predicted"] for each in run["random"]], kls)
         yield run
 
 
-def _proxies(assembly: Assembly, found: Allocation, present: Sequence[int]) -> dict[str, Any]:
+def _proxies(assembly: Assembly, allocation: Allocation, present: Sequence[int]) -> dict[str, Any]:
     """How well cheap estimates rank what was measured of single layers, and what both took."""
-    wanted = [(i, count) for i, layer in enumerate(found.costs) for count in layer if count != present[i]]
-    measured = [found.costs[layer][count].kl for layer, count in wanted]
+    wanted = [(i, count) for i, layer in enumerate(allocation.costs) for count in layer if count != present[i]]
+    measured = [allocation.costs[layer][count].kl for layer, count in wanted]
     started = time.monotonic()
     assembly.measure(dict(wanted[:1]))
     once = time.monotonic() - started
@@ -170,7 +170,7 @@ def _difference(one: tuple[Any, WindowSums], other: tuple[Any, WindowSums], name
 
 def _random(
     assembly: Assembly,
-    found: Allocation,
+    allocation: Allocation,
     present: Sequence[int],
     weights: Sequence[Any],
     budget: int,
@@ -196,7 +196,7 @@ def _random(
         chosen = tuple(counts)
         if chosen not in seen:
             cost = assembly.measure({i: c for i, c in enumerate(chosen) if c != present[i]})
-            predicted = sum(layer[c].kl for layer, c in zip(found.costs, chosen, strict=True))
+            predicted = sum(layer[c].kl for layer, c in zip(allocation.costs, chosen, strict=True))
             seen[chosen] = {"groups_per_layer": list(chosen), "predicted": predicted, "kl": cost.kl, "loss": cost.loss}
     return list(seen.values())
 

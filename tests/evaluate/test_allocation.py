@@ -35,11 +35,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("allocation") / "llama"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**factories.SIZES, "num_hidden_layers": LAYERS, "initializer_range": 0.3})
-    made = transformers.LlamaForCausalLM(config).eval()
+    random_model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for projection in (made.model.layers[1].self_attn.k_proj, made.model.layers[1].self_attn.v_proj):
+        for projection in (
+            random_model.model.layers[1].self_attn.k_proj,
+            random_model.model.layers[1].self_attn.v_proj,
+        ):
             projection.weight.copy_(projection.weight[:8].repeat(8, 1))
-    made.save_pretrained(folder)
+    random_model.save_pretrained(folder)
     return folder
 
 
@@ -62,17 +65,17 @@ def test_sizes_are_read() -> None:
 
 def test_heads_are_given_up_where_that_costs_nothing(model: Path, tmp_path: Path) -> None:
     planned = kv_budget.plan_within(model, budget="75%", recipe=Recipe(), out=tmp_path / "out", work=tmp_path / "work")
-    found = planned.allocation
-    assert found is not None
+    allocated = planned.allocation
+    assert allocated is not None
     assert planned.layout_after.per_layer[1] == 1
-    assert found["costs"][1]["1"]["kl"] < 1e-6 < min(found["costs"][n]["1"]["kl"] for n in (0, 2))
+    assert allocated["costs"][1]["1"]["kl"] < 1e-6 < min(allocated["costs"][n]["1"]["kl"] for n in (0, 2))
     assert (
         planned.kv_cache_bytes_per_token_after
-        == found["kv_cache_bytes_per_token"]
-        <= found["budget"]
+        == allocated["kv_cache_bytes_per_token"]
+        <= allocated["budget"]
         == BEFORE * 3 // 4
     )
-    assert found["measured"]["kl"] <= found["first"]["kl"]
+    assert allocated["measured"]["kl"] <= allocated["first"]["kl"]
 
 
 def test_estimates_are_the_divergence_of_small_changes(model: Path, tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_a_layer_alone_is_put_in_and_taken_out(model: Path) -> None:
 
 
 def test_constraints_hold_and_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
-    choices = {"recipe": Recipe(), "out": tmp_path / "out", "work": tmp_path / "work", "exchanges": 0}
+    choices: dict[str, Any] = {"recipe": Recipe(), "out": tmp_path / "out", "work": tmp_path / "work", "exchanges": 0}
     kept = kv_budget.plan_within(model, budget="60%", keep_layers="1", tensor_parallel=2, **choices)
     assert kept.layout_after.per_layer[1] == 8
     assert min(kept.layout_after.per_layer) >= 2
