@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.support import Command, Finished
 
+settings.register_profile("busy", deadline=None)  # how long an example takes says nothing on a machine that is shared
+settings.load_profile("busy")
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and tests may run side by side
 
 
