@@ -31,13 +31,17 @@ from gqa_convert.cli.options import (
     Trust,
     held_out,
     named_list,
+    one_of,
     save,
 )
 from gqa_convert.cli.running import emit
 from gqa_convert.conversion.recipe import PRESETS
-from gqa_convert.errors import check_choice
+from gqa_convert.errors import UsageError, check_choice
+from gqa_convert.evaluate.engines.known import ENGINES
 from gqa_convert.merge.registry import all_methods
 from gqa_convert.progress import Counter
+
+_CACHES = "dynamic,static"
 
 
 def eval_command(
@@ -121,7 +125,7 @@ def bench_command(
     ] = "",
     cache: Annotated[
         str, typer.Option(help="dynamic, static; fp8, int8, int4: rounded as engines do: a list.")
-    ] = "dynamic,static",
+    ] = _CACHES,
     mode: Annotated[
         str,
         typer.Option(
@@ -132,6 +136,21 @@ def bench_command(
     rounds: Annotated[int, typer.Option(help="Timed rounds per point.")] = 7,
     prefill_tokens: Annotated[int, typer.Option(help="Leave prefill out where batch x context is more.")] = 4096,
     memory: Annotated[str, typer.Option(help="Also say how many sequences fit in this much: 80GiB.")] = "",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Time decoding in an engine instead, each model in a process of its own: transformers, vllm, "
+            "llama.cpp, openvino, ctranslate2.",
+            **one_of("--engine", lambda: ENGINES),
+        ),
+    ] = None,
+    engine_python: Annotated[
+        str | None, typer.Option(help="Python of the environment that has the engine. (default: this one)")
+    ] = None,
+    cache_memory: Annotated[
+        str,
+        typer.Option(help="In an engine: also time as many requests at a time as this much cache holds: 256MiB."),
+    ] = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -153,8 +172,30 @@ def bench_command(
         prefill_tokens=prefill_tokens,
         memory=parse_bytes(memory, "--memory") if memory else None,
         source_tokens=parse_single(source_tokens, "--source-tokens") if source_tokens else None,
+        cache_memory=parse_bytes(cache_memory, "--cache-memory") if cache_memory else None,
     )
     from gqa_convert.cli import show_bench
+
+    if engine:
+        own = {"--cache": cache != _CACHES, "--mode": mode != "eager", "--memory": memory, "--device": device != "auto"}
+        own["--source-tokens"] = source_tokens
+        for flag, given in own.items():
+            if given:
+                raise UsageError(f"{flag}: an engine has its own way; it cannot be set together with --engine.")
+        from gqa_convert.evaluate.engines.bench import bench_engine
+
+        with Counter("points", quiet=json) as progress:
+            progress.total(len(settings.batches) * len(settings.contexts))
+            measured = bench_engine(
+                [located(base, revision), *(converted or [])], engine, settings, python=engine_python, dtype=dtype,
+                trust_remote_code=trust_remote_code, on_point=lambda point: progress.advance(),
+            )  # fmt: skip
+        save(measured.to_json(), out)
+        emit(measured.to_json(), json, lambda: show_bench.show_bench(measured))
+        return
+    for flag, given in {"--engine-python": engine_python, "--cache-memory": cache_memory}.items():
+        if given:
+            raise UsageError(f"{flag}: goes with --engine.")
     from gqa_convert.evaluate.decode.bench import bench
     from gqa_convert.evaluate.decode.contender import load_contenders
 

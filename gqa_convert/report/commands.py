@@ -49,9 +49,14 @@ def _bench(timed: Timed) -> str:
     points = timed.bench.points
     names = dict.fromkeys(model.name for point in points for model in point.models)
     words = ["gqa", "bench", *map(_named, names), "--batch", _list(point.batch for point in points)]
-    words += ["--cache-context", _list(point.context for point in points), f"--cache={_list(p.cache for p in points)}"]
+    words += ["--cache-context", _list(point.context for point in points)]
+    words.append(
+        f"--engine={timed.bench.engine}" if timed.bench.engine else f"--cache={_list(p.cache for p in points)}"
+    )
+    memories = [each.memory_bytes for each in timed.bench.throughputs]
+    words += ["--cache-memory", str(memories[0])] if memories else []
     words += ["--steps", str(timed.bench.steps), "--rounds", str(timed.bench.rounds)]
-    return shlex.join([*words, f"--dtype={timed.bench.dtype}"])
+    return shlex.join(words if timed.bench.engine else [*words, f"--dtype={timed.bench.dtype}"])
 
 
 def _data(evaluation: Evaluation) -> list[str]:
