@@ -64,6 +64,22 @@ def eval_command(
         str, typer.Option(help="Also ask for what was told in texts of so many tokens: 512,1k,2k, a list.")
     ] = "",
     recall_items: Annotated[int, typer.Option(help="Questions of each kind at each length.", min=1)] = 20,
+    suite: Annotated[
+        bool,
+        typer.Option(
+            "--suite",
+            help="Also run tasks made here: the true continuation among four, greedy agreement, arithmetic, copying, "
+            "JSON repair, small functions that must run; and --recall at 1k and 2k where it is not set.",
+        ),
+    ] = False,
+    suite_kinds: Annotated[
+        str,
+        typer.Option(
+            help="Of the suite only these: continuations, agreement, arithmetic, copying, json, code, a list."
+        ),
+    ] = "",
+    suite_items: Annotated[int, typer.Option(help="Items of each kind.", min=1)] = 50,
+    suite_seed: Annotated[int, typer.Option(help="Seed of the draw of items.")] = 0,
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -78,6 +94,7 @@ def eval_command(
     from gqa_convert.cli import show_evaluation
     from gqa_convert.evaluate.evaluation import EvalSettings, evaluate, with_tasks
     from gqa_convert.evaluate.metrics import RECALL
+    from gqa_convert.evaluate.recall import usual_contexts
 
     settings = EvalSettings(
         data=data,
@@ -95,9 +112,23 @@ def eval_command(
         trust_remote_code=trust_remote_code,
         caches=named_list(quantised_cache),
     )
+    asked = None
+    if suite or suite_kinds:
+        from gqa_convert.evaluate.suite.run import SuiteSettings
+
+        asked = SuiteSettings(kinds=named_list(suite_kinds), count=suite_items, seed=suite_seed)
     base = located(base, revision)
+    if suite and not suite_kinds and not recall:
+        recall = usual_contexts(base, trust_remote_code=trust_remote_code)
     with Counter("windows", quiet=json) as progress:
         evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
+    if asked is not None:
+        from gqa_convert.evaluate.suite.run import with_suite
+
+        folders = [base, *(converted or [])]
+        with Counter("items", quiet=json) as progress:
+            progress.total(len(asked.chosen) * asked.count * len(folders))
+            evaluation = with_suite(evaluation, folders, settings, asked, on_items=progress.advance)
     if recall:
         from gqa_convert.budget.counts import parse_counts
         from gqa_convert.evaluate.recall import with_recall

@@ -70,6 +70,11 @@ def _data(evaluation: Evaluation) -> list[str]:
     words += [f"--no-{name}" for name in ("special", "eos") if settings.get(name) is False]
     if evaluation.quantised:
         words.append(f"--quantised-cache={_list(comparison.model.cache for comparison in evaluation.quantised)}")
+    if evaluation.suite:
+        kinds = [each.kind for each in evaluation.suite if each.kind != "continuations_by_length"]
+        most = max(len(each.scores) for each in evaluation.suite)
+        words += ["--suite", f"--suite-kinds={_list(kinds)}", "--suite-items", str(most)]
+        words += ["--suite-seed", str(settings.get("suite_seed", 0))]
     if evaluation.recall:
         words.append(f"--recall={_list(result.context for result in evaluation.recall)}")
         words += ["--recall-items", str(len(evaluation.recall[0].right))]
