@@ -6,11 +6,13 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gqa_convert.errors import UsageError
-from gqa_convert.evaluate.suite.code_items import ITEMS, STOPS
+from gqa_convert.evaluate.suite.code_items import ITEMS, STOPS, CodeItem
+from gqa_convert.evaluate.suite.sandbox import passes
 
 CHOICES = 4
 """Continuations of which one is the true one."""
@@ -135,24 +137,23 @@ def _same_json(written: str, answer: str) -> bool:
 
 def _shown(
     make: Callable[[], tuple[str, str]], count: int, shots: int, head: str, *, tokens: int,
-    right: Callable[[str, str], bool],
+    right: Callable[..., bool],
 ) -> list[Asked]:  # fmt: skip
     done = head + "".join(f"{question} {answer}\n" for question, answer in (make() for _ in range(shots)))
     asked = []
     for _ in range(count):
         question, answer = make()
-        asked.append(Asked(done + question, ("\n",), tokens, lambda written, answer=answer: right(written, answer)))
+        asked.append(Asked(done + question, ("\n",), tokens, partial(right, answer=answer)))
     return asked
 
 
 def code(words: Sequence[str], *, count: int, seed: int = 0) -> list[Asked]:
     """Functions to write; right is what passes the tests, run confined. All of them, whatever the seed."""
-    from gqa_convert.evaluate.suite.sandbox import passes
+    return [Asked(item.prompt, STOPS, 160, partial(_runs, item=item)) for item in ITEMS[:count]]
 
-    return [
-        Asked(item.prompt, STOPS, 160, lambda body, item=item: passes(item.prompt + body, item.tests))
-        for item in ITEMS[:count]
-    ]
+
+def _runs(body: str, item: CodeItem) -> bool:
+    return passes(item.prompt + body, item.tests)
 
 
 GENERATED: dict[str, Callable[..., list[Asked]]] = {

@@ -36,7 +36,8 @@ class Model:
         file = str(ready[0]) if ready else _converted(folder, f"{work}/model-{word}.gguf", word)
         llama.llama_backend_init()
         self._model = _Named(path_model=file, verbose=False)
-        self._threads, self._context = threads, None
+        self._threads = threads
+        self._context: Any = None
         weights = {"dtype": "as in the .gguf file" if ready else name, "weight_bytes": int(self._model.size)}
         self.facts = weights | {"cache_dtype": name}
 
@@ -80,7 +81,6 @@ class Model:
 
     def cache_bytes(self) -> int:
         """Bytes of all sequences."""
-        assert self._context is not None
         return sum(int(self._context.get_state_seq_size(sequence)) for sequence in range(self._batch))
 
     def steps(self, count: int) -> float:
