@@ -41,8 +41,8 @@ def commands(group: Any = None, prefix: str = "gqa") -> Iterator[tuple[str, Any]
 
 def options(command: Any) -> dict[str, Any]:
     """A command's options by their first long spelling."""
-    found = (each for each in command.params if each.param_type_name == "option")
-    return {spelled(each)[0]: each for each in found if spelled(each)[0] != "--help"}
+    listed = (each for each in command.params if each.param_type_name == "option")
+    return {spelled(each)[0]: each for each in listed if spelled(each)[0] != "--help"}
 
 
 def spelled(option: Any) -> list[str]:

@@ -40,7 +40,7 @@ def anchors(text: str) -> set[str]:
 
 def dead_links() -> list[str]:
     """A line for every link that leads nowhere."""
-    found = []
+    dead = []
     for page in pages():
         for link in links(page.read_text(encoding="utf-8")):
             if link.startswith(("https://", "http://", "mailto:")):
@@ -48,10 +48,10 @@ def dead_links() -> list[str]:
             name, _, anchor = link.partition("#")
             target = (page.parent / name).resolve() if name else page
             if not target.exists():
-                found.append(f"{page.relative_to(ROOT)}: {link}: no such file")
+                dead.append(f"{page.relative_to(ROOT)}: {link}: no such file")
             elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text(encoding="utf-8")):
-                found.append(f"{page.relative_to(ROOT)}: {link}: no such heading")
-    return found
+                dead.append(f"{page.relative_to(ROOT)}: {link}: no such heading")
+    return dead
 
 
 def stage(folder: Path, repository: str = "https://github.com/gqa-convert/gqa-convert/blob/main/") -> None:

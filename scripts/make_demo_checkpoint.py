@@ -4,6 +4,9 @@
 A byte-level BPE tokenizer first, then a small Llama-architecture model with plain multi-head attention. Each module is
 one document; documents are joined into one stream with the end-of-text token after each, and training windows are cut
 from that stream, so a window may span two documents (attention is not cut at the boundary).
+
+`--family` trains another architecture of the same size on the same text, to measure merges where queries and keys are
+normalised (Qwen3: one weight for every head; OLMo 2: over all heads at once) or positions are absolute (GPT-2).
 """
 
 from __future__ import annotations
@@ -25,14 +28,38 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    Olmo2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from gqa_convert.data import stdlib
 from gqa_convert.demo.loss import encode_documents, model_loss, sample_windows
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "gqa_convert" / "demo" / "checkpoint"
 END = "<|endoftext|>"
-SETTINGS = ("batch", "lr", "embedding_lr", "warmup", "vocab", "width", "layers", "heads", "mlp", "context", "threads")
+ROTARY: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "olmo2": Olmo2Config}
+FAMILIES = (*ROTARY, "gpt2")
+SETTINGS = (
+    "family",
+    "batch",
+    "lr",
+    "embedding_lr",
+    "warmup",
+    "vocab",
+    "width",
+    "layers",
+    "heads",
+    "mlp",
+    "context",
+    "threads",
+)
 Report = Callable[[int, float, float], None]
 
 
@@ -40,6 +67,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Read the command line; the defaults are the committed checkpoint's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder to write")
+    parser.add_argument("--family", choices=FAMILIES, default="llama", help="architecture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end sooner, the schedule with it")
@@ -74,24 +102,25 @@ def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast
     )
 
 
-def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Build the untrained model: as many KV heads as query heads."""
-    inherited: dict[str, Any] = {"rope_theta": 10000.0, "tie_word_embeddings": True}  # not among the typed ones
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.width,
-            intermediate_size=args.mlp,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            num_key_value_heads=args.heads,
-            head_dim=args.width // args.heads,
-            max_position_embeddings=args.context,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **inherited,
-        )
-    )
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config: PreTrainedConfig
+    if args.family == "gpt2":
+        config = GPT2Config(
+            **ids, n_embd=args.width, n_inner=4 * args.width, n_layer=args.layers, n_head=args.heads,
+            n_positions=args.context, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        )  # fmt: skip
+    else:
+        head_dim = {} if args.family == "olmo2" else {"head_dim": args.width // args.heads}
+        config = ROTARY[args.family](
+            **ids, **head_dim,
+            hidden_size=args.width, intermediate_size=args.mlp, num_hidden_layers=args.layers,
+            num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=args.context,
+            rope_theta=10000.0, tie_word_embeddings=True,
+        )  # fmt: skip
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def batches(stream: Tensor, *, context: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -112,21 +141,21 @@ def learning_rate(step: int, progress: float, *, peak: float, warmup: int) -> fl
     return min(1.0, (step + 1) / warmup) * peak * (0.02 + 0.98 * cosine)
 
 
-def make_optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the embedding and the norms.
 
     On this text Muon's loss after 100 steps is 0.7 nats below AdamW's, for a quarter more time a step.
     """
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and "embed_tokens" not in name]
-    others = [p for name, p in named if p.ndim != 2 or "embed_tokens" in name]
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in tables]
+    others = [p for p in model.parameters() if p.ndim != 2 or id(p) in tables]
     return [
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=args.embedding_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
 
-def train_step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], ids_BT: Tensor) -> float:
+def train_step(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], ids_BT: Tensor) -> float:
     """Make one update; multiplications run in bfloat16, weights and optimizers stay in float32."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=ids_BT[:, :-1], use_cache=False).logits
@@ -141,7 +170,7 @@ def train_step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer],
 
 def train(
     args: argparse.Namespace,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     supply: Iterator[Tensor],
     report: Callable[[int, float, float], None],
 ) -> None:
@@ -201,13 +230,12 @@ def make(args: argparse.Namespace, command: str) -> None:
     train(args, model, supply, report)
 
 
-def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the model in bfloat16 with its tokenizer, each file moved into place whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         fresh = Path(name)
-        half: Any = LlamaForCausalLM(model.config)
-        half.to(torch.bfloat16)
+        half: Any = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
         half.load_state_dict(model.state_dict())
         half.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
@@ -221,7 +249,9 @@ def spell_for_older_readers(folder: Path) -> None:
     """Add the spellings other readers look for; without them they fall back to a default in silence."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config |= {"torch_dtype": config["dtype"], "rope_theta": config["rope_parameters"]["rope_theta"]}
+    config |= {"torch_dtype": config["dtype"]}
+    if "rope_parameters" in config:
+        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -230,7 +260,7 @@ def spell_for_older_readers(folder: Path) -> None:
 
 def saved_loss(folder: Path, held_out: Tensor) -> float:
     """Loss of the weights as saved, rounded to bfloat16, computed in float32."""
-    return model_loss(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), held_out)
+    return model_loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), held_out)
 
 
 def read_documents(limit: int | None) -> dict[str, list[str]]:

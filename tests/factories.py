@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 HEADS = 8
 Tensors = dict[str, torch.Tensor]
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -274,7 +274,7 @@ def write_tensors(folder: Path, tensors: Tensors) -> None:
     save_file({key: x.contiguous() for key, x in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
-def change_tensors(folder: Path, change: Callable[[Tensors], None]) -> Path:
+def change_tensors(folder: Path, change: Callable[[Tensors], object]) -> Path:
     """Rewrite a one-file checkpoint with its tensors changed in place."""
     tensors = tensors_of(folder)
     change(tensors)
@@ -294,7 +294,7 @@ def load(folder: Path, family: str = "llama") -> Any:
     """Load a folder with stock transformers in float32; nothing may be missing, unexpected or of another shape."""
     cls = getattr(transformers, FAMILIES[family].class_name)
     model, info = cls.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
-    faults = {kind: found for kind, found in info.items() if found}
+    faults = {kind: names for kind, names in info.items() if names}
     assert not faults, faults
     return model.eval()
 
@@ -307,7 +307,8 @@ def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     """Logits of one pass over `token_ids`, without a cache."""
-    return model(input_ids=token_ids(), use_cache=False).logits
+    scores: torch.Tensor = model(input_ids=token_ids(), use_cache=False).logits
+    return scores
 
 
 def as_bytes(x: torch.Tensor) -> bytes:

@@ -49,4 +49,5 @@ def load_with_info(folder: Path, loader: Any = None, **settings: Any) -> tuple[A
     import transformers
 
     loader = loader or transformers.AutoModelForCausalLM
-    return loader.from_pretrained(folder, output_loading_info=True, **settings)
+    model, info = loader.from_pretrained(folder, output_loading_info=True, **settings)
+    return model, info

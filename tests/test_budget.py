@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -27,14 +29,14 @@ from tests.support import Command
         ("2_097_152", 2097152),
     ],
 )
-def test_counts_read_as_people_write_them(text, value) -> None:
+def test_counts_read_as_people_write_them(text: int | str, value: int) -> None:
     assert parse_count(text) == value
 
 
 @pytest.mark.parametrize(
     "text", ["two", "-3", "1.5", "", "3Q", True, "1e400", 1e400, float("nan"), "9" * 5000, 2**63, "1e30"]
 )
-def test_what_is_no_count_is_refused(text) -> None:
+def test_what_is_no_count_is_refused(text: bool | float | str) -> None:
     with pytest.raises(UsageError):
         parse_count(text)
 
@@ -68,18 +70,18 @@ def test_one_spelling_means_one_number_everywhere() -> None:
 
 
 def test_steps_win_over_tokens_and_tokens_over_alpha() -> None:
-    given = {"batch_tokens": 100, "alpha": 0.05, "pretraining_tokens": 100_000}
+    given: dict[str, Any] = {"batch_tokens": 100, "alpha": 0.05, "pretraining_tokens": 100_000}
     assert horizon(**given, steps=7, tokens=900).steps == 7
     assert horizon(**given, tokens=901).steps == 10
-    found = horizon(**given)
-    assert (found.steps, found.tokens, found.came_from) == (50, 5000, "alpha")
-    assert found.alpha == pytest.approx(0.05)
+    resolved = horizon(**given)
+    assert (resolved.steps, resolved.tokens, resolved.came_from) == (50, 5000, "alpha")
+    assert resolved.alpha == pytest.approx(0.05)
 
 
 def test_the_papers_recipe_is_fifty_thousand_steps() -> None:
-    model = known_model("t5-v1_1-xxl")
-    found = horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens)
-    assert found.steps == 50_000
+    model: Any = known_model("t5-v1_1-xxl")
+    resolved = horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens)
+    assert resolved.steps == 50_000
 
 
 def test_alpha_of_pretraining_steps() -> None:
@@ -87,7 +89,7 @@ def test_alpha_of_pretraining_steps() -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"alpha": 2.0, "pretraining_tokens": 10}])
-def test_a_share_needs_a_whole(given) -> None:
+def test_a_share_needs_a_whole(given: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="alpha"):
         horizon(batch_tokens=10, **given)
 
@@ -100,33 +102,33 @@ def test_llama_flops_agree_with_six_n_plus_attention() -> None:
 
 def test_the_papers_600_tpu_v3_chip_days_are_a_plausible_utilisation() -> None:
     # Ainslie et al. 2023, section 2.1: alpha = 0.05 took about 600 TPUv3 chip-days.
-    model = known_model("t5-v1_1-xxl")
-    found = budget(
+    model: Any = known_model("t5-v1_1-xxl")
+    estimate = budget(
         model.shape,
         horizon(batch_tokens=model.batch_tokens, pretraining_tokens=model.tokens),
         hardware="tpuv3",
         mfu=1.0,
     )
-    assert 0.2 < found.device_hours / 24 / 600 < 0.6
+    assert 0.2 < estimate.device_hours / 24 / 600 < 0.6
 
 
 def test_distillation_from_a_model_as_large_costs_a_third_more() -> None:
     shape = known_model("pythia-1b").shape
-    found = budget(shape, horizon(batch_tokens=2048, steps=10), teacher=shape)
-    assert found.distillation_overhead == pytest.approx(1 / 3)
-    assert found.flops == pytest.approx(found.student_flops * 4 / 3)
+    estimate = budget(shape, horizon(batch_tokens=2048, steps=10), teacher=shape)
+    assert estimate.distillation_overhead == pytest.approx(1 / 3)
+    assert estimate.flops == pytest.approx(estimate.student_flops * 4 / 3)
 
 
 def test_hours_and_bytes() -> None:
     shape = known_model("pythia-1b").shape
-    found = budget(shape, horizon(batch_tokens=2_097_152, steps=100), hardware="100", device_count=4, mfu=0.5)
-    assert found.hours == pytest.approx(found.flops / (100e12 * 4 * 0.5) / 3600)
-    assert found.device_hours == pytest.approx(4 * found.hours)
-    assert found.checkpoint_bytes == 12 * shape.parameters
+    estimate = budget(shape, horizon(batch_tokens=2_097_152, steps=100), hardware="100", device_count=4, mfu=0.5)
+    assert estimate.hours == pytest.approx(estimate.flops / (100e12 * 4 * 0.5) / 3600)
+    assert estimate.device_hours == pytest.approx(4 * estimate.hours)
+    assert estimate.checkpoint_bytes == 12 * shape.parameters
 
 
 @pytest.mark.parametrize("wrong", [{"hardware": "abacus"}, {"mfu": 0}, {"device_count": 0}])
-def test_impossible_hardware_is_refused(wrong) -> None:
+def test_impossible_hardware_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         budget(known_model("pythia-1b").shape, horizon(batch_tokens=1, steps=1), **wrong)
 
@@ -153,7 +155,7 @@ def test_peaks_are_found_by_the_drivers_name() -> None:
     assert all(entry["source"] for entry in devices().values())
 
 
-def test_a_folders_shape_is_read_from_headers(tmp_path) -> None:
+def test_a_folders_shape_is_read_from_headers(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -172,7 +174,7 @@ def test_a_folders_shape_is_read_from_headers(tmp_path) -> None:
     ("setting", "value"),
     [("num_key_value_heads", "data/text.jsonl"), ("num_attention_heads", 0), ("vocab_size", True), ("head_dim", -8)],
 )
-def test_a_setting_that_is_no_count_is_named(tmp_path, setting: str, value: object) -> None:
+def test_a_setting_that_is_no_count_is_named(tmp_path: Path, setting: str, value: object) -> None:
     factories.make(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, setting: value}))
@@ -180,7 +182,7 @@ def test_a_setting_that_is_no_count_is_named(tmp_path, setting: str, value: obje
         shape_of_folder(tmp_path / "model")
 
 
-def test_layers_with_their_own_kv_heads_count_by_their_mean(tmp_path) -> None:
+def test_layers_with_their_own_kv_heads_count_by_their_mean(tmp_path: Path) -> None:
     factories.make(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     head_dim = config["hidden_size"] // config["num_attention_heads"]
@@ -195,9 +197,9 @@ def test_the_command_prints_json_without_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert found["tokens"] == pytest.approx(100e9, rel=1e-4)
-    assert found["steps"] == 25_000
+    printed = json.loads(done.stdout)
+    assert printed["tokens"] == pytest.approx(100e9, rel=1e-4)
+    assert printed["steps"] == 25_000
 
 
 def test_the_command_lists_and_shows() -> None:

@@ -67,24 +67,29 @@ def test_inspect(tmp_path: Path, command: Command) -> None:
     finished = command("gqa", "inspect", source)
     assert (finished.code, finished.err) == (0, "")
     assert "MHA (8 query heads, 8 KV heads of 8)" in finished.out
-    found = json.loads(command("gqa", "inspect", source, "--json").out)
-    assert found["model_type"] == "olmo2"
-    assert found["class"] == "Olmo2ForCausalLM"
-    assert (found["kind"], found["query_heads"], found["kv_heads"], found["head_dim"]) == ("MHA", 8, 8, 8)
-    assert found["legal_groups"] == [1, 2, 4, 8]
-    assert found["parameters"] == sum(x.numel() for x in factories.tensors_of(source).values())
-    assert found["bytes"] == 4 * found["parameters"]
+    inspected = json.loads(command("gqa", "inspect", source, "--json").out)
+    assert inspected["model_type"] == "olmo2"
+    assert inspected["class"] == "Olmo2ForCausalLM"
+    assert (inspected["kind"], inspected["query_heads"], inspected["kv_heads"], inspected["head_dim"]) == (
+        "MHA",
+        8,
+        8,
+        8,
+    )
+    assert inspected["legal_groups"] == [1, 2, 4, 8]
+    assert inspected["parameters"] == sum(x.numel() for x in factories.tensors_of(source).values())
+    assert inspected["bytes"] == 4 * inspected["parameters"]
     per_head = 2 * 2 * 8 * 4
-    assert found["kv_cache_bytes_per_token"] == {str(g): g * per_head for g in (1, 2, 4, 8)}
-    assert found["converted_by"] == ""
+    assert inspected["kv_cache_bytes_per_token"] == {str(g): g * per_head for g in (1, 2, 4, 8)}
+    assert inspected["converted_by"] == ""
 
 
 def test_inspect_says_what_was_converted_and_what_is_refused(tmp_path: Path, command: Command) -> None:
     source = factories.make(tmp_path / "model")
     out = gqa_convert.convert(source, groups=2).out
-    found = json.loads(command("gqa", "inspect", out, "--json").out)
-    assert (found["kind"], found["legal_groups"]) == ("GQA", [1, 2])
-    assert found["converted_by"] == f"gqa-convert {gqa_convert.__version__}"
+    inspected = json.loads(command("gqa", "inspect", out, "--json").out)
+    assert (inspected["kind"], inspected["legal_groups"]) == ("GQA", [1, 2])
+    assert inspected["converted_by"] == f"gqa-convert {gqa_convert.__version__}"
     falcon = json.loads(command("gqa", "inspect", factories.make(tmp_path / "falcon", "falcon"), "--json").out)
     assert falcon["legal_groups"] == [1, 8]
     assert falcon["refused_groups"].keys() == {"2", "4"}
@@ -94,20 +99,20 @@ def test_inspect_says_what_was_converted_and_what_is_refused(tmp_path: Path, com
 def test_families(command: Command) -> None:
     finished = command("gqa", "families", "--json")
     assert finished.code == 0
-    found = {family["model_type"]: family for family in json.loads(finished.out)["families"]}
-    assert len(found) > 150
-    assert {family["kind"] for family in found.values()} <= set("ABCDN")
-    assert {family["status"] for family in found.values()} <= {"proven", "unproven", "untried", "refused", "nested"}
-    assert all(family["reason"] for family in found.values())
-    assert found["llama"]["kind"] == "A"
-    assert found["phi3"]["kind"] == "B"
-    assert (found["led"]["kind"], found["led"]["status"]) == ("C", "refused")
-    assert (found["t5"]["kind"], found["t5"]["status"]) == ("C", "proven")
-    assert (found["gpt2"]["kind"], found["gpt2"]["status"]) == ("C", "proven")
-    assert "only --groups 1" in found["gpt2"]["reason"]
-    assert "modeling_gqa.py" in found["gpt2"]["reason"]
-    assert found["gpt_neox"]["reason"] == "written as phi or nemotron or starcoder2, no remote code"
-    assert (found["mamba"]["kind"], found["mamba"]["status"]) == ("D", "refused")
+    listed = {family["model_type"]: family for family in json.loads(finished.out)["families"]}
+    assert len(listed) > 150
+    assert {family["kind"] for family in listed.values()} <= set("ABCDN")
+    assert {family["status"] for family in listed.values()} <= {"proven", "unproven", "untried", "refused", "nested"}
+    assert all(family["reason"] for family in listed.values())
+    assert listed["llama"]["kind"] == "A"
+    assert listed["phi3"]["kind"] == "B"
+    assert (listed["led"]["kind"], listed["led"]["status"]) == ("C", "refused")
+    assert (listed["t5"]["kind"], listed["t5"]["status"]) == ("C", "proven")
+    assert (listed["gpt2"]["kind"], listed["gpt2"]["status"]) == ("C", "proven")
+    assert "only --groups 1" in listed["gpt2"]["reason"]
+    assert "modeling_gqa.py" in listed["gpt2"]["reason"]
+    assert listed["gpt_neox"]["reason"] == "written as phi or nemotron or starcoder2, no remote code"
+    assert (listed["mamba"]["kind"], listed["mamba"]["status"]) == ("D", "refused")
 
 
 def test_families_by_name(command: Command) -> None:
@@ -118,11 +123,11 @@ def test_families_by_name(command: Command) -> None:
 
 
 def test_methods(command: Command) -> None:
-    found = json.loads(command("gqa", "methods", "--json").out)["methods"]
-    names = [method["name"] for method in found]
+    listed = json.loads(command("gqa", "methods", "--json").out)["methods"]
+    names = [method["name"] for method in listed]
     assert names == sorted(names)
     assert {"mean", "first", "random"} <= set(names)
-    assert all(method["title"] and method["reference"] for method in found)
+    assert all(method["title"] and method["reference"] for method in listed)
     shown = command("gqa", "methods")
     assert shown.code == 0
     assert all(name in shown.out for name in names)

@@ -31,7 +31,18 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "--data": ("convert", "eval", "sweep"),
 }
 # Options that take another kind of value, or other words, on some commands; anything else is the same everywhere.
-OTHER_WORDS = {"--out", "--dtype", "--data", "--tokens", "--context", "--groups", "--seed", "--work", "--batch"}
+OTHER_WORDS = {
+    "--out",
+    "--dtype",
+    "--data",
+    "--tokens",
+    "--context",
+    "--groups",
+    "--kv-budget",
+    "--seed",
+    "--work",
+    "--batch",
+}
 OTHER_WORDS |= {"--refit", "--cache-context", "--steps"}
 OTHER_KIND = {"--groups": "a list, where many are tried"}
 
@@ -69,7 +80,7 @@ def test_an_option_means_one_thing(options: dict[str, dict[str, Any]]) -> None:
             for spelling in (*option.opts, *option.secondary_opts):
                 letters.setdefault(spelling, set()).add(name)
     assert {name for name, texts in helps.items() if len(texts) > 1} <= OTHER_WORDS
-    assert {name for name, found in kinds.items() if len(found) > 1} <= OTHER_KIND.keys()
+    assert {name for name, kinds_of_option in kinds.items() if len(kinds_of_option) > 1} <= OTHER_KIND.keys()
     assert {spelling: names for spelling, names in letters.items() if len(names) > 1} == {}
     assert all(option.help for own in options.values() for option in own.values())
     assert "[default" not in "".join(text for texts in helps.values() for text in texts), "rich swallows it"

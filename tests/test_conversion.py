@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ def tied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_tied_heads_merge_exactly(tied: Tied) -> None:
-    expected, found = factories.tensors_of(tied.reference), factories.tensors_of(tied.converted)
-    assert found.keys() == expected.keys()
-    differing = [key for key, x in expected.items() if factories.as_bytes(found[key]) != factories.as_bytes(x)]
+    expected, actual = factories.tensors_of(tied.reference), factories.tensors_of(tied.converted)
+    assert actual.keys() == expected.keys()
+    differing = [key for key, x in expected.items() if factories.as_bytes(actual[key]) != factories.as_bytes(x)]
     assert not differing
 
 
@@ -53,8 +54,8 @@ def test_tied_heads_keep_the_function(tied: Tied) -> None:
 
 
 def test_config_says_what_a_model_of_that_shape_would_say(tied: Tied) -> None:
-    expected, found = (json.loads((folder / "config.json").read_text()) for folder in (tied.reference, tied.converted))
-    assert found == expected
+    expected, actual = (json.loads((folder / "config.json").read_text()) for folder in (tied.reference, tied.converted))
+    assert actual == expected
 
 
 def test_the_cache_shrinks(tied: Tied) -> None:
@@ -164,7 +165,7 @@ def test_layers_outside_the_module_tree_are_merged_too(tmp_path: Path) -> None:
     """Multi-token-prediction layers are in the checkpoint but not in the model, and share the decoder's KV heads."""
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-    sizes = {**factories.SIZES, "num_hidden_layers": 2, "head_dim": 8, "first_k_dense_replace": 2}
+    sizes: dict[str, Any] = {**factories.SIZES, "num_hidden_layers": 2, "head_dim": 8, "first_k_dense_replace": 2}
     config = Glm4MoeConfig(**sizes, num_key_value_heads=HEADS, n_routed_experts=2, num_experts_per_tok=1)
     source = tmp_path / "source"
     Glm4MoeForCausalLM(config).save_pretrained(source)

@@ -78,13 +78,13 @@ def imports(path: Path) -> Iterator[str]:
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from (name.removeprefix("gqa_convert.") for name in found if name.startswith("gqa_convert."))
+        yield from (name.removeprefix("gqa_convert.") for name in names if name.startswith("gqa_convert."))
 
 
 def layer_of(name: str) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,10 +52,10 @@ def test_side_files_go_along_and_strangers_do_not(tmp_path: Path) -> None:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
     out = convert(source, groups=4).out
-    found = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
     own = {"config.json", "generation_config.json", "gqa_convert.json", "model.safetensors", "tokenizer.json"}
     own |= {"README.md"}
-    assert found == own | taken.keys()
+    assert files == own | taken.keys()
     assert all((out / name).read_text() == text for name, text in taken.items())
 
 
@@ -130,9 +132,9 @@ def test_pickled_weights_become_safetensors(legacy: bool, tmp_path: Path) -> Non
     torch.save(tensors, source / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
     out = convert(source, groups=4).out
     assert not (out / "pytorch_model.bin").exists()
-    found = factories.tensors_of(out)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(x, found[key]) for key, x in expected.items())
+    actual = factories.tensors_of(out)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(x, actual[key]) for key, x in expected.items())
     factories.load(out)
 
 
@@ -195,6 +197,28 @@ def test_force_replaces_a_conversion_whole(tmp_path: Path) -> None:
     assert not (out / "stale.txt").exists()
     assert factories.load(out).config.num_key_value_heads == 2
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["source", "source-gqa4"]
+
+
+def test_an_old_output_that_a_kill_left_half_removed_is_cleaned_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = factories.make(tmp_path / "source"), tmp_path / "out"
+    convert(source, groups=2, out=out)
+    removed = shutil.rmtree
+
+    def killed_half_way(folder: Path, **settings: Any) -> None:
+        (folder / "gqa_convert.json").unlink(missing_ok=True)  # the record of whose it is goes first, and nothing else
+
+    monkeypatch.setattr(shutil, "rmtree", killed_half_way)
+    convert(source, groups=4, out=out, force=True)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert len(left) == 1
+    dead = subprocess.Popen(["true"])  # its number is no process's any more
+    dead.wait()
+    (tmp_path / left[0]).rename(tmp_path / left[0].replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    convert(source, groups=2, out=out, force=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 
 
 def test_progress_adds_up_to_the_bytes_written(tmp_path: Path) -> None:

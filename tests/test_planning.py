@@ -22,25 +22,28 @@ def cache_bytes_per_token(folder: Path, family: str, dtype: torch.dtype) -> int:
     model = factories.load(folder, family).to(dtype)
     ids = factories.token_ids(1, 9)
     cache = model(input_ids=ids, use_cache=True).past_key_values
-    total = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    total: int = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     return total // ids.shape[1]
 
 
 @pytest.mark.parametrize(("family", "groups"), CASES)
 def test_numbers_are_those_of_the_files_and_the_cache(family: str, groups: int, tmp_path: Path) -> None:
     source = factories.make(tmp_path / "source", family, dtype=torch.bfloat16)
-    made = plan(source, groups=groups)
+    planned = plan(source, groups=groups)
     out = convert(source, groups=groups).out
     before, after = factories.tensors_of(source), factories.tensors_of(out)
-    assert made.bytes_in == sum(x.nbytes for x in before.values())
-    assert made.bytes_out == sum(x.nbytes for x in after.values())
-    assert made.parameters_in == sum(x.numel() for x in before.values())
-    assert made.parameters_out == sum(x.numel() for x in after.values())
+    assert planned.bytes_in == sum(x.nbytes for x in before.values())
+    assert planned.bytes_out == sum(x.nbytes for x in after.values())
+    assert planned.parameters_in == sum(x.numel() for x in before.values())
+    assert planned.parameters_out == sum(x.numel() for x in after.values())
     changed = [key for key, x in before.items() if key in after and not torch.equal(x, after[key])]
-    assert made.merged_tensors == len(changed)
-    assert made.copied_tensors == len(after) - len(changed)
-    assert made.dropped_tensors == len(before) - len(after)
-    for folder, said in ((source, made.kv_cache_bytes_per_token_before), (out, made.kv_cache_bytes_per_token_after)):
+    assert planned.merged_tensors == len(changed)
+    assert planned.copied_tensors == len(after) - len(changed)
+    assert planned.dropped_tensors == len(before) - len(after)
+    for folder, said in (
+        (source, planned.kv_cache_bytes_per_token_before),
+        (out, planned.kv_cache_bytes_per_token_after),
+    ):
         assert said == cache_bytes_per_token(folder, family, torch.bfloat16)
 
 
@@ -58,13 +61,13 @@ def test_bytes_out_are_the_file_sizes_less_their_headers(tmp_path: Path) -> None
 def test_layouts_are_those_of_the_model(family: str, tmp_path: Path) -> None:
     source = factories.make(tmp_path / "source", family)
     groups = FAMILIES[family].groups[-1]
-    made = plan(source, groups=groups)
+    planned = plan(source, groups=groups)
     cache = factories.load(source, family)(input_ids=factories.token_ids(), use_cache=True).past_key_values
-    assert made.layout_before.num_query_heads == factories.HEADS
-    assert made.layout_before.num_kv_heads == cache.layers[0].keys.shape[1]
-    assert made.layout_before.head_dim == cache.layers[0].keys.shape[3]
-    assert made.layout_after.head_dim == made.layout_before.head_dim
-    assert made.groups == made.max_tensor_parallel == made.layout_after.num_kv_heads == groups
+    assert planned.layout_before.num_query_heads == factories.HEADS
+    assert planned.layout_before.num_kv_heads == cache.layers[0].keys.shape[1]
+    assert planned.layout_before.head_dim == cache.layers[0].keys.shape[3]
+    assert planned.layout_after.head_dim == planned.layout_before.head_dim
+    assert planned.groups == planned.max_tensor_parallel == planned.layout_after.num_kv_heads == groups
 
 
 def test_planning_writes_nothing_and_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,15 +79,15 @@ def test_planning_writes_nothing_and_reads_no_weight(tmp_path: Path, monkeypatch
     source = factories.make(tmp_path / "source")
     monkeypatch.setattr(Checkpoint, "tensor", refuse)
     before = tree(tmp_path)
-    made = plan(source, groups=2)
+    planned = plan(source, groups=2)
     assert tree(tmp_path) == before
-    assert not made.target.exists()
+    assert not planned.target.exists()
 
 
 def test_a_plan_is_json(tmp_path: Path) -> None:
     source = factories.make(tmp_path / "source", "stablelm")
-    made = plan(source, groups=2)
-    described = json.loads(json.dumps(made.to_json()))
+    planned = plan(source, groups=2)
+    described = json.loads(json.dumps(planned.to_json()))
     assert described["before"] == {"kind": "MHA", "query_heads": 8, "kv_heads": 8, "head_dim": 8}
     assert described["after"] == {"kind": "GQA", "query_heads": 8, "kv_heads": 2, "head_dim": 8}
     shapes = factories.shapes_of(source)
@@ -95,9 +98,9 @@ def test_a_plan_is_json(tmp_path: Path) -> None:
 
 def test_equal_groups_plan_no_merge_but_know_the_cache(tmp_path: Path) -> None:
     source = factories.make(tmp_path / "source")
-    made = plan(source, groups=8)
-    assert (made.merged_tensors, made.config_edits) == (0, {})
-    assert made.kv_cache_bytes_per_token_before == made.kv_cache_bytes_per_token_after == 2 * 2 * 64 * 4
+    planned = plan(source, groups=8)
+    assert (planned.merged_tensors, planned.config_edits) == (0, {})
+    assert planned.kv_cache_bytes_per_token_before == planned.kv_cache_bytes_per_token_after == 2 * 2 * 64 * 4
 
 
 @pytest.mark.parametrize("groups", [0, -1, 3, 5, 16])

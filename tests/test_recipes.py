@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,9 +41,9 @@ def test_best_preset_keeps_its_word_on_every_kind_of_attention(tmp_path: Path, m
 
 def test_presets_go_without_search_where_heads_cannot_move(tmp_path: Path) -> None:
     source = tiny_folder(tmp_path / "source", "t5")
-    made = plan(source, groups=2, recipe=make_recipe("fast"))
-    assert made.recipe.grouping == "contiguous"
-    assert any("cannot change places" in note for note in made.notes)
+    planned = plan(source, groups=2, recipe=make_recipe("fast"))
+    assert planned.recipe.grouping == "contiguous"
+    assert any("cannot change places" in note for note in planned.notes)
     with pytest.raises(UnsupportedModelError, match="--grouping search cannot be used on t5"):
         plan(source, groups=2, recipe=make_recipe("fast", grouping="search"))
 
@@ -89,7 +90,7 @@ def test_search_alone_moves_heads_under_the_mean(tmp_path: Path) -> None:
         ({"refit_lr": -1.0}, "--refit-lr -1.0"),
     ],
 )
-def test_choices_that_cannot_be_honoured(chosen: dict[str, object], message: str) -> None:
+def test_choices_that_cannot_be_honoured(chosen: dict[str, Any], message: str) -> None:
     chosen = dict(chosen)
     preset = chosen.pop("preset", None)
     with pytest.raises(UsageError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,19 @@ POEMS, STORIES, DOUBLED = "zh-poem-llama-0.75M", "stories260K", "stories260K-mha
 WINDOW = 128
 
 
-def load(folder: Path) -> transformers.PreTrainedModel:
+def load(folder: Path) -> Any:
     """Load with the class a user would take; nothing may be missing, unexpected or of another shape."""
     model, info = load_with_info(folder, dtype=torch.float32)
-    faults = {kind: found for kind, found in info.items() if found}
+    faults = {kind: names for kind, names in info.items() if names}
     assert not faults, faults
     return model.eval()
 
 
 def test_doubled_heads_convert_back_bit_for_bit(shared: Path, tmp_path: Path) -> None:
     out = convert(shared / "models" / DOUBLED, groups=4, out=tmp_path / "out", verify="logits").out
-    expected, found = tensors_of(shared / "models" / STORIES), tensors_of(out)
-    assert found.keys() == expected.keys()
-    assert [key for key, x in expected.items() if as_bytes(x) != as_bytes(found[key])] == []
+    expected, actual = tensors_of(shared / "models" / STORIES), tensors_of(out)
+    assert actual.keys() == expected.keys()
+    assert [key for key, x in expected.items() if as_bytes(x) != as_bytes(actual[key])] == []
     load(out)
 
 

@@ -103,9 +103,9 @@ def test_a_plan_is_written_recorded_and_verified(source: Path, tmp_path: Path) -
     assert (recorded["kv_heads"], recorded["kv_heads_per_layer"]) == (8, [8, 2])
     checks = verify_pair(source, out, logits=True)
     assert (checks["merged"], checks["differing"]) == (2, [])
-    found = inspect(out)
+    inspected = inspect(out)
     # heads of 8 numbers, keys and values, in float32: 10 heads of 16
-    assert (found.layout.per_layer, found.cache[-1][:2]) == ((8, 2), (8, 10 * 8 * 2 * 4))
+    assert (inspected.layout.per_layer, inspected.cache[-1][:2]) == ((8, 2), (8, 10 * 8 * 2 * 4))
     assert tree(source) == before
     assert read_groups(str(out / "gqa_convert.json")).counts == (8, 2)
 
@@ -141,9 +141,9 @@ def test_strangers_load_it_and_decode(source: Path, tmp_path: Path, monkeypatch:
 
 def test_fewer_heads_again(source: Path, tmp_path: Path) -> None:
     first = convert(source, groups=[8, 2], out=tmp_path / "first").out
-    made = plan(first, groups=[4, 2])
-    assert (made.layout_before.per_layer, made.layout_after.per_layer) == ((8, 2), (4, 2))
-    assert (made.kv_cache_bytes_per_token_before, made.kv_cache_bytes_per_token_after) == (640, 384)
+    planned = plan(first, groups=[4, 2])
+    assert (planned.layout_before.per_layer, planned.layout_after.per_layer) == ((8, 2), (4, 2))
+    assert (planned.kv_cache_bytes_per_token_before, planned.kv_cache_bytes_per_token_after) == (640, 384)
     second = convert(first, groups=4, out=tmp_path / "second", verify="logits").out
     assert inspect(second).layout.per_layer == (4, 2)  # a layer that has fewer keeps its two
     assert verify_pair(first, second)["merged"] == 2

@@ -65,8 +65,8 @@ def test_strided_groups_are_not_exact_for_tied_heads(tmp_path: Path, monkeypatch
     reference = factories.make(tmp_path / "reference", kv_heads=4)
     source = factories.make_tied(tmp_path / "source", reference, "llama", 4)
     use_for_mean(strided, monkeypatch)
-    found = factories.tensors_of(convert(source, groups=4).out)[K]
-    assert (found - factories.tensors_of(reference)[K]).abs().max() > 0.1
+    merged = factories.tensors_of(convert(source, groups=4).out)[K]
+    assert (merged - factories.tensors_of(reference)[K]).abs().max() > 0.1
 
 
 def test_structure_catches_a_method_that_gives_another_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,14 @@ def _settle_old(folder: Path, target: Path) -> None:
         return
     with suppress(OutputError):
         check_replaceable(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(folder, target)
+
+
+def _discard(old: Path, target: Path) -> None:
+    """Remove an old target under the name of a temporary folder: half removed, it could not be told for ours."""
+    stale = sibling(target, old.name.rpartition(".")[2].replace("old-", "tmp-", 1))
+    os.rename(old, stale)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 def _remove_if_stale(folder: Path, pid: int) -> None:
@@ -261,7 +268,7 @@ def _publish(stage: Path, target: Path, force: bool) -> None:
         os.close(inside)
     sync_path(target.parent)
     if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
+        _discard(aside, target)
 
 
 def _rename_in(stage: Path, target: Path, force: bool) -> Path | None:

@@ -25,6 +25,7 @@ from gqa_convert.cli.options import (
     GroupsPerLayer,
     KeepLayers,
     KVBudget,
+    KVCosts,
     Measure,
     MeasuredOn,
     Method,
@@ -45,6 +46,7 @@ from gqa_convert.cli.signals import stopped_by_signals
 from gqa_convert.console import note
 from gqa_convert.conversion.head_plan import asked_groups
 from gqa_convert.conversion.recipe import make_recipe
+from gqa_convert.errors import check_choice
 from gqa_convert.progress import conversion_progress
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def convert_command(
     groups: AnyGroups = None,
     groups_per_layer: GroupsPerLayer = None,
     kv_budget: KVBudget = None,
+    kv_costs: KVCosts = "measured",
     keep_layers: KeepLayers = "",
     tp: TensorParallel = 1,
     min_groups: MinGroups = 1,
@@ -136,6 +139,7 @@ def convert_command(
         seed=seed,
     )
     healing = heal_options(preset, calibrate, heal_tokens, heal_until, seed)
+    check_choice("--kv-costs", kv_costs, ("measured", "estimated"))
     asked = asked_groups(groups, groups_per_layer, kv_budget)
     from gqa_convert.conversion import execute, plan
     from gqa_convert.conversion.forecast import forecast
@@ -156,7 +160,9 @@ def convert_command(
         from gqa_convert.evaluate.kv_budget import plan_within
 
         with stopped_by_signals(), conversion_progress(0, quiet=json) as (_, on_layer):
-            planned = plan_within(model, budget=kv_budget or "", data=data, work=work, on_layer=on_layer, **shared)
+            planned = plan_within(
+                model, budget=kv_budget or "", data=data, work=work, costs_by=kv_costs, on_layer=on_layer, **shared
+            )
     else:
         planned = plan.plan(model, groups=asked, **shared)
     if dry_run:

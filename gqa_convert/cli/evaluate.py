@@ -242,7 +242,13 @@ def bench_command(
 
 def sweep_command(
     model: Base,
-    groups: Annotated[str, typer.Option("--groups", "-g", help="KV-head counts: a list.")],
+    groups: Annotated[str, typer.Option("--groups", "-g", help="KV-head counts: a list.")] = "",
+    kv_budget: Annotated[
+        str,
+        typer.Option(
+            help="Sizes of the KV cache, a list, each spent where layers need it: 50%, groups=2, 12KiB per token."
+        ),
+    ] = "",
     methods: Annotated[str, typer.Option(help="Merge methods or presets: a list; see `gqa methods`.")] = "mean",
     out: Annotated[
         Path | None,
@@ -300,7 +306,8 @@ def sweep_command(
         prefill_tokens=0,
     )
     settings = SweepSettings(
-        groups=parse_counts(groups, "--groups"),
+        groups=parse_counts(groups, "--groups") if groups else (),
+        budgets=named_list(kv_budget),
         variants=variants,
         evaluation=EvalSettings(
             data=data,

@@ -80,6 +80,14 @@ KVBudget = Annotated[
         metavar="SIZE",
     ),
 ]
+KVCosts = Annotated[
+    str,
+    typer.Option(
+        help="How --kv-budget finds what a layer costs: `measured`, a run of the model for each; or `estimated`, all "
+        "from one backward pass.",
+        metavar="HOW",
+    ),
+]
 KeepLayers = Annotated[
     str, typer.Option(help="Layers that keep all their KV heads: `first,last`, `0,5`, `0-3`.", metavar="LAYERS")
 ]

@@ -38,8 +38,12 @@ def show_sweep(sweep: Sweep) -> None:
             cells.append("frontier" if point.name in unbeaten else "")
         else:
             cells = ["failed", *[""] * (len(shown) - 1), point.error]
-        table.add_row(Text(point.name), str(point.groups), *map(Text, cells))
+        table.add_row(Text(point.name), point.heads, *map(Text, cells))
     out.print(table)
+    for point in sweep.points:
+        if point.groups_per_layer:
+            heads = ",".join(map(str, point.groups_per_layer))
+            out.print(f"{point.name}: KV heads of layers {heads}", highlight=False, markup=False, soft_wrap=True)
     base = sweep.base["base"]
     figures = metrics.from_json(base, metrics.rows("model"))
     own = ", ".join(

@@ -97,7 +97,7 @@ def card_text(folder: Path, record: Mapping[str, Any], quality: Mapping[str, Any
     repo = str(as_object(source.get("hub")).get("repo_id") or "")
     name = " ".join(str(repo or source.get("name") or folder.name).split())
     heads = _heads(after)
-    title = f"{Path(name).name}, {heads} KV head{'s' if heads != '1' else ''}"
+    title = Path(name).name + (f", {heads} KV head{'s' if heads != '1' else ''}" if after else "")
     training = as_object(record.get("uptraining"))
     front = metadata(folder, repo, title, _results(config, quality))
     sections = [
@@ -105,7 +105,9 @@ def card_text(folder: Path, record: Mapping[str, Any], quality: Mapping[str, Any
         f"# {plain(title)}",
         f"{plain(name)} converted to grouped-query attention: {_heads(before)} KV heads became {heads}, shared "
         f"by {after.get('query_heads')} query heads. Nothing else of the model was changed"
-        + (", and the result was trained further." if training else "."),
+        + (", and the result was trained further." if training else ".")
+        if after
+        else f"{plain(name)}, trained further. No attention heads were merged.",
         "## What it costs\n\n" + _cost(conversion, training, quality),
         "## How to load\n\n" + loading(folder),
         "## Where it runs\n\n" + where(record, folder),
@@ -272,7 +274,11 @@ def _cost(conversion: Mapping[str, Any], training: Mapping[str, Any], quality: M
         said = ", ".join(f"{plain(name)} {value:.4f}" for name, value in losses.items() if isinstance(value, float))
         tokens = training.get("tokens")
         lines.append(
-            (f"Trained on {tokens:,} tokens after the conversion. " if isinstance(tokens, int) else "")
+            (
+                f"Trained on {tokens:,} tokens{' after the conversion' if conversion.get('after') else ''}. "
+                if isinstance(tokens, int)
+                else ""
+            )
             + (f"Held-out loss, nats per token: {said}." if said else "")
         )
     if quality is not None and quality.get("loss_after") is not None:
@@ -299,6 +305,8 @@ def _cost(conversion: Mapping[str, Any], training: Mapping[str, Any], quality: M
 
 def _making(record: Mapping[str, Any]) -> str:
     conversion = as_object(record.get("conversion"))
+    if not conversion.get("after"):
+        return "Trained with `gqa uptrain`. `gqa_convert.json` has the whole record."
     recipe = as_object(conversion.get("recipe")) or {"method": conversion.get("method")}
     heads = _heads(as_object(conversion.get("after")))
     lines = [f"Converted with {made_by(record)}: {recipe_line(recipe)}, {heads} KV heads."]

@@ -1,6 +1,6 @@
 """What solving a plan's blocks will take here: operations and memory by count, time by a trial of the machine.
 
-The arithmetic is that of `scripts/bench/solve_cost.py`, which holds it against measurements.
+`scripts/bench/solve_cost.py` holds the counts against measurements.
 """
 
 from __future__ import annotations
@@ -25,6 +25,75 @@ _WRITING = 3
 """How many times dearer a token is that is written one by one than one that is read."""
 _HELD_OUT = 16  # one window in so many is kept from the fitting, and checked seven times
 _CHECKS = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the cost of solving follows from, in all layers together where nothing else is said.
+
+    Attributes:
+        tokens: that are calibrated on.
+        layers: how many are solved.
+        width: of the hidden states.
+        whole: weights of all layers.
+        source: of those, the weights that are solved.
+        target: what is left of them.
+        scores: operations per token of queries on keys and of attention on values.
+        sets: sets of heads that a search prices, per layer; 0 without one.
+        group_width: channels of a group's heads together.
+        refit: whether attention is fitted to the source's outputs afterwards.
+        fitted: tokens that its steps read, per layer.
+    """
+
+    tokens: int
+    layers: int
+    width: int
+    whole: int
+    source: int
+    target: int
+    scores: int
+    sets: int = 0
+    group_width: float = 0
+    refit: bool = False
+    fitted: int = 0
+
+    @property
+    def converted(self) -> int:
+        """Weights of all layers of the converted model."""
+        return self.whole - self.source + self.target
+
+
+def searched_sets(heads: int) -> int:
+    """About how many sets of `heads` KV heads a search for groups prices."""
+    return min(1000, heads * (heads - 1) // 2 + 600)
+
+
+def operations(work: Work) -> dict[str, float]:
+    """Floating-point operations of a solve by part, two for a multiply-add."""
+    flops: dict[str, float] = {
+        "stream of the source": work.tokens * (2 * work.whole + work.scores),
+        "moments": work.layers * 2 * work.tokens * work.width**2,
+        "closed form": work.layers * 8 * work.width**3,
+        "search": work.layers * work.sets * 10 * work.group_width**3,  # an eigenvalue problem of a group's values each
+    }
+    if work.refit:
+        attention = 2 * work.target + work.scores
+        flops["stream of the converted model"] = work.tokens * (
+            2 * (work.whole - work.source + work.target) + work.scores
+        )
+        flops["refit: steps"] = 3 * work.fitted * attention
+        flops["refit: held-out checks"] = _CHECKS * work.tokens / _HELD_OUT * attention
+    return flops
+
+
+def held_bytes(work: Work) -> dict[str, float]:
+    """Bytes that a solve holds by part, all activations in memory: float32, moments in float64."""
+    weights = work.whole + (work.converted if work.refit else 0)
+    return {
+        "moments": 8 * work.width**2,
+        "layer": 4 * weights / work.layers,
+        "activations": (6 if work.refit else 2) * 4 * work.tokens * work.width,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +130,25 @@ def forecast(plan: ConvertPlan) -> Forecast | None:
     target = sum(operation.numel for operation in solved)
     whole = sum(info.numel for info in plan.checkpoint.tensors.values() if vocabulary not in info.shape)
     before = plan.layout_before
-    scores = 4 * length * before.num_query_heads * before.head_dim * layers  # per token: q k and p v
-    flops: float = tokens * (2 * whole + scores) + layers * (2 * tokens * width**2 + 8 * width**3)
-    if recipe.grouping == "search" and plan.groups > 1:
-        group = before.num_kv_heads / plan.groups * before.head_dim
-        flops += layers * min(1000, before.num_kv_heads * (before.num_kv_heads - 1) // 2 + 600) * 10 * group**3
-    layer: float = 4 * whole / layers
-    if recipe.refit:
-        flops += tokens * (2 * (whole - source + target) + scores)
-        flops += 3 * recipe.refit_steps * recipe.refit_tokens * (2 * target + scores)
-        flops += _CHECKS * tokens / _HELD_OUT * (2 * target + scores)
-        layer *= 2
+    searches = recipe.grouping == "search" and plan.groups > 1
+    work = Work(
+        tokens=tokens,
+        layers=layers,
+        width=width,
+        whole=whole,
+        source=source,
+        target=target,
+        scores=4 * length * before.num_query_heads * before.head_dim * layers,
+        sets=searched_sets(before.num_kv_heads) if searches else 0,
+        group_width=before.num_kv_heads / plan.groups * before.head_dim,
+        refit=recipe.refit,
+        fitted=recipe.refit_steps * recipe.refit_tokens,
+    )
+    flops = sum(operations(work).values())
     if recipe.self_written:
         flops += _WRITING * 2 * plan.parameters_in * tokens
-    activations = (6 if recipe.refit else 2) * 4 * tokens * width
-    held = 8 * width**2 + layer + min(activations, _SPILLED * free_memory())
+    parts = held_bytes(work)
+    held = parts["moments"] + parts["layer"] + min(parts["activations"], _SPILLED * free_memory())
     if recipe.self_written:
         held = max(held, plan.bytes_in)
     return Forecast(flops=flops, seconds=flops / (REACHED * matmul_rate()), memory_bytes=round(PEAK * held))

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from gqa_convert.conversion.operations import Pool, Solve
 from gqa_convert.conversion.plan import ConvertPlan
 from gqa_convert.conversion.solve import solve_blocks
 from gqa_convert.conversion.tensors import pooled_tensor
+from gqa_convert.errors import UsageError, check_choice
 from gqa_convert.evaluate.examples import Example
 from gqa_convert.evaluate.files import read_json, write_json
+from gqa_convert.evaluate.layer_estimates import estimated_costs
 from gqa_convert.evaluate.scoring import score
 from gqa_convert.heads import HeadPlan
 from gqa_convert.hf.loading import load_model
@@ -38,6 +41,8 @@ from gqa_convert.modeling import shipping
 OnLayer = Callable[[str, int, int], None]
 BATCH = 4
 """Windows run at a time."""
+MEASURED, ESTIMATED = "measured", "estimated"
+"""How single layers' costs are found."""
 EXCHANGES = 16
 """Exchanges between two layers that are tried on the whole model."""
 _REMEMBERED = 1 << 28
@@ -49,7 +54,8 @@ class Cost:
     """What one layer, or a plan, costs per token: divergence from the original and rise of the loss, in nats."""
 
     kl: float
-    loss: float
+    loss: float | None
+    """None where it was only estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,7 @@ class Allocation:
         first: the plan of least predicted divergence, measured whole.
         measured: the plan that was chosen, measured whole.
         exchanges: exchanges of heads between two layers that made it better than predicted ones.
+        costs_by: whether single layers were measured or estimated.
         tokens: on which all this was measured.
     """
 
@@ -76,6 +83,7 @@ class Allocation:
     first: Cost
     measured: Cost
     exchanges: int
+    costs_by: str
     tokens: int
 
     def to_json(self) -> dict[str, Any]:
@@ -88,6 +96,7 @@ class Allocation:
             "first": vars(self.first),
             "measured": vars(self.measured),
             "exchanges": self.exchanges,
+            "costs_by": self.costs_by,
             "tokens": self.tokens,
             "costs": [{str(count): vars(cost) for count, cost in layer.items()} for layer in self.costs],
         }
@@ -158,6 +167,27 @@ class Assembly:
         assert after is not None
         return Cost(after.mean("kl"), after.mean("loss") - before.mean("loss"))
 
+    def blocks(self) -> dict[int, tuple[str, ...]]:
+        """Paths of the attention blocks of every decoder layer that is converted.
+
+        Raises:
+            UsageError: if converting a layer changes more than its attention blocks.
+        """
+        paths: dict[int, dict[str, None]] = {}
+        merges = [merge for plan in self.plans.values() for merge in plan.anatomy.merges if merge.is_projection]
+        for merge in merges:
+            paths.setdefault(layer_number(merge.name), {})[merge.name.rpartition(".")[0].rpartition(".")[0]] = None
+        for count, plan in self.plans.items():
+            for layer in {layer_number(merge.name) for merge in plan.anatomy.merges}:
+                outside = [
+                    name
+                    for name in self._tensors(count, layer)
+                    if not name.startswith(tuple(f"{p}." for p in paths[layer]))
+                ]
+                if outside:
+                    raise UsageError(f"--kv-costs estimated: {outside[0]} lies outside the attention block. Measure.")
+        return {layer: tuple(each) for layer, each in sorted(paths.items())}
+
     def _put(self, layer: int, count: int | None) -> None:
         if self._at.get(layer) == count:
             return
@@ -219,6 +249,7 @@ def allocate(
     *,
     work: Path,
     data: str = "",
+    costs_by: str = MEASURED,
     exchanges: int = EXCHANGES,
     on_layer: OnLayer | None = None,
 ) -> Allocation:
@@ -234,6 +265,8 @@ def allocate(
         examples: held-out windows.
         work: folder for solved layers and measured costs.
         data: what the windows are of, for the record of costs.
+        costs_by: `measured`, each layer's by a forward pass of the whole model; or `estimated`, all by one backward
+            pass (`layer_estimates`). Whole plans are measured in any case.
         exchanges: exchanges between two layers to try on the whole model.
         on_layer: told of the progress.
 
@@ -241,6 +274,7 @@ def allocate(
         UsageError: if the budget is below what the fewest heads take.
         GQAConvertError: of the kind that fits.
     """
+    check_choice("--kv-costs", costs_by, (MEASURED, ESTIMATED))
     weights = layer_bytes(plans, present)
     weights = [{count: layer[count] for count in some} for layer, some in zip(weights, options, strict=True)]
     cheapest([dict.fromkeys(layer, 0.0) for layer in weights], weights, budget)  # refuse before hours of work
@@ -252,10 +286,15 @@ def allocate(
     ledger = _Ledger(work, plans, examples, data)
     wanted = [(layer, count) for layer, some in enumerate(options) for count in some if count != present[layer]]
     costs: list[dict[int, Cost]] = [{heads: Cost(0.0, 0.0)} for heads in present]
-    for done, (layer, count) in enumerate(wanted):
-        if on_layer is not None:
-            on_layer("measuring single layers", done, len(wanted))
-        costs[layer][count] = ledger.measure(assembly, {layer: count})
+    if costs_by == ESTIMATED:
+        told = None if on_layer is None else partial(on_layer, "estimating single layers")
+        for (layer, count), estimate in estimated_costs(assembly, wanted, batch=BATCH, on_batch=told).items():
+            costs[layer][count] = Cost(estimate.kl, None)
+    else:
+        for done, (layer, count) in enumerate(wanted):
+            if on_layer is not None:
+                on_layer("measuring single layers", done, len(wanted))
+            costs[layer][count] = ledger.measure(assembly, {layer: count})
     costs = [{count: layer[count] for count in some} for layer, some in zip(costs, options, strict=True)]
     prices = [{count: cost.kl for count, cost in layer.items()} for layer in costs]
 
@@ -284,6 +323,7 @@ def allocate(
         first=first,
         measured=measured,
         exchanges=better,
+        costs_by=costs_by,
         tokens=int(sum(example.scored.sum() for example in examples)),
     )
 

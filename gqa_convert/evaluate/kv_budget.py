@@ -15,7 +15,7 @@ from gqa_convert.conversion.plan import ConvertPlan, default_target, plan_source
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import models
-from gqa_convert.evaluate.allocation import EXCHANGES, OnLayer, allocate, layer_bytes
+from gqa_convert.evaluate.allocation import EXCHANGES, MEASURED, OnLayer, allocate, layer_bytes
 from gqa_convert.evaluate.evaluation import EvalSettings, make_task
 from gqa_convert.evaluate.examples import Example, causal_examples
 from gqa_convert.evaluate.text import TokenStream, windows
@@ -43,6 +43,7 @@ def plan_within(
     allow_slow: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    costs_by: str = MEASURED,
     exchanges: int = EXCHANGES,
     on_layer: OnLayer | None = None,
 ) -> ConvertPlan:
@@ -55,6 +56,7 @@ def plan_within(
         data: held-out text to measure on; by default text that the model writes (decoder-only models).
         work: folder for solved layers and measured costs; by default one beside the output, where the conversion that
             follows finds it. Both go on where they stopped.
+        costs_by: how a layer's cost is found: `measured`, or `estimated` in a fraction of the time.
         exchanges: exchanges of heads between two layers to try on the whole model.
         on_layer: told of the progress.
         cross_groups: as this and what follows for `gqa_convert.plan`.
@@ -114,6 +116,7 @@ def plan_within(
         _examples(source, recipe, data),
         work=sibling(Path(os.path.abspath(target)), "work") if work is None else Path(work).expanduser(),
         data=data or "self",
+        costs_by=costs_by,
         exchanges=exchanges,
         on_layer=on_layer,
     )

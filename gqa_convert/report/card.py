@@ -63,7 +63,7 @@ def card(run: Run, point: SweepPoint, *, base_model: str = "") -> str:
     source = as_object(record.get("source"))
     base_model = base_model or str(as_object(source.get("hub")).get("repo_id") or "")
     base_name = " ".join((base_model or run.base.base.name).split())
-    title = f"{Path(base_name).name}, {point.groups} KV heads"
+    title = f"{Path(base_name).name}, {point.heads} KV heads"
     detail = run.details[point.name]
     measured = detail.evaluation or run.base
     sections = [
@@ -103,16 +103,18 @@ def _results(folder: Path, point: SweepPoint, measured: Evaluation) -> list[Eval
 
 
 def _opening(base: ModelResult, point: SweepPoint, base_name: str) -> str:
+    counts = ",".join(map(str, point.groups_per_layer))
+    differing = f" Layers differ, first to last: {counts}." if counts else ""
     saved = f" Its KV cache takes {point.cache_ratio:.1%} of the original's memory." if point.cache_ratio else ""
     return (
-        f"{plain(base_name)} converted to grouped-query attention: {base.kv_heads} KV heads became {point.groups}, "
-        f"shared by {base.query_heads} query heads.{saved} It is stored as transformers stores models."
+        f"{plain(base_name)} converted to grouped-query attention: {base.kv_heads} KV heads became {point.heads}, "
+        f"shared by {base.query_heads} query heads.{differing}{saved} It is stored as transformers stores models."
     )
 
 
 def _numbers(base: ModelResult, point: SweepPoint, measured: Evaluation, detail: Detail) -> str:
     shown = metrics.shown("card", [point.figures])
-    lines = ["| | original | this model |", "|---|---|---|", f"| KV heads | {base.kv_heads} | {point.groups} |"]
+    lines = ["| | original | this model |", "|---|---|---|", f"| KV heads | {base.kv_heads} | {point.heads} |"]
     for metric in (metric for metric in shown if metric.of == "model"):
         cells = (metric.cell(figures.get(metric.name)) for figures in (base.figures, point.figures))
         unit = f", {metric.unit}" if metric.unit else ""

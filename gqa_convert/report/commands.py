@@ -26,7 +26,11 @@ def commands(run: Run) -> list[str]:
 
 
 def _sweep(run: Run, base: Evaluation, recommendation: Recommendation) -> str:
-    words = ["gqa", "sweep", _named(base.base.name), "--groups", _list(point.groups for point in run.points)]
+    words = ["gqa", "sweep", _named(base.base.name)]
+    even = [point.groups for point in run.points if not point.budget]
+    words += ["--groups", _list(even)] if even else []
+    budgets = [point.budget for point in run.points if point.budget]
+    words += [f"--kv-budget={_list(budgets)}"] if budgets else []
     words += [f"--methods={_list(point.variant for point in run.points)}", *_data(base)]
     words += ["--tolerance", f"{recommendation.tolerance:g}"]
     chosen = [run.details[point.name].recipe for point in run.points if point.variant not in PRESETS]

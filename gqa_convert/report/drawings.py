@@ -23,7 +23,7 @@ _CONTEXTS = tuple(1 << n for n in range(9, 18))
 
 def _by_variant(run: Run) -> dict[str, list[SweepPoint]]:
     variants: dict[str, list[SweepPoint]] = {}
-    for point in sorted(run.done, key=lambda p: p.groups):
+    for point in sorted(run.done, key=lambda p: p.mean_groups):
         variants.setdefault(point.variant, []).append(point)
     return variants
 
@@ -39,7 +39,7 @@ def _frontier(axes: Any, run: Run, *, cost: Metric) -> bool:
         xs, ys = [p.value(cost.name) or 0.0 for p in known], [p.loss_difference or 0.0 for p in known]
         bars = _bars([(p.loss_difference or 0.0, p.interval) for p in known])
         axes.errorbar(xs, ys, yerr=bars, fmt="o", color=color, capsize=3, label=variant, markersize=6)
-        labels += [(x, y, str(p.groups)) for x, y, p in zip(xs, ys, known, strict=True)]
+        labels += [(x, y, p.heads) for x, y, p in zip(xs, ys, known, strict=True)]
     if not labels:
         return False
     order = frontiers(run.points)[cost.frontier]
@@ -137,9 +137,27 @@ def _ticks(count: int) -> list[int]:
     return list(range(0, count, max(1, count // 12)))
 
 
+def heads(axes: Any, run: Run) -> bool:
+    """KV heads of every layer, of the points whose layers differ."""
+    differing = [p for p in run.done if p.groups_per_layer]
+    for number, (color, point) in enumerate(zip(COLORS * 9, differing, strict=False)):
+        counts = point.groups_per_layer
+        width = 0.8 / len(differing)
+        places = [layer + (number - (len(differing) - 1) / 2) * width for layer in range(len(counts))]
+        axes.bar(places, counts, width, color=color, label=f"{point.variant}, {point.name.rpartition('-kv')[2]}")
+    if not differing:
+        return False
+    axes.set_xlabel("layer")
+    axes.set_ylabel("KV heads")
+    axes.set_xticks(_ticks(max(len(p.groups_per_layer) for p in differing)))
+    axes.legend(fontsize=9)
+    return True
+
+
 def cache(axes: Any, run: Run) -> bool:
     """Cache of one sequence against context, for every number of KV heads."""
-    sizes = {p.groups: p.cache_bytes_per_token for p in run.done if p.cache_bytes_per_token}
+    even = [p for p in run.done if not p.groups_per_layer]
+    sizes = {p.groups: p.cache_bytes_per_token for p in even if p.cache_bytes_per_token}
     models = [run.base.base] if run.base is not None else []
     models += [comparison.model for evaluation in run.evaluations for comparison in evaluation.converted]
     measured = ((model.kv_heads, model.figures.get("kv_cache_bytes_per_token")) for model in models)
@@ -164,6 +182,7 @@ DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
     **{name: partial(_frontier, cost=metric) for name, metric in _COSTS.items()},
     "uptraining": uptraining,
     "layers": layers,
+    "heads": heads,
     "similarity": similarity,
     "cache": cache,
 }
@@ -172,6 +191,7 @@ TITLES = {
     **{name: f"Quality against {metric.label.partition(',')[0]}" for name, metric in _COSTS.items()},
     "uptraining": "Uptraining",
     "layers": "What each layer costs by itself",
+    "heads": "KV heads of each layer",
     "similarity": "How alike the heads of a group are",
     "cache": "Cache against context",
 }
@@ -180,6 +200,7 @@ CAPTIONS = {
     **dict.fromkeys(_COSTS, "Bars: 95 % intervals. Dashed: points that no other beats."),
     "uptraining": "Thin: training loss. With dots: held-out loss.",
     "layers": "One layer converted, all others as in the original.",
+    "heads": "Chosen by what each layer costs alone; more where it costs more.",
     "similarity": "Mean cosine of the weights of heads in a group; aligned: after rotating them onto each other.",
     "cache": "From the measured bytes per token; both axes are logarithmic.",
 }

@@ -75,7 +75,7 @@ def tiles(run: Run, point: SweepPoint) -> list[Tile]:
     """The large numbers: what a point changes, metric by metric."""
     assert run.base is not None
     base = run.base.base
-    numbers = [Tile(f"{base.kv_heads} → {point.groups}", "KV heads")]
+    numbers = [Tile(f"{base.kv_heads} → {point.heads}", "KV heads")]
     for metric in metrics.shown("tiles", [point.figures]):
         figure = point.figures[metric.name]
         if isinstance(metric.compute, Against):

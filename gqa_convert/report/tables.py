@@ -90,8 +90,8 @@ def points_table(run: Run) -> Table | None:
 
 def _point_row(point: SweepPoint, shown: Sequence[Metric]) -> Row:
     if point.status != "done":
-        return Row((point.name, str(point.groups), *[""] * (len(shown) - 1), "failed"), "bad")
-    return _row(point.name, point.groups, point.figures, shown)
+        return Row((point.name, point.heads, *[""] * (len(shown) - 1), "failed"), "bad")
+    return _row(point.name, point.heads, point.figures, shown)
 
 
 def quality(evaluation: Evaluation) -> Quality:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gqa_convert import __version__
-from gqa_convert.evaluate.sweep.points import SweepPoint
+from gqa_convert.evaluate.sweep.points import SweepPoint, counted
 from gqa_convert.report.collect import Run
 
 _SAME = 0.03
@@ -17,7 +17,7 @@ def verdict(run: Run) -> str:
     point = run.recommended
     if point is None:
         return run.recommendation.reason
-    return f"Take {point.groups} KV heads by {point.variant}: {gains(point)}, and {cost(point, run)}."
+    return f"Take {counted(point)} by {point.variant}: {gains(point)}, and {cost(point, run)}."
 
 
 def gains(point: SweepPoint) -> str:

@@ -17,7 +17,7 @@ from gqa_convert.checkpoint.config_json import edit_json
 from gqa_convert.checkpoint.contents import tensor_digest
 from gqa_convert.checkpoint.dtypes import FLOATS, torch_dtype
 from gqa_convert.checkpoint.ownership import is_signed
-from gqa_convert.checkpoint.provenance import PROVENANCE, versions, write_provenance
+from gqa_convert.checkpoint.provenance import PROVENANCE, source_identity, versions, write_provenance
 from gqa_convert.checkpoint.reader import CONFIG, Checkpoint
 from gqa_convert.checkpoint.side_files import copy_side_file
 from gqa_convert.checkpoint.staging import check_output, staged_output
@@ -86,7 +86,8 @@ def write_final(
             write_text(stage / CONFIG, checkpoint.config_text)
         _readable(stage)
         digests = {key: tensor_digest(info) for key, info in Checkpoint.open(stage).tensors.items()}
-        record = {**(checkpoint.provenance or {}), "uptraining": uptraining, "tensors": digests}
+        own = {"source": {"name": source_identity(checkpoint)["name"]}}  # where no conversion said what it came from
+        record = {**own, **(checkpoint.provenance or {}), "uptraining": uptraining, "tensors": digests}
         if card is None or is_signed(card):  # the conversion's own; what it says was true before the training
             write_card(stage, record)
         write_provenance(stage / PROVENANCE, record)

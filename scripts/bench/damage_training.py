@@ -126,23 +126,23 @@ def _yaml_of(path: Path) -> Any:
 def _fields() -> list[tuple[str, str]]:
     from gqa_convert.uptrain.config import UptrainConfig
 
-    found: list[Any] = []
+    fields: list[Any] = []
     for name, field in UptrainConfig.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
-        found += [("", name)] if inner is None else [(name, key) for key in inner]
-    return found
+        fields += [("", name)] if inner is None else [(name, key) for key in inner]
+    return fields
 
 
 _FIELDS = _fields()
 
 
 def _places(values: dict[str, Any], prefix: str = "") -> list[tuple[dict[str, Any], str, str]]:
-    found: list[Any] = []
+    places: list[Any] = []
     for key, value in values.items():
-        found.append((values, key, f"{prefix}{key}"))
+        places.append((values, key, f"{prefix}{key}"))
         if isinstance(value, dict):
-            found += _places(value, f"{prefix}{key}.")
-    return found
+            places += _places(value, f"{prefix}{key}.")
+    return places
 
 
 def _text(draw: random.Random, work: Path, done: list[str], overrides: list[str]) -> bool:

@@ -121,8 +121,8 @@ def main() -> None:
     )
     err = Console(stderr=True)
     contenders = [contender(args, groups) for groups in parse_counts(args.groups, "--groups")]
-    found = bench(contenders, settings, on_point=lambda point: err.print(point_line(point), highlight=False))
-    show_bench(found)
+    measured = bench(contenders, settings, on_point=lambda point: err.print(point_line(point), highlight=False))
+    show_bench(measured)
     if args.out is not None:
         shape = {
             "shape": args.shape,
@@ -131,7 +131,7 @@ def main() -> None:
             "heads": args.heads,
             "vocab": args.vocab,
         }
-        write_json(args.out, found.to_json() | {"model": shape})
+        write_json(args.out, measured.to_json() | {"model": shape})
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def main() -> None:
             batch_size=args.batch,
             dtype=args.dtype,
         )
-        found = evaluate(args.original, list(models.values()), settings)
+        evaluation = evaluate(args.original, list(models.values()), settings)
         scores = {
             model: {
                 "increase": seen.loss_difference,
@@ -71,12 +71,12 @@ def main() -> None:
                 "kl": seen.kl,
                 "top1": seen.top1_agreement,
             }
-            for model, seen in zip(models, found.converted, strict=True)
+            for model, seen in zip(models, evaluation.converted, strict=True)
         }
         rows[name] = {
-            "windows": found.windows,
-            "tokens": found.tokens,
-            "original_loss": found.base.loss,
+            "windows": evaluation.windows,
+            "tokens": evaluation.tokens,
+            "original_loss": evaluation.base.loss,
             "processor_seconds": round(time.process_time() - started, 1),
             "models": scores,
         }

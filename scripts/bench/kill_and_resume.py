@@ -36,6 +36,8 @@ from warm import import_all, in_fork, kill_after, start
 from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore, damage
 
 STEPS, EVERY = 30, 2
+MACHINES_OWN = ("tokens_per_second", "peak_memory_bytes")
+"""What the machine and not the run decides, in its metrics."""
 
 
 def train(config: Path, output: Path, sets: list[str]) -> None:
@@ -94,10 +96,10 @@ def compare(output: Path, undisturbed: Path) -> list[str]:
 
 def records(output: Path) -> list[dict[str, Any]]:
     """What a run has measured, without speeds and without what was said of its being resumed."""
-    found = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in record.items() if key != "tokens_per_second"}
-        for record in found
+        {key: value for key, value in record.items() if key not in MACHINES_OWN}
+        for record in lines
         if record["kind"] != "event"
     ]
 

@@ -107,7 +107,7 @@ def kill_often(name: str, scenario: Scenario, root: Path, kills: int, rng: rando
         )
         earlier = contents(out)
         shutil.copytree(out, root / "earlier")
-    found = {
+    counts = {
         "kills": 0,
         "ended before the kill": 0,
         "no output": 0,
@@ -115,14 +115,14 @@ def kill_often(name: str, scenario: Scenario, root: Path, kills: int, rng: rando
         "new output": 0,
         "set aside": 0,
     }
-    while found["kills"] < kills and time.monotonic() < end:
+    while counts["kills"] < kills and time.monotonic() < end:
         shutil.rmtree(out, ignore_errors=True)
         if scenario.replacing:
             shutil.copytree(root / "earlier", out)
         if scenario.work and rng.random() < 0.7:
             shutil.rmtree(work, ignore_errors=True)
         status = fork_command(arguments, rng.uniform(0, 1.1 * life))
-        found["kills" if status == -signal.SIGKILL else "ended before the kill"] += 1
+        counts["kills" if status == -signal.SIGKILL else "ended before the kill"] += 1
         check(status in (0, -signal.SIGKILL), f"{name}: exit status {status}")
         now = contents(out) if out.exists() else None
         strays = {path.name for path in root.iterdir()} - {"source", "out", "work", "earlier"}
@@ -131,8 +131,8 @@ def kill_often(name: str, scenario: Scenario, root: Path, kills: int, rng: rando
         check(not scenario.replacing or now is not None or aside, f"{name}: the earlier output is gone")
         check(all(stray.startswith((".out.tmp-", ".out.old-", ".out.work")) for stray in strays), f"{name}: {strays}")
         kind = "no output" if now is None else "new output" if now == whole else "earlier output"
-        found[kind] += 1
-        found["set aside"] += aside
+        counts[kind] += 1
+        counts["set aside"] += aside
         if not scenario.replacing:
             shutil.rmtree(out, ignore_errors=True)
         check(fork_command(arguments, None) == 0, f"{name}: the run after a kill failed")
@@ -140,7 +140,7 @@ def kill_often(name: str, scenario: Scenario, root: Path, kills: int, rng: rando
         left = {path.name for path in root.iterdir()} - {"source", "out", "work", "earlier"}
         check(not left, f"{name}: {left} was left behind")
         check(contents(source) == untouched, f"{name}: the source was changed")
-    return {**found, "seconds_undisturbed": round(life, 2)}
+    return {**counts, "seconds_undisturbed": round(life, 2)}
 
 
 def main() -> None:
@@ -172,7 +172,7 @@ def main() -> None:
         "what": "SIGKILL at random moments of conversions, each followed by the same command run to its end",
         "command": f"python scripts/bench/kill_conversions.py --kills {options.kills} --seed {options.seed}",
         "stopped_after_s": options.seconds if options.seconds < float("inf") else None,
-        "kills": sum(found["kills"] for found in counts.values()),
+        "kills": sum(ends["kills"] for ends in counts.values()),
         "half_outputs": 0,
         "reruns_of_other_bytes": 0,
         "by_kind": counts,

@@ -63,9 +63,9 @@ def main() -> None:
                 point = convert_one(base, Path(folder) / "converted", name, groups, args)
                 if point is None:
                     continue
-                found = evaluate(base, [Path(folder) / "converted"], settings)
-            seen = found.converted[0]
-            known = (found.windows, found.tokens, round(found.base.loss, 5))
+                evaluation = evaluate(base, [Path(folder) / "converted"], settings)
+            seen = evaluation.converted[0]
+            known = (evaluation.windows, evaluation.tokens, round(evaluation.base.loss, 5))
             if kept and known != (kept["windows"], kept["tokens"], round(kept["base_loss"], 5)):
                 raise SystemExit(f"{args.out}: was measured on other text ({known} now); name another file")
             point |= {
@@ -76,7 +76,7 @@ def main() -> None:
             }
             table.setdefault(name, {})[str(groups)] = point
             print(f"{name:20s} {groups:3d} groups  {point['increase']:+.4f} nats  {point['seconds']:.0f} s", flush=True)
-            kept = described(args, table, found)
+            kept = described(args, table, evaluation)
             if args.out:
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(kept, indent=1) + "\n")
@@ -151,7 +151,7 @@ def show(table: dict[str, dict[str, Any]], groups: list[int], base_loss: float) 
         print(f"{name:20s} " + " ".join(cells))
 
 
-def described(args: argparse.Namespace, table: dict[str, dict[str, Any]], found: Any) -> dict[str, Any]:
+def described(args: argparse.Namespace, table: dict[str, dict[str, Any]], evaluation: Any) -> dict[str, Any]:
     """The figures with what they were made of; names of files only, no paths."""
     for row in table.values():
         for point in row.values():
@@ -161,10 +161,10 @@ def described(args: argparse.Namespace, table: dict[str, dict[str, Any]], found:
         "model": Path(args.model).name,
         "data": Path(args.data).name,
         "calibrate": Path(args.calibrate).name if args.calibrate else None,
-        "context": found.context,
-        "windows": found.windows,
-        "tokens": found.tokens,
-        "base_loss": found.base.loss,
+        "context": evaluation.context,
+        "windows": evaluation.windows,
+        "tokens": evaluation.tokens,
+        "base_loss": evaluation.base.loss,
         "machine": {"processor": platform.machine(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
         "rows": table,

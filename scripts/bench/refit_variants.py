@@ -83,8 +83,8 @@ def least_squares_afterwards() -> Iterator[None]:
     real = session.refit_options
 
     def refit_options(recipe: Any) -> Any:
-        found = real(recipe)
-        return found and replace(found, least_squares=True)
+        options = real(recipe)
+        return options and replace(options, least_squares=True)
 
     with patch.object(session, "refit_options", refit_options):
         yield
@@ -170,11 +170,11 @@ def main() -> None:
         for groups in args.groups:
             if str(groups) in table.get(name, {}):
                 continue
-            point, found = one(base, name, groups, args.calibrate, settings)
+            point, evaluation = one(base, name, groups, args.calibrate, settings)
             table.setdefault(name, {})[str(groups)] = point
             print(f"{name:48s} {groups:3d} groups  {point['increase']:+.4f} nats", flush=True)
             if args.out:
-                args.out.write_text(json.dumps(merge_quality.described(args, table, found), indent=1) + "\n")
+                args.out.write_text(json.dumps(merge_quality.described(args, table, evaluation), indent=1) + "\n")
 
 
 def one(base: str, name: str, groups: int, calibrate: str, settings: Any) -> tuple[dict[str, Any], Any]:
@@ -190,8 +190,8 @@ def one(base: str, name: str, groups: int, calibrate: str, settings: Any) -> tup
         with change():
             convert(base, groups=groups, out=Path(folder) / "converted", recipe=recipe)
         worked = time.process_time() - started
-        found = evaluate(base, [Path(folder) / "converted"], settings)
-    seen = found.converted[0]
+        evaluation = evaluate(base, [Path(folder) / "converted"], settings)
+    seen = evaluation.converted[0]
     point = {
         "increase": seen.loss_difference,
         "interval": list(seen.loss_difference_interval),
@@ -200,7 +200,7 @@ def one(base: str, name: str, groups: int, calibrate: str, settings: Any) -> tup
         "processor_seconds": round(worked, 1),
         "recipe": recipe.to_json(),
     }
-    return point, found
+    return point, evaluation
 
 
 if __name__ == "__main__":

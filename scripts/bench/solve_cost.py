@@ -6,7 +6,7 @@
 
 Random Llamas are written, and solved in child processes on one processor, on random tokens: what a solve costs does not
 depend on what the numbers are. Time is processor time (wall time beside it: the machine may be shared), memory the
-largest resident set less that of the process before it solves. The arithmetic below counts the same work; what it
+largest resident set less that of the process before it solves. `conversion/forecast.py` counts the same work; what it
 leaves unexplained is the price of small matrices. `--project` prints the projection alone. The second command adds
 conversions of a real checkpoint to the same file: whole commands, from start to end.
 """
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import measure
+
+from gqa_convert.conversion.forecast import Work, held_bytes, operations, searched_sets
 
 _CONVERT = "from gqa_convert.cli.main import convert_main; convert_main()"
 STEPS, STEP_TOKENS = 300, 2048
@@ -61,42 +63,40 @@ POINTS = [
 SEVEN_BILLION = Size(layers=32, width=4096, tokens=262_144, head_dim=128, window=2048, steps=STEPS)
 
 
+def work_of(size: Size) -> Work:
+    """The counts that a solve's cost follows from."""
+    d, heads = size.width, size.heads
+    groups = max(1, heads // 4)
+    source = 4 * d * d  # weights of q, k, v and o
+    return Work(
+        tokens=size.tokens,
+        layers=size.layers,
+        width=d,
+        whole=size.layers * (source + 3 * d * (11 * d // 4)),
+        source=size.layers * source,
+        target=size.layers * (2 * d * d + 2 * d * groups * size.head_dim),
+        scores=size.layers * 4 * size.window * d,
+        sets=searched_sets(heads) if groups > 1 else 0,
+        group_width=heads / groups * size.head_dim,
+        refit=size.preset == "best",
+        fitted=size.steps * STEP_TOKENS,
+    )
+
+
 def arithmetic(size: Size) -> dict[str, float]:
     """Floating-point operations of a solve by part (two a multiply-add), and bytes of what it holds."""
-    d, tokens, share = size.width, size.tokens, 1 / 4
-    source, target = 4 * d * d, (2 + 2 * share) * d * d  # weights of q, k, v and o
-    scores = 4 * size.window * d  # a token: q k and p v, nothing saved for causality
-    mlp = 3 * d * (11 * d // 4)
-    fitted = size.steps * STEP_TOKENS
-    groups = max(1, size.heads // 4)
-    sets = min(1000, size.heads * (size.heads - 1) // 2 + 600) if groups > 1 else 0
-    flops: dict[str, float] = {
-        "stream of the source": tokens * (2 * (source + mlp) + scores),
-        "moments": tokens * 2 * d * d,
-        "closed form": 8 * d**3,
-        "search": sets * 10 * (4 * size.head_dim) ** 3,  # an eigenvalue problem of a group's values each
-    }
-    held: dict[str, float] = {"moments": 8 * d * d, "layer": 4 * (source + mlp)}
-    if size.preset == "best":
-        flops["stream of the converted model"] = tokens * (2 * (target + mlp) + scores)
-        flops["refit: steps"] = 3 * fitted * (2 * target + scores)
-        flops["refit: held-out checks"] = 7 * tokens / 16 * (2 * target + scores)
-        held["layer"] += 4 * (target + mlp)
-    held["activations"] = (6 if size.preset == "best" else 2) * 4 * tokens * d
-    return {
-        **{name: value * size.layers for name, value in flops.items()},
-        **{f"{n}, bytes": b for n, b in held.items()},
-    }
+    work = work_of(size)
+    return operations(work) | {f"{name}, bytes": count for name, count in held_bytes(work).items()}
 
 
 def total_flops(size: Size) -> float:
     """All of a solve's floating-point operations."""
-    return sum(value for name, value in arithmetic(size).items() if not name.endswith("bytes"))
+    return sum(operations(work_of(size)).values())
 
 
 def total_bytes(size: Size) -> float:
     """All that a solve holds."""
-    return sum(value for name, value in arithmetic(size).items() if name.endswith("bytes"))
+    return sum(held_bytes(work_of(size)).values())
 
 
 def solve_one(size: Size) -> dict[str, float]:
@@ -192,12 +192,12 @@ def show(rows: list[dict[str, Any]], projected: dict[str, Any], rate: float) -> 
             f"| {row['wall_s']:.1f} | {row['gflop']:.0f} | {speed:.1f} | {row['memory_mb']:.0f} |"
         )
     print(f"\n7B (32 layers, width 4096, 262,144 tokens), {rate / 1e9:.0f} GFLOP/s a processor:")
-    for preset, found in projected.items():
+    for preset, cost in projected.items():
         print(
-            f"{preset}: {found['flops']:.2e} operations, {found['held_gb']:.0f} GB, {found['processor_hours']:.0f} "
-            f"processor hours, {found['h100_hours']:.2f} H100 hours"
+            f"{preset}: {cost['flops']:.2e} operations, {cost['held_gb']:.0f} GB, {cost['processor_hours']:.0f} "
+            f"processor hours, {cost['h100_hours']:.2f} H100 hours"
         )
-        for name, value in found["parts"].items():
+        for name, value in cost["parts"].items():
             print(f"    {name:32s} {value:.2e}")
 
 
@@ -238,13 +238,13 @@ def main() -> None:
     rate = widest["gflop"] * 1e9 / widest["processor_s"]
     projected = project(rate)
     show(rows, projected, rate)
-    found = {
+    figures = {
         "rows": rows,
         "rate_flops": rate,
         "h100": {"peak_flops": H100_FLOPS, "share": H100_SHARE},
         "seven_billion": projected,
     }
-    write(args.out, known | described() | found)
+    write(args.out, known | described() | figures)
 
 
 def described() -> dict[str, Any]:
@@ -255,10 +255,10 @@ def described() -> dict[str, Any]:
     }
 
 
-def write(path: Path | None, found: dict[str, Any]) -> None:
+def write(path: Path | None, figures: dict[str, Any]) -> None:
     """Write the figures, if a file was named."""
     if path is not None:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -139,10 +139,10 @@ def original_answers(folder: Path, texts: list[str], tokens: int) -> dict[str, A
     with torch.no_grad():
         written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     read, chosen = written[:, :-1], written[:, 1:]
-    found = {"inputs": {**inputs, "decoder_input_ids": read}, "counted": chosen != model.config.pad_token_id}
-    found["logits"] = logits(model, found["inputs"])
-    found["heads"] = model.config.num_heads
-    return found
+    answers = {"inputs": {**inputs, "decoder_input_ids": read}, "counted": chosen != model.config.pad_token_id}
+    answers["logits"] = logits(model, answers["inputs"])
+    answers["heads"] = model.config.num_heads
+    return answers
 
 
 def logits(model: Any, inputs: dict[str, Any]) -> Any:
@@ -166,7 +166,7 @@ def strangers(folder: Path, groups: list[int], texts: list[str], work: Path) -> 
     """What a process without gqa_convert finds in conversions by mean."""
     from gqa_convert import convert
 
-    found = {}
+    findings = {}
     for count in groups:
         out = work / f"stranger-{count}"
         convert(folder, groups=count, out=out)
@@ -174,9 +174,9 @@ def strangers(folder: Path, groups: list[int], texts: list[str], work: Path) -> 
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{count} groups: {done.stderr[-1000:]}")
-        found[str(count)] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-        print(f"{count} groups without gqa_convert:", found[str(count)], flush=True)
-    return found
+        findings[str(count)] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        print(f"{count} groups without gqa_convert:", findings[str(count)], flush=True)
+    return findings
 
 
 def rows(args: argparse.Namespace, answers: dict[str, Any], work: Path, done: dict[str, Any]) -> Iterator[Any]:

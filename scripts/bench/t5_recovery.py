@@ -30,20 +30,20 @@ OBJECTIVES = ("cross-entropy", "distillation")
 def main() -> None:
     """Run what is missing, and print the table."""
     options = parse_arguments()
-    found = described(options)
+    results = described(options)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         if options.adapt:
-            found["adaptation"] = one_run(options, options.model, work / "adapted", "cross-entropy", options.adapt)
-            show("adaptation", found["adaptation"])
+            results["adaptation"] = one_run(options, options.model, work / "adapted", "cross-entropy", options.adapt)
+            show("adaptation", results["adaptation"])
             options.model = work / "adapted" / "final"
         for start in (ORIGINAL, *options.starts):
             model = options.model if start == ORIGINAL else converted(options, start, work / start)
             for objective in OBJECTIVES[: 1 if start == ORIGINAL else None]:
                 key = f"{start}, {objective}"
-                found["runs"][key] = one_run(options, model, work / key, objective, options.steps)
-                options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-                show(key, found["runs"][key])
+                results["runs"][key] = one_run(options, model, work / key, objective, options.steps)
+                options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                show(key, results["runs"][key])
 
 
 def parse_arguments() -> argparse.Namespace:

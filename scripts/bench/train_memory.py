@@ -134,7 +134,7 @@ def main() -> int:
     import torch
     import transformers
 
-    found = []
+    measured = []
     with tempfile.TemporaryDirectory() as work:
         for size, case in CASES[: 2 if options.quick else None]:
             folder = Path(work) / size
@@ -148,7 +148,7 @@ def main() -> int:
                 print(done.stderr[-2000:], file=sys.stderr)
                 return 1
             result = {"size": size, **case, **json.loads(done.stdout)}
-            found.append(result)
+            measured.append(result)
             print(
                 f"{size} {case}: measured {result['measured'] / 1e6:,.0f} MB, counted "
                 f"{result['counted']['peak'] / 1e6:,.0f} MB, {result['ratio']:.2f}",
@@ -156,9 +156,9 @@ def main() -> int:
             )
     if options.out:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        told = {"machine": platform.processor() or platform.machine(), "versions": versions, "cases": found}
+        told = {"machine": platform.processor() or platform.machine(), "versions": versions, "cases": measured}
         options.out.write_text(json.dumps(told, indent=1) + "\n")
-    return int(any(abs(result["ratio"] - 1) > TOLERANCE for result in found))
+    return int(any(abs(result["ratio"] - 1) > TOLERANCE for result in measured))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def ours(options: argparse.Namespace, work: Path, distil: str | None) -> dict[st
     real = patched.train_step
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
-        found = real(*args, **kwargs)
+        result = real(*args, **kwargs)
         marks.append((time.perf_counter(), time.process_time()))
-        return found
+        return result
 
     patched.train_step = train_step
     settings = {
@@ -162,10 +162,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             work = Path(name)
             if options.side == "theirs":
-                found = theirs(options, work)
+                speed = theirs(options, work)
             else:
-                found = ours(options, work, options.distil if options.side == "distilled" else None)
-        print(json.dumps(found))
+                speed = ours(options, work, options.distil if options.side == "distilled" else None)
+        print(json.dumps(speed))
         return
     sides = ["ours", "theirs", *(["distilled"] if options.distil else [])]
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
@@ -185,13 +185,13 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, float]]])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.device == "auto" else "cpu"
     peak = peak_flops(device)
     sides: dict[str, Any] = {}
-    for side, found in runs.items():
-        rate = median(run["tokens_per_second"] for run in found)
+    for side, measured in runs.items():
+        rate = median(run["tokens_per_second"] for run in measured)
         sides[side] = {
             "tokens_per_second": round(rate, 1),
-            "tokens_per_cpu_second": round(median(run["tokens_per_cpu_second"] for run in found), 1),
-            "peak_bytes": round(median(run["peak_bytes"] for run in found)),
-            "runs": found,
+            "tokens_per_cpu_second": round(median(run["tokens_per_cpu_second"] for run in measured), 1),
+            "peak_bytes": round(median(run["peak_bytes"] for run in measured)),
+            "runs": measured,
         }
         if peak:
             sides[side]["mfu"] = rate * shape.training_flops_per_token(options.context) / peak

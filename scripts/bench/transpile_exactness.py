@@ -64,7 +64,7 @@ def main() -> None:
         table[name] = measure(name, model_type, fields)
     if args.out:
         names = ("torch", "transformers", "gqa-convert")
-        found = {
+        results = {
             "versions": {each: version(each) for each in names},
             "machine": platform.machine(),
             "length": LENGTH,
@@ -72,7 +72,7 @@ def main() -> None:
             "new_tokens": NEW_TOKENS,
             "models": table,
         }
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def measure(name: str, model_type: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def rounding(model: Any, heads: int) -> dict[str, float]:
             "conversion": load(out, torch.bfloat16)(ids).logits.float(),
             "conversion_in_float32": load(out, torch.float32)(ids).logits,
         }
-    found = {f"{name}_to_exact": distance(x, exact) for name, x in seen.items()}
-    return found | {"conversion_to_source": distance(seen["conversion"], seen["source"])}
+    differences = {f"{name}_to_exact": distance(x, exact) for name, x in seen.items()}
+    return differences | {"conversion_to_source": distance(seen["conversion"], seen["source"])}
 
 
 def distance(a: Any, b: Any) -> float:

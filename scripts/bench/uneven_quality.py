@@ -32,6 +32,7 @@ from gqa_convert.evaluate import models
 from gqa_convert.evaluate.allocation import BATCH, Allocation, Assembly, allocate, layer_bytes
 from gqa_convert.evaluate.evaluation import EvalSettings, make_task
 from gqa_convert.evaluate.intervals import mean_per_token
+from gqa_convert.evaluate.layer_estimates import estimated_costs
 from gqa_convert.evaluate.scoring import WindowSums, score
 
 
@@ -48,11 +49,17 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--random", type=int, default=200)
+    parser.add_argument("--no-proxies", action="store_true", help="leave out the estimates of single layers")
+    parser.add_argument("--kv-costs", default="measured", help="as of gqa-convert")
     parser.add_argument("--work", type=Path, default=Path("uneven-work"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     result: dict[str, Any] = {
-        "settings": {name: str(value) for name, value in vars(args).items() if name not in ("out", "work")},
+        "settings": {
+            name: Path(value).name if name in ("model", "data", "calibrate") else str(value)
+            for name, value in vars(args).items()
+            if name not in ("out", "work")
+        },
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {platform.system()}",
         "runs": [],
@@ -62,7 +69,7 @@ def main() -> None:
             result["runs"].append(run)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-            print(json.dumps({key: value for key, value in run.items() if key != "random"}))
+            print(json.dumps({k: v for k, v in run.items() if k not in ("random", "proxies")}), flush=True)
 
 
 def measure(args: argparse.Namespace, seed: int) -> Any:
@@ -86,21 +93,23 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
     for text in args.budgets.split(","):
         budget = budget_bytes(text, before, lambda groups: plans[groups].kv_cache_bytes_per_token_after)
         started = time.monotonic()
-        found = allocate(plans, present, options, budget, choosing, work=args.work, data=args.data)
+        allocation = allocate(
+            plans, present, options, budget, choosing, work=args.work, data=args.data, costs_by=args.kv_costs
+        )
         seconds = time.monotonic() - started
         solved = {g: None if p.blocks is None else solve_blocks(p, args.work) for g, p in plans.items()}
         assembly = Assembly(plans, solved, held_out)
-        uneven = _sums(assembly, found.groups.counts, present)
+        uneven = _sums(assembly, allocation.groups.counts, present)
         run: dict[str, Any] = {
             "seed": seed,
             "budget": text,
             "share": budget / before,
             "seconds_to_choose": round(seconds, 1),
-            "groups_per_layer": list(found.groups.counts),
-            "predicted_kl": found.predicted,
-            "first_kl": found.first.kl,
-            "measured_kl": found.measured.kl,
-            "exchanges": found.exchanges,
+            "groups_per_layer": list(allocation.groups.counts),
+            "predicted_kl": allocation.predicted,
+            "first_kl": allocation.first.kl,
+            "measured_kl": allocation.measured.kl,
+            "exchanges": allocation.exchanges,
             "held_out": _figures(uneven),
         }
         same = [g for g in plans if sum(w[g] for w in weights) == budget]
@@ -108,11 +117,33 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
             even = _sums(assembly, [same[0]] * len(present), present)
             run["even"] = {"groups": same[0]} | _figures(even)
             run["uneven_minus_even"] = {name: _difference(uneven, even, name) for name in ("kl", "loss")}
-        run["random"] = _random(assembly, found, present, weights, budget, args.random, seed)
+        if text == args.budgets.split(",")[0] and not args.no_proxies:
+            run["proxies"] = _proxies(Assembly(plans, solved, choosing), allocation, present)
+        run["random"] = _random(assembly, allocation, present, weights, budget, args.random, seed)
         kls = [each["kl"] for each in run["random"]]
         run["rank"] = sum(kl < run["held_out"]["kl"] for kl in kls) / max(1, len(kls))
         run["correlation"] = _spearman([each["predicted"] for each in run["random"]], kls)
         yield run
+
+
+def _proxies(assembly: Assembly, allocation: Allocation, present: Sequence[int]) -> dict[str, Any]:
+    """How well cheap estimates rank what was measured of single layers, and what both took."""
+    wanted = [(i, count) for i, layer in enumerate(allocation.costs) for count in layer if count != present[i]]
+    measured = [allocation.costs[layer][count].kl for layer, count in wanted]
+    started = time.monotonic()
+    assembly.measure(dict(wanted[:1]))
+    once = time.monotonic() - started
+    started = time.monotonic()
+    estimates = list(estimated_costs(assembly, wanted, batch=BATCH).values())
+    estimated = {"fisher": [each.kl for each in estimates], "local": [each.error for each in estimates]}
+    return {
+        "wanted": wanted,
+        "measured_kl": measured,
+        "measured_sum_of_costs_took_about_s": round(once * len(wanted), 1),
+        **estimated,
+        "seconds": round(time.monotonic() - started, 1),
+        "correlation": {name: _spearman(values, measured) for name, values in estimated.items()},
+    }
 
 
 def _sums(assembly: Assembly, counts: Sequence[int], present: Sequence[int]) -> tuple[WindowSums, WindowSums]:
@@ -139,7 +170,7 @@ def _difference(one: tuple[Any, WindowSums], other: tuple[Any, WindowSums], name
 
 def _random(
     assembly: Assembly,
-    found: Allocation,
+    allocation: Allocation,
     present: Sequence[int],
     weights: Sequence[Any],
     budget: int,
@@ -165,7 +196,7 @@ def _random(
         chosen = tuple(counts)
         if chosen not in seen:
             cost = assembly.measure({i: c for i, c in enumerate(chosen) if c != present[i]})
-            predicted = sum(layer[c].kl for layer, c in zip(found.costs, chosen, strict=True))
+            predicted = sum(layer[c].kl for layer, c in zip(allocation.costs, chosen, strict=True))
             seen[chosen] = {"groups_per_layer": list(chosen), "predicted": predicted, "kl": cost.kl, "loss": cost.loss}
     return list(seen.values())
 

@@ -94,7 +94,7 @@ def main() -> None:
         "distillation": teacher,
         "both": {**teacher, "cross_entropy_weight": 1.0},
     }
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "what": "held-out cross-entropy, nats per token, by alpha",
         "model": options.model.name,
         "groups": options.groups,
@@ -107,7 +107,7 @@ def main() -> None:
     }
 
     if options.out.is_file():
-        found["curves"] = json.loads(options.out.read_text(encoding="utf-8"))["curves"]
+        results["curves"] = json.loads(options.out.read_text(encoding="utf-8"))["curves"]
 
     def curve(name: str, model: Path, work: Path, distillation: dict[str, Any] | None) -> None:
         points: dict[str, float] = {}
@@ -118,8 +118,8 @@ def main() -> None:
             points[str(alpha)] = result.loss_after
             seconds += result.seconds
             print(f"{name}: alpha {alpha}: {result.loss_before:.4f} -> {result.loss_after:.4f}", flush=True)
-        found["curves"][name] = {"loss": points, "seconds": round(seconds, 1)}
-        options.out.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        results["curves"][name] = {"loss": points, "seconds": round(seconds, 1)}
+        options.out.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

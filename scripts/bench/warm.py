@@ -137,7 +137,9 @@ def kill_after(child: int, seconds: float | None) -> int:
         if done:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() >= deadline:
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it leads no group yet
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             break
         time.sleep(0.002)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -22,12 +22,12 @@ def log_probabilities_of(folder: Path, ids: list[int]) -> Any:
         for token in {*range(3 + position, vocabulary, vocabulary // 4), ids[(position + 1) % len(ids)]}:
             requests.append((("", ""), ids[: position + 1], [token]))
             places.append((position, token))
-    found = np.full((len(ids), vocabulary), np.nan)
+    log_probabilities = np.full((len(ids), vocabulary), np.nan)
     for (position, token), (value, _) in zip(
         places, model._loglikelihood_tokens(requests, disable_tqdm=True), strict=True
     ):
-        found[position, token] = value
-    return found
+        log_probabilities[position, token] = value
+    return log_probabilities
 
 
 if __name__ == "__main__":

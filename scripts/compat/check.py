@@ -71,8 +71,8 @@ def evaluates(folder: Path) -> None:
     """Held-out loss of both."""
     import gqa_convert
 
-    found = gqa_convert.evaluate("demo", folder / "mean", data="demo", context=64, stride=64, max_windows=2)
-    assert found.converted[0].loss_difference > 0
+    evaluation = gqa_convert.evaluate("demo", folder / "mean", data="demo", context=64, stride=64, max_windows=2)
+    assert evaluation.converted[0].loss_difference > 0
 
 
 def fast(folder: Path) -> None:
@@ -83,8 +83,8 @@ def fast(folder: Path) -> None:
     recipe = make_recipe("fast", calibrate="demo", sequences=8)
     gqa_convert.convert("demo", groups=2, out=folder / "fast", recipe=recipe)
     folders = [folder / "mean", folder / "fast"]
-    found = gqa_convert.evaluate("demo", folders, data="demo", context=64, stride=64, max_windows=4)
-    mean, pca = (each.loss_difference for each in found.converted)
+    evaluation = gqa_convert.evaluate("demo", folders, data="demo", context=64, stride=64, max_windows=4)
+    mean, pca = (each.loss_difference for each in evaluation.converted)
     assert pca < mean, f"{pca} is not below {mean}"
 
 

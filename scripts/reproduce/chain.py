@@ -39,23 +39,23 @@ class Chain:
     def run(self) -> dict[str, Any]:
         """Do what is not done; return everything that was found, as JSON values."""
         large = self.pretrained("large")
-        found: dict[str, Any] = {"pretraining": {"large": large.result}, "arms": {}}
+        results: dict[str, Any] = {"pretraining": {"large": large.result}, "arms": {}}
         for arm in self.arms:
-            found["arms"][arm.name] = self._found(arm, large)
-        found["pretraining"]["small"] = self.pretrained("small").result
-        return found
+            results["arms"][arm.name] = self._found(arm, large)
+        results["pretraining"]["small"] = self.pretrained("small").result
+        return results
 
     def finished(self) -> dict[str, Any] | None:
         """What `run` would return, of the pieces that are done; None until the paper's own arms are."""
-        found: dict[str, Any] = {"pretraining": {}, "arms": {}}
+        results: dict[str, Any] = {"pretraining": {}, "arms": {}}
         for size in ("large", "small"):
             with suppress(Unfinished):
-                found["pretraining"][size] = self.pretrained(size).result
+                results["pretraining"][size] = self.pretrained(size).result
         for arm in self.arms:
             with suppress(Unfinished):
-                found["arms"][arm.name] = self._found(arm, self.pretrained("large"))
-        found["processor_seconds"] = self.pieces.processor_seconds(f"{self.family}-{self.seed}-")
-        return found if all(arm.name in found["arms"] for arm in PAPER) else None
+                results["arms"][arm.name] = self._found(arm, self.pretrained("large"))
+        results["processor_seconds"] = self.pieces.processor_seconds(f"{self.family}-{self.seed}-")
+        return results if all(arm.name in results["arms"] for arm in PAPER) else None
 
     def pretrained(self, size: str) -> Piece:
         """A model trained from random weights; its curve is taken ten times."""
@@ -145,9 +145,9 @@ class Chain:
         return f"{self.family}-{self.seed}-{what}"
 
     def _settings(self, model: Path, output: Path, *, seed: int, start: int, steps: int) -> dict[str, Any]:
-        found = settings(self.scale, self.family, model=model, output=output, seed=seed, start_step=start, steps=steps)
-        found["data"]["cache"] = str(self.pieces.root / f"tokens-{self.family}-{self.seed}")
-        return found
+        values = settings(self.scale, self.family, model=model, output=output, seed=seed, start_step=start, steps=steps)
+        values["data"]["cache"] = str(self.pieces.root / f"tokens-{self.family}-{self.seed}")
+        return values
 
     def _described(self, model: Path, *, seed: int, start: int, steps: int) -> dict[str, Any]:
         """The settings without the places where things lie."""

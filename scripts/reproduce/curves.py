@@ -49,11 +49,11 @@ def interval(values: Sequence[float]) -> Interval:
 
 def geometric_interval(values: Sequence[float]) -> Interval:
     """The interval of positive ratios: taken of their logarithms."""
-    found = interval([math.log(value) for value in values])
+    of_logarithms = interval([math.log(value) for value in values])
     return Interval(
-        math.exp(found.mean),
-        None if found.low is None else math.exp(found.low),
-        None if found.high is None else math.exp(found.high),
+        math.exp(of_logarithms.mean),
+        None if of_logarithms.low is None else math.exp(of_logarithms.low),
+        None if of_logarithms.high is None else math.exp(of_logarithms.high),
     )
 
 

@@ -37,23 +37,23 @@ def draw(folder: Path, families: dict[str, Findings], speed: dict[str, Any]) -> 
 
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(_STYLE):
-        for name, found in families.items():
+        for name, findings in families.items():
             for kind, plot in (("figure-4", _figure_4), ("figure-5", _figure_5), ("starts", _starts)):
                 figure = Figure(figsize=(5.6, 3.4))
-                plot(figure.add_subplot(), found)
+                plot(figure.add_subplot(), findings)
                 figure.savefig(folder / f"{name}-{kind}.png", dpi=110, metadata={"Software": None})
         figure = Figure(figsize=(5.6, 3.4))
         _figure_6(figure.add_subplot(), speed)
         figure.savefig(folder / "figure-6.png", dpi=110, metadata={"Software": None})
 
 
-def _figure_4(axes: Any, found: Findings) -> None:
+def _figure_4(axes: Any, findings: Findings) -> None:
     for place, arm in enumerate(reversed(FIGURE_4)):
-        loss = found.loss(arm, 0.05)
-        gap = found.gap(arm, 0.05)
+        loss = findings.loss(arm, 0.05)
+        gap = findings.gap(arm, 0.05)
         error = None if gap.high is None else gap.high - gap.mean
         axes.barh(place, loss.mean, xerr=error, color=_LINES[arm][1], height=0.6)
-    control = found.loss(CONTROL, 0.05)
+    control = findings.loss(CONTROL, 0.05)
     axes.axvline(control.mean, color="0.3", linestyle="--")
     axes.text(control.mean, 2.45, " MHA", color="0.3")
     axes.set_yticks(range(3), [arm.split("-")[0] for arm in reversed(FIGURE_4)])
@@ -61,34 +61,34 @@ def _figure_4(axes: Any, found: Findings) -> None:
     axes.set_xlabel("held-out loss at alpha 0.05, nats per token (left is better)")
 
 
-def _figure_5(axes: Any, found: Findings) -> None:
+def _figure_5(axes: Any, findings: Findings) -> None:
     for arm in FIGURE_5:
-        _line(axes, found, arm, [alpha for alpha in found.alphas(arm) if alpha < 1e-9 or alpha > 0.008])
+        _line(axes, findings, arm, [alpha for alpha in findings.alphas(arm) if alpha < 1e-9 or alpha > 0.008])
     axes.set_xlabel("alpha, share of the pretraining steps")
     axes.set_ylabel("held-out loss, nats per token")
     axes.legend()
 
 
-def _starts(axes: Any, found: Findings) -> None:
+def _starts(axes: Any, findings: Findings) -> None:
     """Our starts beside the paper's, all to one group, over log tokens; alpha 0 at the left edge."""
-    least = found.alphas("mean-mqa-ce")[1] / 2
+    least = findings.alphas("mean-mqa-ce")[1] / 2
     for arm in _LINES:
-        if arm != "mean-gqa-ce" and found.has(arm):
-            _line(axes, found, arm, [a for a in found.alphas(arm) if a <= 0.05 + 1e-9], least)
+        if arm != "mean-gqa-ce" and findings.has(arm):
+            _line(axes, findings, arm, [a for a in findings.alphas(arm) if a <= 0.05 + 1e-9], least)
     axes.set_xscale("log")
     axes.set_xlabel(f"alpha (the first point, drawn at {least:.4f}, is 0)")
     axes.set_ylabel("held-out loss, nats per token")
     axes.legend(fontsize=8, ncol=2)
 
 
-def _line(axes: Any, found: Findings, arm: str, alphas: list[float], zero: float = 0.0) -> None:
+def _line(axes: Any, findings: Findings, arm: str, alphas: list[float], zero: float = 0.0) -> None:
     label, colour, style = _LINES[arm]
     along = [alpha or zero for alpha in alphas]
-    means = [found.loss(arm, alpha).mean for alpha in alphas]
+    means = [findings.loss(arm, alpha).mean for alpha in alphas]
     axes.plot(along, means, style, color=colour, marker="o", markersize=3, label=label)
-    for seed in found.found:  # faint: seeds differ in level more than arms do in order
+    for seed in findings.found:  # faint: seeds differ in level more than arms do in order
         axes.plot(
-            along, [found.at(seed, arm, alpha) for alpha in alphas], style, color=colour, alpha=0.25, linewidth=0.7
+            along, [findings.at(seed, arm, alpha) for alpha in alphas], style, color=colour, alpha=0.25, linewidth=0.7
         )
 
 

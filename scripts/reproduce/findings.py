@@ -23,12 +23,12 @@ class Findings:
     """One family's numbers.
 
     Args:
-        found: by seed.
+        seeds: what was found, by seed.
         pretraining_tokens: what alpha is a share of.
     """
 
-    def __init__(self, found: Found, pretraining_tokens: int) -> None:
-        self.found, self.total = found, pretraining_tokens
+    def __init__(self, seeds: Found, pretraining_tokens: int) -> None:
+        self.found, self.total = seeds, pretraining_tokens
 
     def curve(self, seed: int, arm: str) -> list[tuple[float, float]]:
         """A run's held-out loss by tokens."""
@@ -36,7 +36,7 @@ class Findings:
 
     def has(self, arm: str) -> bool:
         """Whether every seed has this arm."""
-        return all(arm in found["arms"] for found in self.found.values())
+        return all(arm in results["arms"] for results in self.found.values())
 
     def arms(self, groups: str) -> list[str]:
         """The arms with so many groups that every seed has."""
@@ -84,7 +84,9 @@ class Findings:
     def sizes(self) -> list[str]:
         """The sizes that every seed has: seeds differ too much for means over others to compare."""
         return [
-            size for size in ("small", "large") if all(size in found["pretraining"] for found in self.found.values())
+            size
+            for size in ("small", "large")
+            if all(size in results["pretraining"] for results in self.found.values())
         ]
 
     def saving(self, arm: str, reference: str, alpha: float = 0.05) -> Saving:
@@ -166,5 +168,5 @@ class Saving:
     @property
     def time_ratio(self) -> Interval | None:
         """Seconds over seconds, conversion included."""
-        found = [ratio for ratio in self.time_ratios if ratio is not None]
-        return geometric_interval(found) if len(found) == len(self.time_ratios) else None
+        ratios = [ratio for ratio in self.time_ratios if ratio is not None]
+        return geometric_interval(ratios) if len(ratios) == len(self.time_ratios) else None

@@ -62,13 +62,13 @@ class Pieces:
             self._tell(name)
             folder.mkdir(parents=True, exist_ok=True)
             before = time.process_time()
-            made = {"settings": settings, "result": make(folder), "processor_seconds": time.process_time() - before}
+            done = {"settings": settings, "result": make(folder), "processor_seconds": time.process_time() - before}
             stage = file.with_suffix(".tmp")
-            stage.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+            stage.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
             os.replace(stage, file)
-        found = json.loads(file.read_text(encoding="utf-8"))
-        self._spent[key] = found.get("processor_seconds")
-        return Piece(folder, key, found["result"])
+        record = json.loads(file.read_text(encoding="utf-8"))
+        self._spent[key] = record.get("processor_seconds")
+        return Piece(folder, key, record["result"])
 
     def processor_seconds(self, prefix: str) -> float | None:
         """What the pieces took that were asked for so far and whose names begin so; None if one does not say."""

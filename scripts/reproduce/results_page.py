@@ -25,16 +25,16 @@ from scales import Scale, Scales
 def write_report(args: Namespace, scales: Scales) -> None:
     """Measure decode times, if that is not done, and write everything about the families that have a finished seed."""
     finished = Pieces(args.out, finished_only=True)
-    found = {
+    families = {
         family: {
-            str(seed): made
+            str(seed): results_of_seed
             for seed in scale.seeds
-            if (made := Chain(finished, scale, family, seed).finished()) is not None
+            if (results_of_seed := Chain(finished, scale, family, seed).finished()) is not None
         }
         for family, scale in scales.items()
     }
-    found = {family: seeds for family, seeds in found.items() if seeds}
-    if not found:
+    families = {family: seeds for family, seeds in families.items() if seeds}
+    if not families:
         raise SystemExit("nothing to report yet: no seed has all of the paper's arms")
     pieces = Pieces(args.out)
     any_scale = next(iter(scales.values()))
@@ -42,7 +42,7 @@ def write_report(args: Namespace, scales: Scales) -> None:
         "figure_6": pieces.get(
             "figure-6", {"decode": asdict(any_scale.decode)}, lambda _: speed.figure_6(any_scale)
         ).result,
-        "table_1": {family: table_1(pieces, family, scales[family]) for family in found},
+        "table_1": {family: table_1(pieces, family, scales[family]) for family in families},
     }
     whole = args.out / IN_ONE_GO
     results = {
@@ -51,9 +51,9 @@ def write_report(args: Namespace, scales: Scales) -> None:
         "command": shlex.join(["python", "scripts/reproduce/run.py", *shown(sys.argv[1:])]),
         "machine": machine(),
         "versions": versions(),
-        "scales": {family: asdict(scales[family]) for family in found},
+        "scales": {family: asdict(scales[family]) for family in families},
         "decode": timed,
-        "families": found,
+        "families": families,
     }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     render(results, args.out)
@@ -90,7 +90,7 @@ def page(results: dict[str, Any], families: dict[str, Findings]) -> str:
         + ", ".join(f"{name} {number}" for name, number in results["versions"].items())
         + f".\n\n    {results['command']}",
         _work(results),
-        *(tables.family(name, found, scales[name], timed["table_1"][name]) for name, found in families.items()),
+        *(tables.family(name, of_family, scales[name], timed["table_1"][name]) for name, of_family in families.items()),
         "## Figure 6: time by the number of groups\n\n![Figure 6](figures/figure-6.png)",
         _figure_6(timed["figure_6"], next(iter(scales.values()))["decode"]),
         words.speed(timed["figure_6"]),
@@ -129,17 +129,17 @@ def _work(results: dict[str, Any]) -> str:
     return " ".join(said)
 
 
-def _figure_6(found: dict[str, Any], decode: dict[str, Any]) -> str:
+def _figure_6(decoding: dict[str, Any], decode: dict[str, Any]) -> str:
     rows = [
         [str(m["kv_heads"]), f"{m['seconds_per_sample']:.3f}", f"{m['quartiles'][0]:.3f} to {m['quartiles'][1]:.3f}",
          f"{m['cache_bytes'] / 2**20:.0f}"]
-        for m in sorted(found["models"].values(), key=lambda m: m["kv_heads"])
+        for m in sorted(decoding["models"].values(), key=lambda m: m["kv_heads"])
     ]  # fmt: skip
     shape = decode["shape"]
     measured = (
         f"A decoder of random weights, {shape['layers']} layers of width {shape['width']} with {shape['heads']} heads: "
-        f"{found['output_tokens']} tokens behind a cache of {found['context']:,}, batch {found['batch']}, "
-        f"{found['dtype']}, threads: {found['threads']}."
+        f"{decoding['output_tokens']} tokens behind a cache of {decoding['context']:,}, batch {decoding['batch']}, "
+        f"{decoding['dtype']}, threads: {decoding['threads']}."
     )
     return f"{measured}\n\n" + tables.table(["groups", "time per sample, s", "quartiles", "cache, MiB"], rows)
 
@@ -159,10 +159,10 @@ def machine() -> dict[str, Any]:
 
 def shown(arguments: list[str]) -> list[str]:
     """The command line that makes all of it, with a plain name for the output folder."""
-    made = [argument for argument in arguments if argument != "--report"]
-    if "--out" in made:
-        made[made.index("--out") + 1] = "runs/reproduce"
-    return made
+    kept = [argument for argument in arguments if argument != "--report"]
+    if "--out" in kept:
+        kept[kept.index("--out") + 1] = "runs/reproduce"
+    return kept
 
 
 INTRODUCTION = """Written by `scripts/reproduce/run.py`; nothing here is typed by hand. The paper is Ainslie et al. 2023

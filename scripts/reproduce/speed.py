@@ -52,7 +52,7 @@ def measure(family: str, scale: Scale, models: list[tuple[str, Shape, int]]) -> 
         Contender(name=name, query_heads=shape.heads, kv_heads=kv_heads, model=make(scale, shape, kv_heads))
         for name, shape, kv_heads in models
     ]
-    found = bench(
+    measured = bench(
         contenders,
         BenchSettings(
             batches=(decode.batch,),
@@ -64,12 +64,12 @@ def measure(family: str, scale: Scale, models: list[tuple[str, Shape, int]]) -> 
             prefill_tokens=1,
         ),
     )
-    point = found.points[0]
+    point = measured.points[0]
     if point.skipped:
         raise SystemExit(f"decode time: {point.skipped}")
     return {
-        "device": found.device,
-        "dtype": found.dtype,
+        "device": measured.device,
+        "dtype": measured.dtype,
         "threads": torch.get_num_threads(),
         "batch": decode.batch,
         "context": decode.context,
@@ -112,11 +112,11 @@ def _t5(scale: Scale, shape: Shape, kv_heads: int) -> Any:
     from gqa_convert import convert
 
     device, dtype = _place(scale)
-    with TemporaryDirectory() as made:
-        folder = Path(made) / "mha"
+    with TemporaryDirectory() as work:
+        folder = Path(work) / "mha"
         write_untrained(folder, "t5", shape, scale, 0)
         if kv_heads < shape.heads:
-            folder = convert(folder, groups=kv_heads, out=Path(made) / "converted").out
+            folder = convert(folder, groups=kv_heads, out=Path(work) / "converted").out
         return AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype).eval().to(device)
 
 

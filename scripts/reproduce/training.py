@@ -77,11 +77,11 @@ def train(config: dict[str, Any], *, marks: list[int], keep_model: bool) -> dict
     config = config | {"evaluation": config["evaluation"] | {"at_tokens": [mark * each for mark in marks]}}
     output = Path(config["output"])
     watch = Stopwatch(config["train"]["device"])
-    found = uptrain(parse_config(config), quiet=True)
+    result = uptrain(parse_config(config), quiet=True)
     share = watch.share
     records = [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] == "evaluation"]
     curve = {record["step"] * each: record["held_out_loss"] for record in records}
     shutil.rmtree(output / "checkpoints")
     if not keep_model:
         shutil.rmtree(output / "final")
-    return {"curve": sorted(curve.items()), "seconds": round(share * found.seconds, 2)}
+    return {"curve": sorted(curve.items()), "seconds": round(share * result.seconds, 2)}

@@ -11,25 +11,27 @@ from curves import Interval
 from findings import FIGURE_4, Findings, Saving
 
 
-def nats(found: Interval, *, sign: bool = False) -> str:
+def nats(interval: Interval, *, sign: bool = False) -> str:
     """A mean with half the width of its interval."""
-    text = f"{found.mean:+.3f}" if sign else f"{found.mean:.3f}"
-    return text if found.high is None else f"{text} ± {found.high - found.mean:.3f}"
+    text = f"{interval.mean:+.3f}" if sign else f"{interval.mean:.3f}"
+    return text if interval.high is None else f"{text} ± {interval.high - interval.mean:.3f}"
 
 
-def percent(found: Interval) -> str:
+def percent(interval: Interval) -> str:
     """A share with its interval."""
-    text = f"{found.mean:.0%}"
-    return text if found.low is None or found.high is None else f"{text} ({found.low:.0%} to {found.high:.0%})"
+    text = f"{interval.mean:.0%}"
+    return (
+        text if interval.low is None or interval.high is None else f"{text} ({interval.low:.0%} to {interval.high:.0%})"
+    )
 
 
-def times(found: Interval | None, *, at_least: bool = False) -> str:
+def times(interval: Interval | None, *, at_least: bool = False) -> str:
     """A ratio with its interval."""
-    if found is None:
+    if interval is None:
         return "not reached"
-    text = f"{'≥ ' if at_least else ''}{found.mean:.1f}"
-    spread = found.high is not None and found.low is not None and found.high - found.low > 0.05
-    return f"{text} ({found.low:.1f} to {found.high:.1f})" if spread else text
+    text = f"{'≥ ' if at_least else ''}{interval.mean:.1f}"
+    spread = interval.high is not None and interval.low is not None and interval.high - interval.low > 0.05
+    return f"{text} ({interval.low:.1f} to {interval.high:.1f})" if spread else text
 
 
 def count(tokens: float | None) -> str:
@@ -37,15 +39,15 @@ def count(tokens: float | None) -> str:
     return "never" if tokens is None else f"{tokens:,.0f}"
 
 
-def order_of_figure_4(found: Findings) -> str:
+def order_of_figure_4(findings: Findings) -> str:
     """Whether mean is better than first, and first better than random, at alpha 0.05."""
     pairs = list(pairwise(FIGURE_4))
     said = []
     for better, worse in pairs:
-        difference = found.difference(worse, better, 0.05)
+        difference = findings.difference(worse, better, 0.05)
         names = [name.split("-")[0] for name in (better, worse)]
         said.append(f"{names[1]} minus {names[0]} is {nats(difference, sign=True)}{_sure(difference)}")
-    gaps = [found.difference(worse, better, 0.05) for better, worse in pairs]
+    gaps = [findings.difference(worse, better, 0.05) for better, worse in pairs]
     if all(gap.mean > 0 and gap.excludes_zero for gap in gaps):
         verdict = "**The paper's order, mean before first before random, holds.**"
     elif all(gap.mean > 0 for gap in gaps):
@@ -55,29 +57,29 @@ def order_of_figure_4(found: Findings) -> str:
     return f"{verdict} At alpha 0.05, {'; '.join(said)}."
 
 
-def _sure(found: Interval) -> str:
-    return "" if found.excludes_zero else " (the interval includes 0)"
+def _sure(interval: Interval) -> str:
+    return "" if interval.excludes_zero else " (the interval includes 0)"
 
 
-def _gained(found: Findings, arm: str, start: float, end: float, seed: int) -> float:
-    return found.at(seed, arm, start) - found.at(seed, arm, end)
+def _gained(findings: Findings, arm: str, start: float, end: float, seed: int) -> float:
+    return findings.at(seed, arm, start) - findings.at(seed, arm, end)
 
 
-def shape_of_figure_5(found: Findings) -> list[str]:
+def shape_of_figure_5(findings: Findings) -> list[str]:
     """Whether 5 % closes the gap, and what the second 5 % brings."""
     said = []
     for arm, name in (("mean-gqa-ce", "GQA"), ("mean-mqa-ce", "MQA")):
-        closed, more = found.closed(arm, 0.05), found.closed(arm, 0.1)
-        left = found.gap(arm, 0.05)
-        gain = found.over_seeds(partial(_gained, found, arm, 0.05, 0.1))
-        first = found.over_seeds(partial(_gained, found, arm, 0.0, 0.05))
+        closed, more = findings.closed(arm, 0.05), findings.closed(arm, 0.1)
+        left = findings.gap(arm, 0.05)
+        gain = findings.over_seeds(partial(_gained, findings, arm, 0.05, 0.1))
+        first = findings.over_seeds(partial(_gained, findings, arm, 0.0, 0.05))
         diminishing = "as in the paper" if gain.mean < first.mean / 4 else "little"
         said.append(
             f"{name}: 5 % closes {percent(closed)} of the gap to the control, 10 % {percent(more)}; "
             f"{nats(left, sign=True)} nats are left at 5 %. The first 5 % bring {first.mean:.3f} nats, "
             f"the second {gain.mean:.3f}: returns diminish {diminishing}."
         )
-    left = found.gap("mean-gqa-ce", 0.05)
+    left = findings.gap("mean-gqa-ce", 0.05)
     if left.mean > 0 and left.excludes_zero:
         said.append(
             "**The paper's GQA is 0.1 points of 57.5 from the control at 5 %; here a gap remains that the seeds' "
@@ -87,9 +89,9 @@ def shape_of_figure_5(found: Findings) -> list[str]:
     return said
 
 
-def speed(found: dict[str, Any]) -> str:
+def speed(timed: dict[str, Any]) -> str:
     """How near GQA's time is to MQA's."""
-    models = found["models"]
+    models = timed["models"]
     heads = max(model["kv_heads"] for model in models.values())
     by_groups = {model["kv_heads"]: model["seconds_per_sample"] for model in models.values()}
     mha, mqa = by_groups[heads], by_groups[1]
@@ -108,21 +110,21 @@ def speed(found: dict[str, Any]) -> str:
     return " ".join(said)
 
 
-def left_out(found: Findings) -> str:
+def left_out(findings: Findings) -> str:
     """The arms that are not finished for every seed; empty if there are none."""
-    missing = [arm.name for arm in ARMS if not found.has(arm.name)]
-    missing += [f"MHA {size}" for size in ("small", "large") if size not in found.sizes()]
+    missing = [arm.name for arm in ARMS if not findings.has(arm.name)]
+    missing += [f"MHA {size}" for size in ("small", "large") if size not in findings.sizes()]
     return f"Left out, because not every seed has finished them: {', '.join(missing)}." if missing else ""
 
 
-def saving(found: Saving) -> str:
+def saving(saved: Saving) -> str:
     """How many fewer tokens, in a sentence."""
-    if not found.reached:
+    if not saved.reached:
         return "it does not reach that loss"
-    if found.starts_there:
+    if saved.starts_there:
         return (
             "it starts below that loss: no uptraining is needed, and the ratio is bounded only by the first "
-            f"evaluation (at least {found.spent / found.smallest:.0f})"
+            f"evaluation (at least {saved.spent / saved.smallest:.0f})"
         )
-    tokens = ", ".join(count(tokens) for tokens in found.needed)
-    return f"it needs {tokens} tokens (by seed) instead of {found.spent:,.0f}: {times(found.ratio)} times fewer"
+    tokens = ", ".join(count(tokens) for tokens in saved.needed)
+    return f"it needs {tokens} tokens (by seed) instead of {saved.spent:,.0f}: {times(saved.ratio)} times fewer"

@@ -22,7 +22,7 @@ NORMS = {"q_norm.weight", "k_norm.weight"}
 
 
 @pytest.mark.parametrize(
-    ("model_type", "switch", "found"),
+    ("model_type", "switch", "expected"),
     [
         ("llama", None, set()),
         ("qwen3", None, set()),  # one norm for all heads stays where it is
@@ -35,16 +35,16 @@ NORMS = {"q_norm.weight", "k_norm.weight"}
 )
 @pytest.mark.parametrize("kv_heads", [8, 4])
 def test_heads_move_with_all_that_is_theirs(
-    model_type: str, switch: str | None, found: set[str], kv_heads: int
+    model_type: str, switch: str | None, expected: set[str], kv_heads: int
 ) -> None:
     config = tiny_config(model_type, num_kv_heads=kv_heads)
     if switch:
         setattr(config, switch, True)
     freedom = prove_freedom(config)
     assert freedom.permutable
-    assert {extra.name for extra in freedom.extras} == found
+    assert {extra.name for extra in freedom.extras} == expected
     assert {extra.name: extra.heads for extra in freedom.extras} == {
-        name: "kv" if name.startswith("k_") else "query" for name in found
+        name: "kv" if name.startswith("k_") else "query" for name in expected
     }
 
 
@@ -90,12 +90,12 @@ def test_tied_heads_that_lie_apart_are_found_and_merged_without_a_change(
         if re.search(r"\.(k_proj|v_proj|k_norm)\.", name):
             half = tensor.shape[0] // 2
             tensor[half:] = tensor[:half]
-        if found := re.search(r"(k_layernorm\.norms\.)(\d)\b", name):
-            tensor.copy_(state[name.replace(found[0], f"{found[1]}{int(found[2]) % 4}")])
+        if member := re.search(r"(k_layernorm\.norms\.)(\d)\b", name):
+            tensor.copy_(state[name.replace(member[0], f"{member[1]}{int(member[2]) % 4}")])
     model.save_pretrained(tmp_path / "source")
     recipe = Recipe(method="mean", grouping="search")
-    made = convert(tmp_path / "source", groups=4, recipe=recipe, out=tmp_path / "out")
-    assert {report.grouping for report in made.blocks} == {((0, 4), (1, 5), (2, 6), (3, 7))}
+    conversion = convert(tmp_path / "source", groups=4, recipe=recipe, out=tmp_path / "out")
+    assert {report.grouping for report in conversion.blocks} == {((0, 4), (1, 5), (2, 6), (3, 7))}
     converted = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     inputs = text_inputs(model)
     torch.testing.assert_close(logits(converted, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)

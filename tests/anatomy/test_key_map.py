@@ -82,7 +82,7 @@ def test_building_takes_no_memory_and_leaves_the_config_alone() -> None:
 
 
 def test_survey_is_of_generative_models() -> None:
-    found = survey()
-    assert {"llama", "t5", "whisper", "llava"} <= set(found)
-    assert list(found) == sorted(found)
-    assert "bert-generation" in found
+    surveyed = survey()
+    assert {"llama", "t5", "whisper", "llava"} <= set(surveyed)
+    assert list(surveyed) == sorted(surveyed)
+    assert "bert-generation" in surveyed

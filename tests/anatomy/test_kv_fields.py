@@ -22,15 +22,15 @@ def fields_of(config: Any) -> tuple[KVField, ...]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_one_main_field(family: str) -> None:
     kind = FAMILIES[family]
-    (found,) = fields_of(kind.make_config())
+    (main,) = fields_of(kind.make_config())
     if kind.special is None:
-        assert found.name == kind.kv_field
-    assert (found.kv_heads, found.query_heads) == (HEADS, HEADS)
+        assert main.name == kind.kv_field
+    assert (main.kv_heads, main.query_heads) == (HEADS, HEADS)
 
 
 def test_an_absent_key_means_what_the_class_says() -> None:
     """Not every class reads an absent key as MHA: most default to a number of their own."""
-    values = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+    values: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     assert fields_of(transformers.LlamaConfig(**values))[0].kv_heads == HEADS
     assert fields_of(transformers.MistralConfig(**{**values, "num_attention_heads": 32}))[0].kv_heads == 8
 
@@ -107,7 +107,7 @@ def test_attention_configs_that_are_plain_tables() -> None:
     """Remote code may keep its attention settings as a dict."""
     settings: dict[str, Any] = {"n_heads": 8, "attn_config": {"kv_n_heads": 8, "clip_qkv": 8}}
     config = transformers.PretrainedConfig(**settings)
-    assert [found.name for found in fields_of(config)] == ["attn_config.kv_n_heads"]
+    assert [each.name for each in fields_of(config)] == ["attn_config.kv_n_heads"]
 
 
 def test_factories_write_what_they_say(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_sizes_add_up(one: Rows) -> None:
 
 
 @pytest.mark.parametrize("layout", ["concat", "per_head"])
-def test_query_rows_of_a_fused_axis_pass_through(layout: str) -> None:
+def test_query_rows_of_a_fused_axis_pass_through(layout: Any) -> None:
     one = Rows(dim=0, heads=4, groups=2, head_dim=3, layout=layout, target_layout="concat", query_heads=4)
     x = torch.randn(one.size, 5)
     queries = x[:12] if layout == "concat" else x.view(4, 3, 3, 5)[:, 0].reshape(12, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -59,7 +60,7 @@ def test_a_field_that_changes_no_weight_is_refused(tmp_path: Path, monkeypatch: 
     source = factories.make(tmp_path / "source")
     plain = transformers.LlamaForCausalLM.__init__
 
-    def ignore_the_field(self: object, config: transformers.LlamaConfig) -> None:
+    def ignore_the_field(self: Any, config: transformers.LlamaConfig) -> None:
         config.num_key_value_heads = HEADS
         plain(self, config)
 

@@ -58,7 +58,7 @@ class Case:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
     known: dict[tuple[Any, ...], Saved] = {}
 
-    def make(model_type: str, **sizes: int) -> Saved:
+    def make(model_type: str, **sizes: Any) -> Saved:
         key = (model_type, *sorted(sizes.items()))
         if key not in known:
             model = tiny_model(tiny_config(model_type, **sizes))
@@ -76,7 +76,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
 def case(saved: Callable[..., Saved]) -> Callable[..., Case]:
     known: dict[tuple[Any, ...], Case] = {}
 
-    def make(model_type: str, groups: int = 2, **sizes: int) -> Case:
+    def make(model_type: str, groups: int = 2, **sizes: Any) -> Case:
         key = (model_type, groups, *sorted(sizes.items()))
         if key not in known:
             source = saved(model_type, **sizes)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from gqa_convert.calibrate.hooks import part_of
 from gqa_convert.calibrate.input_statistics import InputMoments
 from gqa_convert.calibrate.solve import solve
 from gqa_convert.conversion.recipe import Recipe
+from tests.calibrate.conftest import Case, Saved
 
 
 def attention_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -35,11 +38,11 @@ def run(model: Any, tokens: torch.Tensor, **more: Any) -> Any:
 
 def eager_columns(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Column sums of the attention matrices that the eager path returns, of all modules as they run."""
-    found: list[torch.Tensor] = []
+    columns: list[torch.Tensor] = []
     before = model.config._attn_implementation
 
     def hook(_: Any, args: Any, out: Any) -> None:
-        found.append(out[-1].sum((1, 2)))
+        columns.append(out[-1].sum((1, 2)))
 
     handles = [module.register_forward_hook(hook) for module in attention_modules(model).values()]
     model.set_attn_implementation("eager")
@@ -47,7 +50,7 @@ def eager_columns(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     model.set_attn_implementation(before)
     for handle in handles:
         handle.remove()
-    return found
+    return columns
 
 
 # a plain decoder, one whose heads share keys, one with a sliding window, one with a position bias and cross-attention
@@ -55,7 +58,9 @@ def eager_columns(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     ("model_type", "sizes"),
     [("llama", {}), ("llama", {"num_heads": 4, "num_kv_heads": 2}), ("mistral", {}), ("t5", {}), ("gpt_neox", {})],
 )
-def test_what_is_received_is_the_column_sum_of_the_weights(model_type, sizes, saved, tokens) -> None:
+def test_what_is_received_is_the_column_sum_of_the_weights(
+    model_type: str, sizes: dict[str, Any], saved: Callable[..., Saved], tokens: torch.Tensor
+) -> None:
     model = saved(model_type, **sizes).model
     expected = eager_columns(model, tokens)
     modules = attention_modules(model)
@@ -74,20 +79,20 @@ def test_what_is_received_is_the_column_sum_of_the_weights(model_type, sizes, sa
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_that_a_module_returns_do_as_well(saved, tokens) -> None:
+def test_weights_that_a_module_returns_do_as_well(saved: Callable[..., Saved], tokens: torch.Tensor) -> None:
     model = saved("llama").model
     expected = eager_columns(model, tokens)
     modules = attention_modules(model)
     model.set_attn_implementation("eager")
     with attention_received(modules.values()) as attended:
         run(model, tokens)
-        found = [attended.take(module) for module in modules.values()]
+        taken = [attended.take(module) for module in modules.values()]
     model.set_attn_implementation("sdpa")
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(taken, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_the_outputs_stay_and_nothing_is_left_behind(saved, tokens) -> None:
+def test_the_outputs_stay_and_nothing_is_left_behind(saved: Callable[..., Saved], tokens: torch.Tensor) -> None:
     model = saved("llama").model
     hooks = [len(module._forward_hooks) for module in model.modules()]
     before = run(model, tokens).logits
@@ -125,42 +130,42 @@ def test_received_alike_changes_nothing() -> None:
     plain, alike = InputMoments(), InputMoments()
     plain.add(x, x)
     alike.add(x, x, torch.full((2, 5), 0.7))
-    found = alike.statistics().kv
-    assert found is not None
-    torch.testing.assert_close(found.moment, plain.statistics().moment)
+    statistics = alike.statistics().kv
+    assert statistics is not None
+    torch.testing.assert_close(statistics.moment, plain.statistics().moment)
 
 
 @pytest.mark.parametrize("received", [torch.ones(2, 4), torch.zeros(2, 5)])
-def test_another_number_of_tokens_or_no_attention_at_all_counts_alike(received) -> None:
+def test_another_number_of_tokens_or_no_attention_at_all_counts_alike(received: torch.Tensor) -> None:
     x = torch.randn(2, 5, 3)
     moments = InputMoments()
     moments.add(x, x, received)
     assert moments.statistics().kv is None
 
 
-def solved(found: Any, work: Any, inputs: Any) -> Any:
+def solved(example: Any, work: Any, inputs: Any) -> Any:
     recipe = Recipe(method="pca", calibrate="text.txt")
     return solve(
-        found.saved.checkpoint,
-        found.anatomy,
-        found.blocks,
-        found.freedom,
+        example.saved.checkpoint,
+        example.anatomy,
+        example.blocks,
+        example.freedom,
         recipe,
         inputs,
         work=work,
     )
 
 
-def test_solving_counts_tokens_by_attention(case, tokens, work) -> None:
-    found = case("llama")
-    model, names = found.saved.model, found.blocks[0]
+def test_solving_counts_tokens_by_attention(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
+    example = case("llama")
+    model, names = example.saved.model, example.blocks[0]
     read: list[torch.Tensor] = []
     handle = part_of(model, "", names.k).register_forward_pre_hook(lambda _, args: read.append(args[0]))
     received = eager_columns(model, tokens)[0].flatten().double()
     handle.remove()
     x = read[0].flatten(0, 1).double()
 
-    done = solved(found, work, tokens)
+    done = solved(example, work, tokens)
 
     (file,) = work.glob("moments-*/layer-00000.safetensors")
     kept = load_file(file)[f"{names.module}.kv.moment"]
@@ -168,18 +173,20 @@ def test_solving_counts_tokens_by_attention(case, tokens, work) -> None:
     assert not [note for note in done.notes if "alike" in note]
 
 
-def test_blocks_whose_attention_is_not_seen_are_named(case, tokens, work, monkeypatch) -> None:
-    found = case("llama")
+def test_blocks_whose_attention_is_not_seen_are_named(
+    case: Callable[..., Case], tokens: torch.Tensor, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = case("llama")
     monkeypatch.setattr(session, "attention_received", lambda modules: attention_received(()))
-    (note,) = solved(found, work, tokens).notes
-    assert all(names.module in note for names in found.blocks)
+    (note,) = solved(example, work, tokens).notes
+    assert all(names.module in note for names in example.blocks)
     assert "count alike" in note
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gpt2", "opt", "t5", "bart", "gemma2"])
-def test_attention_is_seen_in(model_type, case, tokens, work) -> None:
-    found = case(model_type)
+def test_attention_is_seen_in(model_type: str, case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
+    example = case(model_type)
     inputs = {"input_ids": tokens}
-    if found.saved.config.is_encoder_decoder:
+    if example.saved.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens[:, :5]
-    assert [note for note in solved(found, work, inputs).notes if "alike" in note] == []
+    assert [note for note in solved(example, work, inputs).notes if "alike" in note] == []

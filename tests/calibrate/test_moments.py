@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,25 +11,26 @@ from gqa_convert.calibrate.input_statistics import InputMoments, read_statistics
 from gqa_convert.calibrate.layer_stream import LayerStream
 from gqa_convert.calibrate.tokens import batches
 from gqa_convert.hf.partial import PartialModel
+from tests.calibrate.conftest import Case
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma3_text"])
-def test_moments_are_those_of_the_inputs(model_type, case, tokens) -> None:
-    found = case(model_type)
-    inputs: dict[str, list[torch.Tensor]] = {names.module: [] for names in found.blocks}
+def test_moments_are_those_of_the_inputs(model_type: str, case: Callable[..., Case], tokens: torch.Tensor) -> None:
+    example = case(model_type)
+    inputs: dict[str, list[torch.Tensor]] = {names.module: [] for names in example.blocks}
     handles = [
-        part_of(found.saved.model, "", names.q).register_forward_pre_hook(
+        part_of(example.saved.model, "", names.q).register_forward_pre_hook(
             lambda _, args, module=names.module: inputs[module].append(args[0].detach())
         )
-        for names in found.blocks
+        for names in example.blocks
     ]
     with torch.no_grad():
-        found.saved.model(tokens, use_cache=False)
+        example.saved.model(tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    parts = PartialModel(found.saved.checkpoint, found.saved.cls, found.saved.config, dtype=torch.float32)
+    parts = PartialModel(example.saved.checkpoint, example.saved.cls, example.saved.config, dtype=torch.float32)
     for window in LayerStream(parts, batches(tokens, 20)):
-        (names,) = (names for names in found.blocks if names.module.startswith(f"{window.path}."))
+        (names,) = (names for names in example.blocks if names.module.startswith(f"{window.path}."))
         moments = InputMoments()
         with watching(window.module, window.path, names, on_inputs=moments.add):
             window.run()
@@ -61,15 +65,15 @@ def test_a_long_sum_does_not_drift() -> None:
     assert abs(float(moments.statistics().moment[0, 0]) - float(x[0, 0].double()) ** 2) < 1e-14
 
 
-def test_statistics_come_back_from_their_file(work) -> None:
+def test_statistics_come_back_from_their_file(work: Path) -> None:
     store = statistics_store(work, {"source": "a"})
     moments = InputMoments()
     moments.add(torch.randn(3, 5, 8), torch.randn(3, 7, 6))
-    found = {"model.layers.0.cross": moments.statistics()}
-    write_statistics(store, 0, found)
+    statistics = {"model.layers.0.cross": moments.statistics()}
+    write_statistics(store, 0, statistics)
     again = read_statistics(store, 0)
     assert again is not None
-    one, two = found["model.layers.0.cross"], again["model.layers.0.cross"]
+    one, two = statistics["model.layers.0.cross"], again["model.layers.0.cross"]
     assert torch.equal(one.moment, two.moment)
     assert one.kv is not None
     assert two.kv is not None

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
+from gqa_convert.anatomy.block_names import BlockNames
 from gqa_convert.calibrate.descent import DescentOptions, _step_calls, descend, held_out, schedule, tensor_lr
 from gqa_convert.calibrate.hooks import BlockRecord, part_of, watching
 from gqa_convert.calibrate.layer_stream import LayerStream
@@ -18,6 +22,7 @@ from gqa_convert.calibrate.solve import solve
 from gqa_convert.calibrate.tokens import batches
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.errors import UsageError
+from tests.calibrate.conftest import Case
 
 
 def test_least_squares_finds_the_truth() -> None:
@@ -57,8 +62,8 @@ def test_a_step_takes_small_calls_together() -> None:
     assert list(_step_calls(order, targets, 0.5)) == [3]
 
 
-def test_inputs_of_several_shapes_are_refitted(case, work) -> None:
-    found = case("t5")
+def test_inputs_of_several_shapes_are_refitted(case: Callable[..., Case], work: Path) -> None:
+    example = case("t5")
     generator = torch.Generator().manual_seed(0)
     inputs = [
         {
@@ -68,8 +73,8 @@ def test_inputs_of_several_shapes_are_refitted(case, work) -> None:
         for source, target in ((8, 2), (8, 4), (12, 6))
     ]
     recipe = Recipe(method="pca", calibrate="text.jsonl", refit=True, refit_steps=60, refit_tokens=240)
-    done = solve(found.saved.checkpoint, found.anatomy, found.blocks, found.freedom, recipe, inputs, work=work)
-    assert len(done.reports) == len(found.blocks)
+    done = solve(example.saved.checkpoint, example.anatomy, example.blocks, example.freedom, recipe, inputs, work=work)
+    assert len(done.reports) == len(example.blocks)
     befores, afters = zip(*((r.error_before, r.error_after_descent) for r in done.reports), strict=True)
     assert all(after <= before for after, before in zip(afters, befores, strict=True))
     assert sum(afters) < 0.9 * sum(befores)
@@ -121,15 +126,15 @@ def test_the_learning_rate_follows_the_size_of_the_tensor() -> None:
 
 
 @pytest.mark.parametrize("values", [{"steps": -1}, {"tokens": 0}, {"lr": 2.0}, {"damping": 0.0}])
-def test_options_that_mean_nothing(values) -> None:
+def test_options_that_mean_nothing(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(values))):
         RefitOptions(**values)
 
 
-def observed(found, tokens, size=4):
+def observed(example: Case, tokens: torch.Tensor, size: int = 4) -> tuple[BlockNames, Any, BlockRecord, Any]:
     """The last block, its module with spoilt weights, its calls and the outputs of the right one."""
-    names = found.blocks[-1]
-    parts = WholeModel(found.saved.source, dtype=torch.float32)
+    names = example.blocks[-1]
+    parts = WholeModel(example.saved.source, dtype=torch.float32)
     for window in LayerStream(parts, batches(tokens, size)):
         if names.module.startswith(f"{window.path}."):
             record = BlockRecord()
@@ -138,14 +143,16 @@ def observed(found, tokens, size=4):
             spoilt = deepcopy(part_of(window.module, window.path, names.module))
             generator = torch.Generator().manual_seed(3)
             for projection in (names.q, names.k, names.v, names.o):
-                weight = part_of(spoilt, names.module, projection).weight
+                weight: Any = part_of(spoilt, names.module, projection).weight
                 weight.data += 0.5 * weight.std() * torch.randn(weight.shape, generator=generator)
             return names, spoilt, record, window
     raise AssertionError
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3", "gemma3_text", "gpt2"])
-def test_both_steps_improve_a_spoilt_block_of_any_family(model_type, case, tokens) -> None:
+def test_both_steps_improve_a_spoilt_block_of_any_family(
+    model_type: str, case: Callable[..., Case], tokens: torch.Tensor
+) -> None:
     names, spoilt, record, _ = observed(case(model_type), tokens)
     untouched = {name: p.clone() for name, p in spoilt.named_parameters()}
     options = RefitOptions(steps=40, least_squares=True)
@@ -159,29 +166,31 @@ def test_both_steps_improve_a_spoilt_block_of_any_family(model_type, case, token
         assert torch.equal(parameter, untouched[name])
 
 
-def test_least_squares_alone(case, tokens) -> None:
+def test_least_squares_alone(case: Callable[..., Case], tokens: torch.Tensor) -> None:
     names, spoilt, record, _ = observed(case("llama"), tokens)
     options = RefitOptions(steps=0, least_squares=True)
     state, report = refit_block(spoilt, names.module, names, record.calls, record.outputs, options)
     assert report.error_after_descent is None
     assert (report.error_after_least_squares or 1) < report.error_before
-    assert torch.equal(state[f"{names.q}.weight"], part_of(spoilt, names.module, names.q).weight)
-    assert not torch.equal(state[f"{names.o}.weight"], part_of(spoilt, names.module, names.o).weight)
+    assert torch.equal(state[f"{names.q}.weight"], cast(Any, part_of(spoilt, names.module, names.q)).weight)
+    assert not torch.equal(state[f"{names.o}.weight"], cast(Any, part_of(spoilt, names.module, names.o)).weight)
 
 
 @pytest.mark.parametrize("options", [RefitOptions(steps=10, lr=0.5), RefitOptions(steps=0, least_squares=True)])
-def test_what_cannot_be_bettered_is_kept(options, case, tokens) -> None:
+def test_what_cannot_be_bettered_is_kept(
+    options: RefitOptions, case: Callable[..., Case], tokens: torch.Tensor
+) -> None:
     """The right block has no error, and a ruinous learning rate finds nothing better."""
-    found = case("llama")
-    names, _, record, window = observed(found, tokens)
+    example = case("llama")
+    names, _, record, window = observed(example, tokens)
     right = part_of(window.module, window.path, names.module)
     state, report = refit_block(right, names.module, names, record.calls, record.outputs, options)
     assert report.error_before < 1e-10
     for name, tensor in state.items():
-        torch.testing.assert_close(tensor, found.saved.model.get_parameter(name), rtol=0, atol=1e-6)
+        torch.testing.assert_close(tensor, example.saved.model.get_parameter(name), rtol=0, atol=1e-6)
 
 
-def test_only_q_k_v_o_are_trained(case, tokens) -> None:
+def test_only_q_k_v_o_are_trained(case: Callable[..., Case], tokens: torch.Tensor) -> None:
     names, spoilt, record, _ = observed(case("gemma3_text"), tokens)
     norm = spoilt.q_norm.weight.clone()
     result = descend(spoilt, names.module, names, record.calls, record.outputs, DescentOptions(steps=5))
@@ -190,7 +199,7 @@ def test_only_q_k_v_o_are_trained(case, tokens) -> None:
     assert not any(p.requires_grad for p in spoilt.parameters())
 
 
-def test_a_descent_is_the_same_every_time(case, tokens) -> None:
+def test_a_descent_is_the_same_every_time(case: Callable[..., Case], tokens: torch.Tensor) -> None:
     names, spoilt, record, _ = observed(case("llama"), tokens)
     options = RefitOptions(steps=7)
     first, _ = refit_block(spoilt, names.module, names, record.calls, record.outputs, options)
@@ -201,9 +210,11 @@ def test_a_descent_is_the_same_every_time(case, tokens) -> None:
 @pytest.mark.parametrize(
     ("model_type", "expected"), [("llama", 1.0), ("phi3", 1.0), ("mixtral", 1.0), ("gemma3_text", None), ("phi", None)]
 )
-def test_how_attention_enters_the_stream_is_found(model_type, expected, case, tokens) -> None:
-    found = case(model_type)
-    names, _, _, window = observed(found, tokens)
+def test_how_attention_enters_the_stream_is_found(
+    model_type: str, expected: float | None, case: Callable[..., Case], tokens: torch.Tensor
+) -> None:
+    example = case(model_type)
+    names, _, _, window = observed(example, tokens)
     assert residual_scale(window.module, window.path, names, window.calls[0]) == (
         None if expected is None else pytest.approx(expected, abs=1e-4)
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,56 +19,61 @@ from gqa_convert.conversion.tensors import pooled_tensor
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.hf.loading import Source
 from tests import factories
+from tests.calibrate.conftest import Case
 
 FAST = Recipe(method="pca", grouping="search", fold=True, max_context=32, calibrate="text", refit_tokens=64)
 REFIT = Recipe(**{**vars(FAST), "refit": True, "refit_steps": 30})
 
 
-def solved(found: Any, recipe: Recipe, inputs: Any, work: Path, **options: Any) -> SolvedLayers:
-    source, anatomy = found.saved.checkpoint, found.anatomy
-    return solve(source, anatomy, found.blocks, found.freedom, recipe, inputs, work=work, **options)
+def solved(example: Any, recipe: Recipe, inputs: Any, work: Path, **options: Any) -> SolvedLayers:
+    source, anatomy = example.saved.checkpoint, example.anatomy
+    return solve(source, anatomy, example.blocks, example.freedom, recipe, inputs, work=work, **options)
 
 
 def state(result: SolvedLayers) -> dict[str, torch.Tensor]:
     return {name: result.tensor(name) for name in result.names}
 
 
-def loss(found: Any, result: SolvedLayers, tokens: torch.Tensor) -> float:
+def loss(example: Any, result: SolvedLayers, tokens: torch.Tensor) -> float:
     """Mean square difference of the logits from the source's."""
     with torch.no_grad():
-        wanted = found.saved.model(tokens, use_cache=False).logits
-        return float((found.converted(state(result))(tokens, use_cache=False).logits - wanted).square().mean())
+        wanted = example.saved.model(tokens, use_cache=False).logits
+        return float((example.converted(state(result))(tokens, use_cache=False).logits - wanted).square().mean())
 
 
-def test_mean_is_the_conversion_that_pools(case, work) -> None:
-    found = case("qwen2")
-    result = solved(found, Recipe(), None, work)
-    for merge in found.anatomy.merges:
-        checkpoint = found.saved.checkpoint
+def test_mean_is_the_conversion_that_pools(case: Callable[..., Case], work: Path) -> None:
+    example = case("qwen2")
+    result = solved(example, Recipe(), None, work)
+    for merge in example.anatomy.merges:
+        checkpoint = example.saved.checkpoint
         pooled = pooled_tensor(checkpoint, pool_of(checkpoint.tensors[merge.key], merge, Recipe()))
         torch.testing.assert_close(result.tensor(merge.name), pooled)
 
 
 @pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"])
-def test_a_model_that_computes_what_is_not_finite_is_refused(key, case, tokens, work, tmp_path) -> None:
-    found = case("llama")
+def test_a_model_that_computes_what_is_not_finite_is_refused(
+    key: str, case: Callable[..., Case], tokens: torch.Tensor, work: Path, tmp_path: Path
+) -> None:
+    example = case("llama")
     folder = tmp_path / "damaged"
-    shutil.copytree(found.saved.checkpoint.folder, folder)
+    shutil.copytree(example.saved.checkpoint.folder, folder)
     factories.change_tensors(folder, lambda tensors: tensors[key].fill_(float("nan")))
-    source = Source(checkpoint=Checkpoint.open(folder), config=found.saved.config)
-    anatomy = replace(found.anatomy, source=source)
+    source = Source(checkpoint=Checkpoint.open(folder), config=example.saved.config)
+    anatomy = replace(example.anatomy, source=source)
     with pytest.raises(CheckpointError, match="not finite"):
-        solve(source.checkpoint, anatomy, found.blocks, found.freedom, FAST, tokens, work=work)
+        solve(source.checkpoint, anatomy, example.blocks, example.freedom, FAST, tokens, work=work)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "phi3", "mixtral", "gpt2", "opt"])
-def test_a_refit_is_far_better_than_the_mean_for_any_family(model_type, case, tokens, work) -> None:
-    found = case(model_type)
-    recipe = REFIT if found.freedom.permutable else Recipe(**{**vars(REFIT), "grouping": "contiguous"})
-    mean = loss(found, solved(found, Recipe(), None, work), tokens)
-    refitted = solved(found, recipe, tokens, work)
-    assert loss(found, refitted, tokens) < 0.6 * mean
-    assert [report.module for report in refitted.reports] == [names.module for names in found.blocks]
+def test_a_refit_is_far_better_than_the_mean_for_any_family(
+    model_type: str, case: Callable[..., Case], tokens: torch.Tensor, work: Path
+) -> None:
+    example = case(model_type)
+    recipe = REFIT if example.freedom.permutable else Recipe(**{**vars(REFIT), "grouping": "contiguous"})
+    mean = loss(example, solved(example, Recipe(), None, work), tokens)
+    refitted = solved(example, recipe, tokens, work)
+    assert loss(example, refitted, tokens) < 0.6 * mean
+    assert [report.module for report in refitted.reports] == [names.module for names in example.blocks]
     for report in refitted.reports:
         assert report.error_after is not None
         assert report.error_before is not None
@@ -75,27 +81,29 @@ def test_a_refit_is_far_better_than_the_mean_for_any_family(model_type, case, to
         assert report.seconds > 0
 
 
-def test_each_step_is_worth_its_while(case, tokens, work) -> None:
-    found = case("llama")
+def test_each_step_is_worth_its_while(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
+    example = case("llama")
     fast, refit = (Recipe(**{**vars(recipe), "grouping": "contiguous"}) for recipe in (FAST, REFIT))
-    plain = loss(found, solved(found, fast, tokens, work), tokens)
+    plain = loss(example, solved(example, fast, tokens, work), tokens)
     least_squares = Recipe(**{**vars(refit), "refit_steps": 0})
-    assert loss(found, solved(found, least_squares, tokens, work), tokens) < plain
-    assert loss(found, solved(found, refit, tokens, work), tokens) < plain
+    assert loss(example, solved(example, least_squares, tokens, work), tokens) < plain
+    assert loss(example, solved(example, refit, tokens, work), tokens) < plain
 
 
-def test_o_proj_stays_as_it_is_where_nothing_better_is_found(case, tokens, work) -> None:
+def test_o_proj_stays_as_it_is_where_nothing_better_is_found(
+    case: Callable[..., Case], tokens: torch.Tensor, work: Path
+) -> None:
     """A layer that its positions tell nothing new about keeps the merged o_proj: refitting never worsens it."""
-    found = case("llama")
-    plain = loss(found, solved(found, FAST, tokens, work), tokens)
+    example = case("llama")
+    plain = loss(example, solved(example, FAST, tokens, work), tokens)
     least_squares = Recipe(**{**vars(REFIT), "refit_steps": 0})
-    assert loss(found, solved(found, least_squares, tokens, work), tokens) <= plain
+    assert loss(example, solved(example, least_squares, tokens, work), tokens) <= plain
 
 
-def test_a_grouped_source(case, tokens, work) -> None:
-    found = case("mistral", 2, num_kv_heads=4)
-    result = solved(found, REFIT, tokens, work)
-    assert result.tensor("model.layers.0.self_attn.k_proj.weight").shape[0] == 2 * found.anatomy.head_dim
+def test_a_grouped_source(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
+    example = case("mistral", 2, num_kv_heads=4)
+    result = solved(example, REFIT, tokens, work)
+    assert result.tensor("model.layers.0.self_attn.k_proj.weight").shape[0] == 2 * example.anatomy.head_dim
     assert all((report.error_after or 1) < (report.error_before or 0) for report in result.reports)
 
 
@@ -103,29 +111,33 @@ class Interruption(Exception):
     """What a user's Ctrl-C would be."""
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(case, tokens, tmp_path, monkeypatch) -> None:
-    found = case("llama", num_layers=3)
-    straight = solved(found, REFIT, tokens, tmp_path / "straight")
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    case: Callable[..., Case], tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = case("llama", num_layers=3)
+    straight = solved(example, REFIT, tokens, tmp_path / "straight")
 
     def stop(what: str, done: int, total: int) -> None:
         if done == 2 and what.startswith("refitting"):
             raise Interruption
 
     with pytest.raises(Interruption):
-        solved(found, REFIT, tokens, tmp_path / "stopped", on_layer=stop)
+        solved(example, REFIT, tokens, tmp_path / "stopped", on_layer=stop)
     told: list[str] = []
-    resumed = solved(found, REFIT, tokens, tmp_path / "stopped", on_layer=lambda what, done, total: told.append(what))
+    resumed = solved(example, REFIT, tokens, tmp_path / "stopped", on_layer=lambda what, done, total: told.append(what))
     assert told.count("resuming") == 2
     first, second = state(straight), state(resumed)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
     monkeypatch.setattr(session, "open_parts", None)  # nothing is left to run
-    again = solved(found, REFIT, tokens, tmp_path / "stopped")
+    again = solved(example, REFIT, tokens, tmp_path / "stopped")
     assert [r.error_after for r in again.reports] == [r.error_after for r in straight.reports]
 
 
-def test_moments_serve_another_method_and_number_of_groups(case, tokens, work, monkeypatch) -> None:
+def test_moments_serve_another_method_and_number_of_groups(
+    case: Callable[..., Case], tokens: torch.Tensor, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = solved(case("llama", 2), FAST, tokens, work)
     monkeypatch.setattr(session, "LayerStream", None)  # running anything would fail
     second = solved(case("llama", 4), Recipe(**{**vars(FAST), "method": "aligned", "fold": False}), tokens, work)
@@ -134,41 +146,43 @@ def test_moments_serve_another_method_and_number_of_groups(case, tokens, work, m
     assert len(list(work.glob("moments-*"))) == 1
 
 
-def test_other_text_is_other_work(case, tokens, work) -> None:
-    found = case("llama")
-    solved(found, FAST, tokens, work)
-    solved(found, FAST, tokens.flip(0), work)
+def test_other_text_is_other_work(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
+    example = case("llama")
+    solved(example, FAST, tokens, work)
+    solved(example, FAST, tokens.flip(0), work)
     assert len(list(work.glob("moments-*"))) == len(list(work.glob("layers-*"))) == 2
 
 
-def test_spilling_changes_nothing(case, tokens, tmp_path, monkeypatch) -> None:
-    found = case("llama")
-    plain = state(solved(found, REFIT, tokens, tmp_path / "a"))
+def test_spilling_changes_nothing(
+    case: Callable[..., Case], tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = case("llama")
+    plain = state(solved(example, REFIT, tokens, tmp_path / "a"))
     monkeypatch.setattr(activations, "_SMALL", 1)
     mapped = []
     original = torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *args, **named: mapped.append(1) or original(*args, **named))
-    spilled = state(solved(found, REFIT, tokens, tmp_path / "b", activation_bytes=0))
+    spilled = state(solved(example, REFIT, tokens, tmp_path / "b", activation_bytes=0))
     assert len(mapped) > 40
     assert all(torch.equal(plain[name], spilled[name]) for name in plain)
 
 
-def test_bfloat16_layers(case, tokens, work) -> None:
-    found = case("llama")
-    result = solved(found, REFIT, tokens, work, dtype=torch.bfloat16)
+def test_bfloat16_layers(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
+    example = case("llama")
+    result = solved(example, REFIT, tokens, work, dtype=torch.bfloat16)
     assert all((report.error_after or 1) < (report.error_before or 0) for report in result.reports)
     assert {tensor.dtype for tensor in state(result).values()} == {torch.float32}
 
 
-def test_norms_over_all_heads_are_pooled_too(case, tokens, work) -> None:
-    found = case("olmo2")
-    result = solved(found, Recipe(method="pca", calibrate="text"), tokens, work)
+def test_norms_over_all_heads_are_pooled_too(case: Callable[..., Case], tokens: torch.Tensor, work: Path) -> None:
+    example = case("olmo2")
+    result = solved(example, Recipe(method="pca", calibrate="text"), tokens, work)
     name = "model.layers.0.self_attn.k_norm.weight"
-    expected = found.saved.model.get_parameter(name).view(2, 4, -1).mean(1).flatten()
+    expected = example.saved.model.get_parameter(name).view(2, 4, -1).mean(1).flatten()
     torch.testing.assert_close(result.tensor(name), expected)
 
 
-def test_a_fold_needs_a_context(case, work, monkeypatch) -> None:
+def test_a_fold_needs_a_context(case: Callable[..., Case], work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gqa_convert.calibrate.session.max_positions", lambda config: None)
     with pytest.raises(UsageError, match="--max-context"):
         solved(case("llama"), Recipe(method="pca", fold=True), None, work)

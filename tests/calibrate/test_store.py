@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ import torch
 from gqa_convert.calibrate.store import LayerStore, identity
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.errors import OutputError
+from tests.calibrate.conftest import Saved
 
 
-def test_a_result_comes_back_whole(work) -> None:
+def test_a_result_comes_back_whole(work: Path) -> None:
     store = LayerStore(work, "layers", {"groups": 2})
     store.write(3, {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}, {"error": 0.5})
     tensors, report = store.read(3) or ({}, {})
@@ -24,7 +27,7 @@ def test_a_result_comes_back_whole(work) -> None:
     assert [p.name for p in store.folder.iterdir()] == ["layer-00003.safetensors"]
 
 
-def test_other_inputs_do_not_find_it(work) -> None:
+def test_other_inputs_do_not_find_it(work: Path) -> None:
     LayerStore(work, "layers", {"groups": 2}).write(0, {"a": torch.ones(1)}, {})
     other = LayerStore(work, "layers", {"groups": 4})
     assert not other.has(0)
@@ -32,7 +35,7 @@ def test_other_inputs_do_not_find_it(work) -> None:
     assert other.read(0) is None
 
 
-def test_a_damaged_file_counts_as_absent(work) -> None:
+def test_a_damaged_file_counts_as_absent(work: Path) -> None:
     store = LayerStore(work, "layers", {})
     store.write(0, {"a": torch.ones(100)}, {})
     store.path(0).write_bytes(store.path(0).read_bytes()[:-5])
@@ -41,13 +44,13 @@ def test_a_damaged_file_counts_as_absent(work) -> None:
         store.tensor(0, "a")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path) -> None:
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be made"):
         LayerStore(tmp_path / "file", "layers", {})
 
 
-def test_identity_is_of_the_contents(saved, tmp_path) -> None:
+def test_identity_is_of_the_contents(saved: Callable[..., Saved], tmp_path: Path) -> None:
     source = saved("llama").checkpoint
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(source.folder, first)
@@ -59,7 +62,7 @@ def test_identity_is_of_the_contents(saved, tmp_path) -> None:
     assert identity(Checkpoint.open(second)) != identity(source)
 
 
-def test_any_flipped_bit_makes_a_file_absent(work) -> None:
+def test_any_flipped_bit_makes_a_file_absent(work: Path) -> None:
     store = LayerStore(work, "layers", {"groups": 2})
     store.write(0, {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(3, dtype=torch.int32)}, {"error": 0.25})
     path = store.path(0)
@@ -86,7 +89,7 @@ def test_any_flipped_bit_makes_a_file_absent(work) -> None:
     assert store.has(0)
 
 
-def test_damage_after_the_first_look_is_seen_when_a_tensor_is_read(work) -> None:
+def test_damage_after_the_first_look_is_seen_when_a_tensor_is_read(work: Path) -> None:
     store = LayerStore(work, "layers", {})
     store.write(0, {"a": torch.ones(64)}, {})
     assert store.has(0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from gqa_convert.hf.partial import PartialModel, layer_paths
 from gqa_convert.tiny.forward import difference, logits
 from gqa_convert.tiny.model import text_inputs
 from gqa_convert.tiny.shrink import tiny_config
+from tests.calibrate.conftest import Saved
 
 FAMILIES = {
     "llama": {},
@@ -32,7 +36,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_streamed_is_plain(model_type, saved) -> None:
+def test_streamed_is_plain(model_type: str, saved: Callable[..., Saved]) -> None:
     source = saved(model_type, **FAMILIES[model_type])
     parts, notes = open_parts(source.source, dtype=torch.float32)
     assert isinstance(parts, PartialModel) == (not notes)
@@ -44,7 +48,7 @@ def test_streamed_is_plain(model_type, saved) -> None:
         assert difference(seen.logits, logits(source.model, each)) < 1e-6
 
 
-def test_every_window_has_the_true_hidden_states(saved) -> None:
+def test_every_window_has_the_true_hidden_states(saved: Callable[..., Saved]) -> None:
     source = saved("llama", num_layers=3)
     inputs = [text_inputs(source.model, seed=seed) for seed in (0, 1)]
     with torch.no_grad():
@@ -55,7 +59,7 @@ def test_every_window_has_the_true_hidden_states(saved) -> None:
             torch.testing.assert_close(call.args[0], states[window.index], rtol=0, atol=1e-6)
 
 
-def test_only_one_layer_is_in_memory(saved) -> None:
+def test_only_one_layer_is_in_memory(saved: Callable[..., Saved]) -> None:
     source = saved("llama", num_layers=3)
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
     for window in LayerStream(parts, [text_inputs(source.model)]):
@@ -65,7 +69,7 @@ def test_only_one_layer_is_in_memory(saved) -> None:
     assert all(p.device.type == "meta" for name, p in parts.model.named_parameters() if "layers." in name)
 
 
-def test_a_stand_in_does_not_change_the_course(saved) -> None:
+def test_a_stand_in_does_not_change_the_course(saved: Callable[..., Saved]) -> None:
     source = saved("llama")
     inputs = [text_inputs(source.model)]
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
@@ -77,11 +81,11 @@ def test_a_stand_in_does_not_change_the_course(saved) -> None:
     assert difference(stream.results[0].logits, logits(source.model, inputs[0])) < 1e-6
 
 
-def test_spilled_activations_are_the_same(saved, tmp_path) -> None:
+def test_spilled_activations_are_the_same(saved: Callable[..., Saved], tmp_path: Path) -> None:
     source = saved("llama")
     inputs = [text_inputs(source.model, batch=16, length=24, seed=seed) for seed in (0, 1, 2)]
 
-    def last_hidden(spill):
+    def last_hidden(spill: Spill | None) -> list[Any]:
         parts = WholeModel(source.source, dtype=torch.float32)
         *_, window = LayerStream(parts, inputs, spill=spill)
         return window.run()
@@ -96,11 +100,11 @@ def test_free_memory_is_told() -> None:
     assert 1 << 20 < free_memory() < 1 << 50
 
 
-def lanes():
+def lanes() -> int:
     return sum(thread.name == "forward pass" for thread in threading.enumerate())
 
 
-def test_leaving_early_ends_every_thread(saved) -> None:
+def test_leaving_early_ends_every_thread(saved: Callable[..., Saved]) -> None:
     source = saved("llama")
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
     stream = iter(LayerStream(parts, [text_inputs(source.model)] * 5))
@@ -112,7 +116,7 @@ def test_leaving_early_ends_every_thread(saved) -> None:
     assert "forward" not in vars(parts.model.model.layers[0])
 
 
-def test_bfloat16(saved) -> None:
+def test_bfloat16(saved: Callable[..., Saved]) -> None:
     source = saved("llama")
     inputs = text_inputs(source.model)
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.bfloat16)
@@ -123,7 +127,7 @@ def test_bfloat16(saved) -> None:
     assert 0 < difference(stream.results[0].logits.float(), logits(source.model, inputs)) < 0.1
 
 
-def test_a_missing_weight_is_named(saved, tmp_path) -> None:
+def test_a_missing_weight_is_named(saved: Callable[..., Saved], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     from gqa_convert.checkpoint.reader import Checkpoint
@@ -138,14 +142,16 @@ def test_a_missing_weight_is_named(saved, tmp_path) -> None:
         list(LayerStream(parts, [text_inputs(source.model)]))
 
 
-def test_a_model_that_does_not_read_text_is_refused(saved) -> None:
+def test_a_model_that_does_not_read_text_is_refused(saved: Callable[..., Saved]) -> None:
     source = saved("llama")
     parts = PartialModel(source.checkpoint, source.cls, source.config, dtype=torch.float32)
     with pytest.raises(UnsupportedModelError, match="cannot be run on text alone"):
         list(LayerStream(parts, [{"pixel_values": torch.zeros(1)}]))
 
 
-def test_a_family_that_cannot_be_streamed_is_held_whole(saved, monkeypatch) -> None:
+def test_a_family_that_cannot_be_streamed_is_held_whole(
+    saved: Callable[..., Saved], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = saved("llama")
     monkeypatch.setattr("gqa_convert.calibrate.parts.streaming_fault", lambda cls, config: "it would not do")
     parts, notes = open_parts(source.source, dtype=torch.float32)
@@ -156,7 +162,7 @@ def test_a_family_that_cannot_be_streamed_is_held_whole(saved, monkeypatch) -> N
     assert difference(stream.results[0].logits, logits(source.model, text_inputs(source.model))) < 1e-6
 
 
-def test_the_fault_of_a_stream_is_found(monkeypatch) -> None:
+def test_the_fault_of_a_stream_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaForCausalLM
 
     from gqa_convert.calibrate import layer_stream

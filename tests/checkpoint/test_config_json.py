@@ -37,15 +37,15 @@ LAYOUTS = st.sampled_from(
 )
 
 
-def paths(found: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def paths(node: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Paths of every object of a JSON value."""
-    if not isinstance(found, dict):
+    if not isinstance(node, dict):
         return []
-    return [prefix] + [path for key, value in found.items() for path in paths(value, (*prefix, key))]
+    return [prefix] + [path for key, value in node.items() for path in paths(value, (*prefix, key))]
 
 
-def set_in(found: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    result = copy.deepcopy(found)
+def set_in(node: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    result = copy.deepcopy(node)
     here = result
     for key in path[:-1]:
         here = here[key]
@@ -55,7 +55,9 @@ def set_in(found: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str
 
 @settings(max_examples=120, deadline=None)
 @given(data=st.data(), before=OBJECTS, layout=LAYOUTS, crlf=st.booleans(), bom=st.booleans(), end=st.booleans())
-def test_editing_the_text_is_editing_the_value(data, before, layout, crlf, bom, end) -> None:
+def test_editing_the_text_is_editing_the_value(
+    data: st.DataObject, before: dict[str, Any], layout: dict[str, Any], crlf: bool, bom: bool, end: bool
+) -> None:
     text = json.dumps(before, **layout) + ("\n" if end else "")
     text = ("\ufeff" if bom else "") + (text.replace("\n", "\r\n") if crlf else text)
     parent = data.draw(st.sampled_from(paths(before)))
@@ -81,7 +83,9 @@ def test_editing_the_text_is_editing_the_value(data, before, layout, crlf, bom, 
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), before=OBJECTS, layout=LAYOUTS)
-def test_removing_from_the_text_is_removing_from_the_value(data, before, layout) -> None:
+def test_removing_from_the_text_is_removing_from_the_value(
+    data: st.DataObject, before: dict[str, Any], layout: dict[str, Any]
+) -> None:
     candidates = [(*parent, key) for parent in paths(before) for key in _at(before, parent)]
     path = data.draw(st.sampled_from(candidates)) if candidates else ("missing",)
 
@@ -94,10 +98,10 @@ def test_removing_from_the_text_is_removing_from_the_value(data, before, layout)
     assert list(json.loads(edited)) == list(expected)
 
 
-def _at(found: Any, path: tuple[str, ...]) -> Any:
+def _at(node: Any, path: tuple[str, ...]) -> Any:
     for key in path:
-        found = found[key]
-    return found
+        node = node[key]
+    return node
 
 
 CONFIG = """{

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -31,9 +32,9 @@ def test_what_is_no_regular_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     elif kind == "socket":
         import socket
 
-        with socket.socket(socket.AF_UNIX) as made:
+        with socket.socket(socket.AF_UNIX) as connection:
             monkeypatch.chdir(folder)  # the address of a socket may only be short
-            made.bind(name)
+            connection.bind(name)
     else:
         file.mkdir()
     with pytest.raises(CheckpointError, match=name):
@@ -61,9 +62,9 @@ def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     stat = os.fstat
 
     def smaller(handle: int) -> os.stat_result:
-        found = list(stat(handle))
-        found[6] = 10
-        return os.stat_result(found)
+        fields = list(stat(handle))
+        fields[6] = 10
+        return os.stat_result(fields)
 
     monkeypatch.setattr(os, "fstat", smaller)
     with pytest.raises(CheckpointError, match="grew"):
@@ -96,7 +97,7 @@ def test_a_link_made_at_the_last_moment_leads_nowhere(tmp_path: Path, monkeypatc
     checkpoint = Checkpoint.open(folder)
     regular = files.open_regular
 
-    def swapped(path: Path):
+    def swapped(path: Path) -> BinaryIO:
         path.rename(tmp_path / "kept")
         path.symlink_to("../secret")
         opened = regular(path)

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_the_card_of_a_report_is_ours_too(ours: Path) -> None:
         check_replaceable(ours)
 
 
-def change_record(change: Callable[[dict], object]) -> Callable[[Path], None]:
+def change_record(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         record = json.loads((folder / PROVENANCE).read_text())
         change(record)

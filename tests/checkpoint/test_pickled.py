@@ -223,7 +223,7 @@ def test_the_names_kept_of_tied_weights_are_those_transformers_keeps(tmp_path: P
         T5ForConditionalGeneration,
     )
 
-    small = {"vocab_size": 16, "d_model": 8, "num_layers": 1}
+    small: dict[str, Any] = {"vocab_size": 16, "d_model": 8, "num_layers": 1}
     models = [
         LlamaForCausalLM(
             LlamaConfig(

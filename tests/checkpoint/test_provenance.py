@@ -53,15 +53,15 @@ def test_a_hub_snapshot_is_named_by_repository_revision_and_blobs(tmp_path: Path
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_weights_have_an_identity_too(tmp_path: Path, zipped: bool) -> None:
-    found = []
+    digests = []
     for folder, value in ((tmp_path / "a", 1.0), (tmp_path / "b", 1.0), (tmp_path / "c", 2.0)):
         write_config(folder)
         table = {"x": torch.full((4,), value)}
         torch.save(table, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-        found.append(source_identity(Checkpoint.open(folder))["files"][0]["header_sha256"])
-    assert found[0] != found[2]
+        digests.append(source_identity(Checkpoint.open(folder))["files"][0]["header_sha256"])
+    assert digests[0] != digests[2]
     if zipped:
-        assert found[0] == found[1]
+        assert digests[0] == digests[1]
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def test_every_dtype_is_read_as_stored(tmp_path: Path, dtype: torch.dtype) -> No
     checkpoint = Checkpoint.open(single(tmp_path, table))
 
     for key, value in table.items():
-        found = checkpoint.tensor(key)
-        assert (found.dtype, found.shape) == (dtype, value.shape)
-        assert torch.equal(found.double(), value.double())
+        stored = checkpoint.tensor(key)
+        assert (stored.dtype, stored.shape) == (dtype, value.shape)
+        assert torch.equal(stored.double(), value.double())
 
 
 def test_opening_a_safetensors_checkpoint_needs_no_torch(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_reading_changes_nothing(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_format_that_the_installed_library_cannot_read(tmp_path: Path):
+def test_a_format_that_the_installed_library_cannot_read(tmp_path: Path) -> None:
     """A copy of it would not load."""
     write_config(tmp_path)
     header = {"a": {"dtype": "V32", "shape": [2], "data_offsets": [0, 8]}}
@@ -215,6 +215,6 @@ def test_a_format_that_the_installed_library_cannot_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["", "true", "[]", "{"])
-def test_a_generation_config_that_is_none(tmp_path: Path, text: str):
+def test_a_generation_config_that_is_none(tmp_path: Path, text: str) -> None:
     (single(tmp_path) / "generation_config.json").write_text(text)
     refuse(tmp_path, "generation_config.json")

@@ -32,7 +32,9 @@ ENTRIES = st.dictionaries(
     metadata=st.dictionaries(KEYS, st.text(max_size=5).filter(str.isprintable), max_size=2),
     padding=st.integers(0, 3).map(lambda n: 8 * n),
 )
-def test_what_is_built_is_what_is_read_by_us_and_by_safetensors(tmp_path: Path, entries, metadata, padding) -> None:
+def test_what_is_built_is_what_is_read_by_us_and_by_safetensors(
+    tmp_path: Path, entries: dict[str, tuple[str, list[int]]], metadata: dict[str, str], padding: int
+) -> None:
     table = [
         (key, dtype, shape, torch.Size(shape).numel() * BITS[dtype] // 8) for key, (dtype, shape) in entries.items()
     ]
@@ -40,11 +42,11 @@ def test_what_is_built_is_what_is_read_by_us_and_by_safetensors(tmp_path: Path, 
     path = tmp_path / "x.safetensors"
     path.write_bytes(header + bytes(sum(entry[3] for entry in table)))
 
-    found, found_metadata = read_header(path)
+    infos, found_metadata = read_header(path)
 
     assert len(header) % 8 == 0
     assert found_metadata == metadata
-    assert {key: (info.dtype, list(info.shape)) for key, info in found.items()} == entries
+    assert {key: (info.dtype, list(info.shape)) for key, info in infos.items()} == entries
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == set(entries)
         assert (file.metadata() or {}) == metadata
@@ -58,12 +60,12 @@ def test_offsets_are_absolute_and_in_file_order(tmp_path: Path) -> None:
     safetensors.torch.save_file(table, path, metadata={"format": "pt"})
     raw = path.read_bytes()
 
-    found, metadata = read_header(path)
+    infos, metadata = read_header(path)
 
     assert metadata == {"format": "pt"}
-    assert found.keys() == table.keys()
-    assert [info.offset for info in found.values()] == sorted(info.offset for info in found.values())
-    for key, info in found.items():
+    assert infos.keys() == table.keys()
+    assert [info.offset for info in infos.values()] == sorted(info.offset for info in infos.values())
+    for key, info in infos.items():
         assert raw[info.offset : info.offset + info.nbytes] == bytes(tensor_bytes(table[key]))
         assert torch.equal(from_bytes(read_bytes(path, info.offset, info.nbytes), info.dtype, info.shape), table[key])
 
@@ -71,9 +73,9 @@ def test_offsets_are_absolute_and_in_file_order(tmp_path: Path) -> None:
 def test_a_header_rebuilt_from_a_safetensors_file_is_the_same_bytes(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(tensors(), path, metadata={"format": "pt"})
-    found, metadata = read_header(path)
+    infos, metadata = read_header(path)
 
-    header = build_header([(i.key, i.dtype, i.shape, i.nbytes) for i in found.values()], metadata)
+    header = build_header([(i.key, i.dtype, i.shape, i.nbytes) for i in infos.values()], metadata)
 
     assert path.read_bytes().startswith(header)
 
@@ -149,9 +151,9 @@ def test_formats_without_a_torch_dtype_can_be_described_but_not_computed_with(tm
     }
     path.write_bytes(raw_safetensors(entries, bytes(20)))
 
-    found, _ = read_header(path)
+    infos, _ = read_header(path)
 
-    assert (found["four"].nbytes, found["new"].nbytes) == (6, 14)
+    assert (infos["four"].nbytes, infos["new"].nbytes) == (6, 14)
     with pytest.raises(CheckpointError, match="F4"):
         torch_dtype("F4")
 

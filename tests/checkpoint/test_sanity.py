@@ -96,11 +96,11 @@ def test_an_adapter_file_left_beside_merged_weights(tmp_path: Path) -> None:
 def test_layers_without_end(tmp_path: Path, path: str, value: object) -> None:
     single(tmp_path)
     *parents, leaf = path.split(".")
-    found: object = {leaf: value}
+    nested: object = {leaf: value}
     for name in reversed(parents):
-        found = {name: found}
-    assert isinstance(found, dict)
-    write_config(tmp_path, **found)
+        nested = {name: nested}
+    assert isinstance(nested, dict)
+    write_config(tmp_path, **nested)
     with pytest.raises(CheckpointError, match=leaf) as caught:
         Checkpoint.open(tmp_path)
     assert "11 tensors" in str(caught.value)

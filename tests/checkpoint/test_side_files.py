@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def fill(folder: Path, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("make", [single, sharded])
-def test_what_goes_along_and_what_stays(tmp_path: Path, make) -> None:
+def test_what_goes_along_and_what_stays(tmp_path: Path, make: Callable[[Path], object]) -> None:
     make(tmp_path)
     fill(tmp_path, CARRIED + LEFT)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ def source(tmp_path: Path) -> Path:
     return single(tmp_path / "source")
 
 
-def stage(target: Path, source: Path, *, force: bool = False, needed_bytes: int = 0):
+def stage(target: Path, source: Path, *, force: bool = False, needed_bytes: int = 0) -> AbstractContextManager[Path]:
     return staged_output(target, force=force, source=source, needed_bytes=needed_bytes)
 
 

@@ -160,16 +160,16 @@ def test_metadata_is_kept_and_the_format_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "made",
+    "computed",
     [torch.ones(2, 3), torch.ones(3, 2, dtype=torch.float16), torch.ones(6), torch.ones(3, 2, dtype=torch.cdouble)],
 )
-def test_a_computed_tensor_must_be_what_was_announced(tmp_path: Path, made: torch.Tensor) -> None:
+def test_a_computed_tensor_must_be_what_was_announced(tmp_path: Path, computed: torch.Tensor) -> None:
     with pytest.raises(CheckpointError):
-        write_shard(tmp_path / "out", [TargetTensor(key="x", dtype="F32", shape=(3, 2), produce=lambda: made)], {})
+        write_shard(tmp_path / "out", [TargetTensor(key="x", dtype="F32", shape=(3, 2), produce=lambda: computed)], {})
 
 
 def test_computed_tensors_of_any_layout_and_dtype(tmp_path: Path) -> None:
-    made = {
+    computed = {
         "bf16": torch.randn(4, 3).to(torch.bfloat16),
         "fp8": torch.randn(4, 3).to(torch.float8_e5m2),
         "strided": torch.randn(3, 4).t(),
@@ -181,13 +181,13 @@ def test_computed_tensors_of_any_layout_and_dtype(tmp_path: Path) -> None:
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64"}
     wanted = [
         TargetTensor(
-            key=key, dtype=names.get(t.dtype, "BOOL"), shape=tuple(t.shape), produce=partial(made.__getitem__, key)
+            key=key, dtype=names.get(t.dtype, "BOOL"), shape=tuple(t.shape), produce=partial(computed.__getitem__, key)
         )
-        for key, t in made.items()
+        for key, t in computed.items()
     ]
     write_shard(tmp_path / "out", wanted, {})
     written = load_file(tmp_path / "out")
-    for key, t in made.items():
+    for key, t in computed.items():
         assert written[key].dtype == t.dtype
         assert torch.equal(written[key].float(), t.detach().float())
 
@@ -204,7 +204,7 @@ def test_formats_unknown_to_torch_are_copied(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes().endswith(bytes(range(12)))
 
 
-def test_formats_that_no_installed_library_reads_are_refused(tmp_path: Path):
+def test_formats_that_no_installed_library_reads_are_refused(tmp_path: Path) -> None:
     entries = {"new": {"dtype": "X9", "shape": [5], "data_offsets": [0, 14]}}
     (tmp_path / "model.safetensors").write_bytes(raw_safetensors(entries, bytes(range(14))))
     (tmp_path / "config.json").write_text("{}")
@@ -247,10 +247,10 @@ def test_progress_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     table = {"a.weight": torch.zeros(50_000, dtype=torch.uint8), "b.weight": torch.zeros(50_000, dtype=torch.uint8)}
     checkpoint = Checkpoint.open(single(tmp_path, table))
     copy = TargetTensor.copy_of(checkpoint.tensors["a.weight"])
-    made = TargetTensor(key="b", dtype="U8", shape=(50_000,), produce=lambda: table["b.weight"])
+    computed = TargetTensor(key="b", dtype="U8", shape=(50_000,), produce=lambda: table["b.weight"])
     seen: list[int] = []
 
-    write_shard(tmp_path / "out", [copy, made], {}, seen.append)
+    write_shard(tmp_path / "out", [copy, computed], {}, seen.append)
 
     assert sum(seen) == 100_000
     assert max(seen) <= 8192

@@ -5,6 +5,10 @@ tied heads exact; groups = heads identical; other tensors identical; cached deco
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +17,7 @@ from gqa_convert.anatomy.family_facts import refused_families
 from gqa_convert.contract.native import prove
 from gqa_convert.contract.run import run_all
 from gqa_convert.conversion import execute
+from gqa_convert.heads import Grouping
 
 # One of each way in which families lay out keys and values, configs and checkpoint keys.
 SPREAD = {
@@ -50,7 +55,7 @@ SPREAD = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,23 +63,23 @@ def one_thread():
 
 
 @pytest.mark.parametrize("name", SPREAD)
-def test_the_contract_holds(name, tmp_path) -> None:
+def test_the_contract_holds(name: str, tmp_path: Path) -> None:
     record = prove(name.split("+")[0], tmp_path, changes=SPREAD[name])
     assert record.proven, record.reason
 
 
 @pytest.mark.parametrize("model_type", ["led", "deepseek_v3", "mamba", "zaya"])
-def test_other_families_are_refused_with_the_reason(model_type, tmp_path) -> None:
+def test_other_families_are_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
     record = prove(model_type, tmp_path)
     assert record.refused
     assert record.checks.get("refused_with_reason")
     assert record.reason == refused_families()[model_type][1]
 
 
-def test_a_converter_that_pools_strided_heads_is_caught(tmp_path, monkeypatch) -> None:
+def test_a_converter_that_pools_strided_heads_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gqa_convert.heads import Grouping
 
-    def strided(num_heads, num_groups):
+    def strided(num_heads: int, num_groups: int) -> Grouping:
         return Grouping(tuple(tuple(range(g, num_heads, num_groups)) for g in range(num_groups)))
 
     monkeypatch.setattr(Grouping, "contiguous", staticmethod(strided))
@@ -83,10 +88,10 @@ def test_a_converter_that_pools_strided_heads_is_caught(tmp_path, monkeypatch) -
     assert record.reason.startswith("tied_heads_exact: model.layers.0.self_attn.k_proj.weight")
 
 
-def test_a_converter_that_leaves_the_config_is_caught(tmp_path, monkeypatch) -> None:
+def test_a_converter_that_leaves_the_config_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = execute.convert
 
-    def forgetful(source, *, groups, out):
+    def forgetful(source: Path, *, groups: int, out: Path) -> Any:
         result = original(source, groups=groups, out=out)
         (out / "config.json").write_bytes((source / "config.json").read_bytes())
         return result
@@ -97,7 +102,9 @@ def test_a_converter_that_leaves_the_config_is_caught(tmp_path, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("which", ["per_head", "fold_scale", "halves_first"])
-def test_a_rule_that_misplaces_rows_or_scales_is_caught(which, tmp_path, monkeypatch) -> None:
+def test_a_rule_that_misplaces_rows_or_scales_is_caught(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from gqa_convert.modeling.transpile.rules import gpt_neox_parallel, gptj
 
     family, module = ("gptj", gptj) if which == "halves_first" else ("gpt_neox", gpt_neox_parallel)
@@ -118,7 +125,7 @@ def test_a_rule_that_misplaces_rows_or_scales_is_caught(which, tmp_path, monkeyp
     [("AB", ["proven"], 185), ("C", ["proven"], 45), ("CDN", ["refused", "nested"], 55)],
     ids=["with_a_setting", "without_a_setting", "refused"],
 )
-def test_the_contract_holds_for_every_family_on_record(kinds, statuses, least) -> None:
+def test_the_contract_holds_for_every_family_on_record(kinds: str, statuses: list[str], least: int) -> None:
     """`pytest -m slow tests/contract -k without_a_setting` is the run of the families without a KV-head setting."""
     names = [family.model_type for family in families() if family.kind in kinds and family.status in statuses]
     assert len(names) >= least

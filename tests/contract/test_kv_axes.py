@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from gqa_convert.tiny.shrink import tiny_config
 FAMILIES = ["llama", "phi3", "gpt_bigcode", "falcon", "stablelm", "olmo2", "cohere", "mimo_v2_flash", "inkling2_text"]
 
 
-def axes_of(model_type, **changes):
+def axes_of(model_type: str, **changes: Any) -> KVAxes:
     heads, groups = KV_HEADS.get(model_type, (8, 2))
     large, small = (
         tiny_model(tiny_config(model_type, num_kv_heads=kv, changes=changes), seed)
@@ -23,7 +25,7 @@ def axes_of(model_type, **changes):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_averaging_repeated_heads_gives_them_back(model_type) -> None:
+def test_averaging_repeated_heads_gives_them_back(model_type: str) -> None:
     axes = axes_of(model_type, qk_layernorm=True, use_qk_norm=True)
     state = axes.small.state_dict()
     back = axes.pool(axes.expand(state))

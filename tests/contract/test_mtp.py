@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,7 @@ from gqa_convert.tiny.shrink import tiny_config
     ("model_type", "layer"),
     [("glm4_moe", "model.layers.92"), ("hy_v3", "model.layers.80"), ("qwen3_next", "mtp.layers.0")],
 )
-def test_prediction_layers_are_merged_with_the_decoder(model_type, layer, tmp_path) -> None:
+def test_prediction_layers_are_merged_with_the_decoder(model_type: str, layer: str, tmp_path: Path) -> None:
     tiny_model(tiny_config(model_type)).save_pretrained(tmp_path / "mha")
     file = tmp_path / "mha" / "model.safetensors"
     tensors = load_file(file)

@@ -8,13 +8,15 @@ import time
 from importlib.resources import files
 from pathlib import Path
 
+import pytest
+
 from gqa_convert.contract import run
 from gqa_convert.contract.records import Record
 from gqa_convert.hf import api
 
 
-def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch) -> None:
-    def pretend(name, folder):
+def test_a_crash_and_a_hang_cost_only_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(name: str, folder: Path) -> Record:
         if name == "crashes":
             os._exit(3)
         if name == "hangs":

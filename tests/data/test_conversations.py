@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ TURNS = [
 ]
 
 
-def tokenizer_with(template):
+def tokenizer_with(template: str | None) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -41,20 +42,20 @@ def tokenizer_with(template):
     vocabulary = {"<unk>": 0, "</s>": 1} | {word: i + 2 for i, word in enumerate(sorted(words))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    made.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>", "<end>"]})
-    made.chat_template = template
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<system>", "<end>"]})
+    tokenizer.chat_template = template
+    return tokenizer
 
 
-def learnt_words(tokenizer, document):
+def learnt_words(tokenizer: Any, document: Conversation) -> list[str]:
     rendered = ChatTemplate(tokenizer).render(document)
     words = tokenizer.convert_ids_to_tokens(rendered.ids.tolist())
     return [word for word, is_learnt in zip(words, rendered.assistant, strict=True) if is_learnt]
 
 
 @pytest.mark.parametrize("template", [CHAT, MARKED], ids=["prefixes", "marks"])
-def test_what_the_assistant_says_and_how_it_ends_is_learnt(template) -> None:
+def test_what_the_assistant_says_and_how_it_ends_is_learnt(template: str) -> None:
     said = said_in_turns()
     assert learnt_words(tokenizer_with(template), said) == ["good", "day", "<end>", "well", "thanks", "<end>"]
 
@@ -66,7 +67,7 @@ def said_in_turns() -> Conversation:
 
 
 def test_prefixes_and_marks_agree_on_every_sample_conversation() -> None:
-    rows = [conversation(json.loads(line), "text") for line in SAMPLE.read_text().splitlines()]
+    rows: list[Any] = [conversation(json.loads(line), "text") for line in SAMPLE.read_text().splitlines()]
     by_prefix, by_mark = (ChatTemplate(tokenizer_with(template)) for template in (CHAT, MARKED))
     assert len(rows) >= 36
     for row in rows:
@@ -124,9 +125,9 @@ def test_labels_are_the_learnt_tokens_alone_and_inputs_are_plain_ids() -> None:
     ],
     ids=["text wins", "not a list", "from and value", "nulls of a table"],
 )  # fmt: skip
-def test_rows_that_are_conversations(row, expected) -> None:
-    found = conversation(row, "text")
-    assert (None if found is None else found.parsed[0]) == expected
+def test_rows_that_are_conversations(row: dict[str, Any], expected: list[dict[str, Any]] | None) -> None:
+    said = conversation(row, "text")
+    assert (None if said is None else said.parsed[0]) == expected
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_rows_that_are_conversations(row, expected) -> None:
         ([{"role": "user", "content": "x"}, "y"], "message 2 under 'messages' is a str"),
     ],
 )
-def test_messages_that_are_none_name_file_and_line(tmp_path, messages, problem) -> None:
+def test_messages_that_are_none_name_file_and_line(tmp_path: Path, messages: list[Any], problem: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps({"messages": m}) for m in (TURNS, messages)))
     corpus = open_corpus(SourceSpec(kind="jsonl", paths=(str(file),)))
@@ -145,7 +146,7 @@ def test_messages_that_are_none_name_file_and_line(tmp_path, messages, problem) 
         list(corpus.all_documents())
 
 
-def test_files_parquet_and_functions_give_the_same_conversations(tmp_path) -> None:
+def test_files_parquet_and_functions_give_the_same_conversations(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -162,7 +163,7 @@ def test_files_parquet_and_functions_give_the_same_conversations(tmp_path) -> No
     assert all(isinstance(document, Conversation) for document in (*of_file, *of_table, *of_function))
 
 
-def sample_messages():
+def sample_messages() -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in SAMPLE.read_text().splitlines()]
 
 

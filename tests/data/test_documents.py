@@ -1,5 +1,8 @@
 import gzip
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -9,12 +12,12 @@ from gqa_convert.data.split import is_held_out
 from gqa_convert.errors import CheckpointError, HubError, UsageError
 
 
-def texts(spec):
+def texts(spec: SourceSpec) -> list[Any]:
     return list(open_corpus(spec).all_documents())
 
 
 @pytest.fixture
-def corpus_folder(tmp_path):
+def corpus_folder(tmp_path: Path) -> Path:
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     with open(tmp_path / "b.jsonl", "w") as file:
         file.writelines(json.dumps({"text": t, "other": 1}) + "\n" for t in ("four", "five"))
@@ -28,17 +31,17 @@ def corpus_folder(tmp_path):
     return tmp_path
 
 
-def test_every_kind_of_file(corpus_folder) -> None:
+def test_every_kind_of_file(corpus_folder: Path) -> None:
     here = str(corpus_folder)
     assert texts(SourceSpec(kind="text", paths=(f"{here}/*.txt",))) == ["one\ntwo\n\nthree\n"]
     assert texts(SourceSpec(kind="text", paths=(f"{here}/a.txt",), documents="line")) == ["one", "two", "three"]
     assert texts(SourceSpec(kind="jsonl", paths=(f"{here}/b.jsonl",))) == ["four", "five"]
     assert texts(SourceSpec(kind="parquet", paths=(f"{here}/c.parquet",))) == ["six", "seven"]
-    found = texts(SourceSpec(kind="folder", paths=(here,)))
-    assert found == ["one\ntwo\n\nthree\n", "four", "five", "six", "seven", "eight"]
+    read = texts(SourceSpec(kind="folder", paths=(here,)))
+    assert read == ["one\ntwo\n\nthree\n", "four", "five", "six", "seven", "eight"]
 
 
-def test_a_separator_cuts_documents_and_can_be_resumed_within_a_line(tmp_path) -> None:
+def test_a_separator_cuts_documents_and_can_be_resumed_within_a_line(tmp_path: Path) -> None:
     file = tmp_path / "stories.txt"
     file.write_text("once\nupon<|end|>a<|end|>time\n<|end|>\nlast\n")
     spec = SourceSpec(kind="text", paths=(str(file),), documents="<|end|>")
@@ -52,7 +55,7 @@ def test_a_separator_cuts_documents_and_can_be_resumed_within_a_line(tmp_path) -
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_file_resumes_at_any_document(corpus_folder, kind) -> None:
+def test_a_file_resumes_at_any_document(corpus_folder: Path, kind: str) -> None:
     spec = SourceSpec(kind=kind, paths=(str(corpus_folder / {"jsonl": "b.jsonl", "parquet": "c.parquet"}[kind]),))
     whole = texts(spec)
     reader = open_corpus(spec).read(0)
@@ -60,7 +63,7 @@ def test_a_file_resumes_at_any_document(corpus_folder, kind) -> None:
     assert [first, *open_corpus(spec).read(0, reader.state())] == whole
 
 
-def some_documents():
+def some_documents() -> Iterator[str]:
     yield from ("x", "y", "z")
 
 
@@ -80,12 +83,12 @@ def test_a_python_function_is_a_source() -> None:
         (SourceSpec(kind="tape", paths=("x",)), "choose one of"),
     ],
 )
-def test_what_is_not_there_is_said(spec, message) -> None:
+def test_what_is_not_there_is_said(spec: SourceSpec, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         open_corpus(spec)
 
 
-def test_a_missing_field_names_the_present_ones(corpus_folder) -> None:
+def test_a_missing_field_names_the_present_ones(corpus_folder: Path) -> None:
     with pytest.raises(UsageError, match="text, other"):
         texts(SourceSpec(kind="jsonl", paths=(str(corpus_folder / "b.jsonl"),), text_field="body"))
 
@@ -98,7 +101,7 @@ class Flaky:
     def __init__(self) -> None:
         self.at = 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, str]]:
         for i in range(self.at, 5):
             if i == 2 and Flaky.drops > 0:
                 Flaky.drops -= 1
@@ -106,14 +109,14 @@ class Flaky:
             self.at = i + 1
             yield {"text": f"row {i}"}
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, int]:
         return {"at": self.at}
 
-    def load_state_dict(self, state) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self.at = state["at"]
 
 
-def flaky_corpus(waits):
+def flaky_corpus(waits: list[float]) -> Corpus:
     spec = SourceSpec(kind="hub", paths=("org/data",))
     return Corpus(spec=spec, shards=[Flaky], identity=[], remote=True, sleep=waits.append)
 
@@ -131,10 +134,10 @@ def test_a_lasting_outage_stops_clean() -> None:
         list(flaky_corpus([]).all_documents())
 
 
-def test_a_hub_dataset_that_cannot_be_loaded_is_a_hub_error(monkeypatch) -> None:
+def test_a_hub_dataset_that_cannot_be_loaded_is_a_hub_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def refuse(*args, **kwargs) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
@@ -144,12 +147,12 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_a_hub_error(monkeypatch) -> None
     assert len(waits) == 4
 
 
-def test_a_hub_dataset_is_streamed_shard_by_shard(monkeypatch, corpus_folder) -> None:
+def test_a_hub_dataset_is_streamed_shard_by_shard(monkeypatch: pytest.MonkeyPatch, corpus_folder: Path) -> None:
     import datasets
 
     real = datasets.load_dataset
 
-    def local(name, config, **kwargs):
+    def local(name: str, config: str | None, **kwargs: Any) -> Any:
         return real("json", data_files=[str(corpus_folder / "b.jsonl"), str(corpus_folder / "d.jsonl.gz")],
                     split="train", streaming=True)  # fmt: skip
 
@@ -168,7 +171,7 @@ def test_the_split_follows_the_document_and_nothing_else() -> None:
     assert all(is_held_out(t, 1.0) for t in some)
 
 
-def test_a_folder_is_read_by_known_suffixes_unless_a_pattern_says_more(tmp_path) -> None:
+def test_a_folder_is_read_by_known_suffixes_unless_a_pattern_says_more(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.md").write_text("two")
     (tmp_path / "c.bin").write_bytes(b"\xff\x00")
@@ -201,17 +204,19 @@ ROWS = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(5))
         ("a.parquet", b"", r"a\.parquet: cannot be read as parquet"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_with_file_and_line(tmp_path, name, content, message) -> None:
+def test_what_cannot_be_read_is_one_line_with_file_and_line(
+    tmp_path: Path, name: str, content: bytes | str, message: str
+) -> None:
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=message) as caught:
-        texts(SourceSpec(kind=module.kind_of(file), paths=(str(file),)))
+        texts(SourceSpec(kind=cast(str, module.kind_of(file)), paths=(str(file),)))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("harm", ["bytes", "column"])
-def test_damage_inside_a_parquet_file_names_it(tmp_path, harm) -> None:
+def test_damage_inside_a_parquet_file_names_it(tmp_path: Path, harm: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -225,7 +230,7 @@ def test_damage_inside_a_parquet_file_names_it(tmp_path, harm) -> None:
         texts(SourceSpec(kind="parquet", paths=(str(file),)))
 
 
-def test_texts_of_json_come_as_they_are(tmp_path) -> None:
+def test_texts_of_json_come_as_they_are(tmp_path: Path) -> None:
     rows = ["2020-01-01", "12:30", "", "NaN", "x" * 100_000, "grüße 🎈", "a\u2028b"]
     file = tmp_path / "a.jsonl"
     file.write_text("\ufeff" + "".join(json.dumps({"text": t}, ensure_ascii=False) + "\r\n" for t in rows) + "\n{}\n")
@@ -246,13 +251,13 @@ def test_texts_of_json_come_as_they_are(tmp_path) -> None:
             assert before + list(open_corpus(spec).read(0, state)) == kept
 
 
-def test_every_hub_dataset_that_is_named_is_read(monkeypatch, corpus_folder) -> None:
+def test_every_hub_dataset_that_is_named_is_read(monkeypatch: pytest.MonkeyPatch, corpus_folder: Path) -> None:
     import datasets
 
     real = datasets.load_dataset
     files = {"org/one": "b.jsonl", "org/two": "d.jsonl.gz"}
 
-    def local(name, config, **kwargs):
+    def local(name: str, config: str | None, **kwargs: Any) -> Any:
         return real("json", data_files=str(corpus_folder / files[name]), split="train", streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
@@ -261,12 +266,12 @@ def test_every_hub_dataset_that_is_named_is_read(monkeypatch, corpus_folder) -> 
     assert corpus.identity != open_corpus(SourceSpec(kind="hub", paths=("org/two", "org/one"))).identity
 
 
-def broken_documents():
+def broken_documents() -> Iterator[Any]:
     yield "fine"
     yield 5
 
 
-def test_a_function_that_fails_is_named(tmp_path) -> None:
+def test_a_function_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"broken_documents: the function failed at .*document 1 is a int"):
         texts(SourceSpec(kind="python", paths=(f"{__name__}:broken_documents",)))
 
@@ -274,7 +279,7 @@ def test_a_function_that_fails_is_named(tmp_path) -> None:
 @pytest.mark.parametrize(
     "state", [{}, {"ready": 5, "pending": "", "rows": {}}, {"ready": [], "pending": "", "rows": 3}]
 )
-def test_a_place_that_is_none_is_refused(corpus_folder, state) -> None:
+def test_a_place_that_is_none_is_refused(corpus_folder: Path, state: dict[str, Any]) -> None:
     spec = SourceSpec(kind="jsonl", paths=(str(corpus_folder / "b.jsonl"),))
     with pytest.raises(CheckpointError, match="cannot be gone back to"):
         list(open_corpus(spec).read(0, state))

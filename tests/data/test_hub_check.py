@@ -1,5 +1,7 @@
 """A dataset that the hub does not have is said at once; being offline is no reason to refuse a plan."""
 
+from collections.abc import Callable
+
 import pytest
 
 from gqa_convert.data.documents import SourceSpec
@@ -9,8 +11,8 @@ from gqa_convert.errors import HubError
 SPEC = SourceSpec(kind="hub", paths=("some/dataset",), revision="v9")
 
 
-def answering(error):
-    def ask(name, *, revision, timeout):
+def answering(error: Exception | None) -> Callable[..., None]:
+    def ask(name: str, *, revision: str | None, timeout: float) -> None:
         assert (name, revision) == ("some/dataset", "v9")
         assert timeout <= 10
         if error is not None:
@@ -19,10 +21,10 @@ def answering(error):
     return ask
 
 
-def hub_error(name):
+def hub_error(name: str) -> Exception:
     from huggingface_hub import errors
 
-    cls = getattr(errors, name)
+    cls: type[Exception] = getattr(errors, name)
     return cls.__new__(cls, "no")  # what it is made from differs between versions of the library
 
 
@@ -34,13 +36,13 @@ def hub_error(name):
         ("GatedRepoError", "is gated"),
     ],
 )
-def test_what_the_hub_does_not_have_is_said(name, problem) -> None:
+def test_what_the_hub_does_not_have_is_said(name: str, problem: str) -> None:
     with pytest.raises(HubError, match=problem):
         missing_dataset(SPEC, answering(hub_error(name)))
 
 
 @pytest.mark.parametrize("error", [ConnectionError("down"), TimeoutError("slow"), RuntimeError("odd")])
-def test_a_hub_that_does_not_answer_is_a_note(error) -> None:
+def test_a_hub_that_does_not_answer_is_a_note(error: Exception) -> None:
     assert "some/dataset: not looked for" in missing_dataset(SPEC, answering(error))
 
 

@@ -1,6 +1,7 @@
 """Whole documents in blocks, and sources mixed by weight."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from gqa_convert.data.store import TokenStore
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 60), max_size=80), st.integers(1, 24))
-def test_every_token_is_in_one_bin_and_only_what_is_too_long_is_cut(sizes, capacity) -> None:
+def test_every_token_is_in_one_bin_and_only_what_is_too_long_is_cut(sizes: list[int], capacity: int) -> None:
     bins = pack(sizes, capacity)
     assert all(0 < sum(size for _, _, size in pieces) <= capacity for pieces in bins)
     seen = Counter((doc, start + i) for pieces in bins for doc, start, size in pieces for i in range(size))
@@ -65,16 +66,16 @@ def test_held_out_documents_are_whole_and_come_once() -> None:
 
 
 class Numbered:
-    def __init__(self, source):
+    def __init__(self, source: str) -> None:
         self.source = source
 
-    def get(self, index):
+    def get(self, index: int) -> Any:
         return (self.source, index)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.sampled_from([0.01, 0.1, 0.25, 0.3, 0.7, 1.0, 2.0, 3.5, 17.0]), min_size=2, max_size=5))
-def test_proportions_hold_over_10_000_blocks_and_any_hundred_are_near_them(weights) -> None:
+def test_proportions_hold_over_10_000_blocks_and_any_hundred_are_near_them(weights: list[float]) -> None:
     mixture = Mixture(weights)
     picked = [mixture.locate(i) for i in range(10_000)]
     shares = np.array(weights) / sum(weights)

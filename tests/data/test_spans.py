@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -11,13 +13,13 @@ from gqa_convert.errors import UsageError
 SENTINELS = tuple(range(32099, 31999, -1))
 
 
-def t5(inputs=512, **options):
+def t5(inputs: int = 512, **options: Any) -> SpanCorruption:
     return SpanCorruption.fitting(inputs, sentinels=SENTINELS, eos=1, **options)
 
 
 def test_lengths_are_those_of_the_paper() -> None:
-    found = t5()
-    assert (found.raw_length, found.inputs_length, found.targets_length) == (568, 512, 114)
+    corruption = t5()
+    assert (corruption.raw_length, corruption.inputs_length, corruption.targets_length) == (568, 512, 114)
 
 
 @settings(max_examples=60, deadline=None)
@@ -28,23 +30,25 @@ def test_lengths_are_those_of_the_paper() -> None:
     mean_span=st.floats(1, 10),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(inputs, density, mean_span, seed) -> None:
+def test_inputs_and_targets_reconstruct_the_text_and_fill_their_length(
+    inputs: int, density: float, mean_span: float, seed: int
+) -> None:
     try:
-        made = t5(inputs, density=density, mean_span=mean_span)
+        corruption = t5(inputs, density=density, mean_span=mean_span)
     except UsageError:
         return
     rng = np.random.default_rng(seed)
-    text = rng.integers(2, 31000, made.raw_length)
-    source, target = made.corrupt(text, rng)
-    assert len(source) == made.inputs_length <= inputs
-    assert len(target) == made.targets_length
-    assert (made.reconstruct(source, target) == text).all()
+    text = rng.integers(2, 31000, corruption.raw_length)
+    source, target = corruption.corrupt(text, rng)
+    assert len(source) == corruption.inputs_length <= inputs
+    assert len(target) == corruption.targets_length
+    assert (corruption.reconstruct(source, target) == text).all()
     assert source[-1] == target[-1] == 1
 
 
 def test_sentinels_come_in_order_in_both() -> None:
-    made = t5(64)
-    source, target = made.corrupt(np.arange(2, 2 + made.raw_length), np.random.default_rng(0))
+    corruption = t5(64)
+    source, target = corruption.corrupt(np.arange(2, 2 + corruption.raw_length), np.random.default_rng(0))
     for row in (source, target):
         used = [i for i in row.tolist() if i in SENTINELS]
         assert used == list(SENTINELS[: len(used)])
@@ -63,30 +67,30 @@ def test_density_and_span_length_are_as_asked() -> None:
 
 
 def test_the_batch_is_a_function_of_seed_and_block() -> None:
-    made = t5(32)
-    block = Block(np.arange(2, 2 + made.raw_length + 1), np.zeros(made.raw_length + 1, np.int64))
-    collate = collate_spans(made, seed=4, decoder_start=0)
+    corruption = t5(32)
+    block = Block(np.arange(2, 2 + corruption.raw_length + 1), np.zeros(corruption.raw_length + 1, np.int64))
+    collate = collate_spans(corruption, seed=4, decoder_start=0)
     one, same, other = collate([(5, block, 99)]), collate([(5, block, 99)]), collate([(6, block, 99)])
     assert (one.labels == same.labels).all()
     assert (one.labels != other.labels).any()
     assert one.inputs["decoder_input_ids"][0, 0] == 0
     assert (one.inputs["decoder_input_ids"][0, 1:] == one.labels[0, :-1]).all()
-    assert one.valid == made.targets_length
+    assert one.valid == corruption.targets_length
 
 
 @pytest.mark.parametrize(
     ("inputs", "options"), [(4000, {}), (512, {"density": 1.5}), (512, {"mean_span": 0.5}), (2, {})]
 )
-def test_impossible_corruption_is_refused(inputs, options) -> None:
+def test_impossible_corruption_is_refused(inputs: int, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         t5(inputs, **options)
 
 
 class Tokenizer:
-    def __init__(self, vocabulary) -> None:
+    def __init__(self, vocabulary: dict[str, int]) -> None:
         self._vocabulary = vocabulary
 
-    def get_vocab(self):
+    def get_vocab(self) -> dict[str, int]:
         return self._vocabulary
 
 

@@ -1,11 +1,14 @@
 """A stream dealt out: every document once, each process its own shards, gone on with exactly."""
 
 import json
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from gqa_convert.data.documents import SourceSpec, open_corpus
+from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
+from gqa_convert.data.encoding import Ids
 from gqa_convert.data.stream import StreamedBlocks
 from gqa_convert.data.strided import StridedBlocks, merged, part_of, stream_count
 
@@ -13,12 +16,12 @@ from gqa_convert.data.strided import StridedBlocks, merged, part_of, stream_coun
 class Numbers:
     """Each text is numbers; they are its tokens."""
 
-    def encode(self, texts):
+    def encode(self, texts: list[str]) -> list[Ids]:
         return [np.array([int(word) for word in text.split()], np.int64) for text in texts]
 
 
 @pytest.fixture
-def corpus(tmp_path):
+def corpus(tmp_path: Path) -> Corpus:
     rng = np.random.default_rng(0)
     number = 0
     for shard in range(12):
@@ -31,11 +34,13 @@ def corpus(tmp_path):
     return open_corpus(SourceSpec(kind="jsonl", paths=(str(tmp_path / "*.jsonl"),)))
 
 
-def strided(corpus, streams, opened=None, state=None):
-    def open_stream(part, at):
+def strided(
+    corpus: Corpus, streams: int, opened: list[list[str]] | None = None, state: dict[str, Any] | None = None
+) -> StridedBlocks:
+    def open_stream(part: Corpus, at: dict[str, Any] | None) -> StreamedBlocks:
         if opened is not None:
             opened.append([file.name for _, file in part.files])
-        return StreamedBlocks(part, Numbers(), 8, seed=3, window=4, state=at)
+        return StreamedBlocks(part, cast(Any, Numbers()), 8, seed=3, window=4, state=at)
 
     return StridedBlocks(corpus, streams, open_stream, state=state)
 
@@ -46,12 +51,12 @@ def test_the_number_of_streams_divides_a_step_and_has_shards() -> None:
     assert stream_count(0, 4) == 1
 
 
-def test_streams_share_the_shards_out(corpus) -> None:
+def test_streams_share_the_shards_out(corpus: Corpus) -> None:
     names = [file.name for number in range(5) for _, file in part_of(corpus, number, 5).files]
     assert sorted(names) == [file.name for _, file in corpus.files]
 
 
-def test_a_process_opens_its_own_streams_alone_and_reads_what_one_would(corpus) -> None:
+def test_a_process_opens_its_own_streams_alone_and_reads_what_one_would(corpus: Corpus) -> None:
     """Steps of 6 sequences in 6 streams, one row a forward pass, over 3 processes."""
     alone = strided(corpus, 6)
     everything = [alone.get(i).ids.tolist() for i in range(60)]
@@ -64,7 +69,7 @@ def test_a_process_opens_its_own_streams_alone_and_reads_what_one_would(corpus) 
         assert sum(map(len, opened)) == 4
 
 
-def test_it_goes_on_with_any_number_of_processes(corpus) -> None:
+def test_it_goes_on_with_any_number_of_processes(corpus: Corpus) -> None:
     alone = strided(corpus, 6)
     everything = [alone.get(i).ids.tolist() for i in range(90)]
     parts = []

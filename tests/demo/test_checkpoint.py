@@ -29,8 +29,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((CHECKPOINT / "training.json").read_text())
-    return found
+    training: dict[str, Any] = json.loads((CHECKPOINT / "training.json").read_text())
+    return training
 
 
 @pytest.mark.parametrize("text", SAMPLES)

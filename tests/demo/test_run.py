@@ -15,56 +15,56 @@ from gqa_convert.errors import OutputError
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
+def result(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
     with pytest.MonkeyPatch.context() as patch:  # 20 steps, however fast the machine is
         patch.setattr(recovery, "_step_seconds", lambda folder: 0.1)
         return run_demo(tmp_path_factory.mktemp("demo") / "two", uptrain_seconds=2, json=True)
 
 
-def test_result(made: DemoResult) -> None:
-    assert (made.heads, made.groups) == (8, 2)
-    assert made.before.kv_cache_bytes_per_token == 4 * made.after.kv_cache_bytes_per_token
-    assert made.loss_rise == made.after.held_out_loss - made.before.held_out_loss > 0.05
-    assert made.before.continuation
-    assert made.before.continuation != made.after.continuation
+def test_result(result: DemoResult) -> None:
+    assert (result.heads, result.groups) == (8, 2)
+    assert result.before.kv_cache_bytes_per_token == 4 * result.after.kv_cache_bytes_per_token
+    assert result.loss_rise == result.after.held_out_loss - result.before.held_out_loss > 0.05
+    assert result.before.continuation
+    assert result.before.continuation != result.after.continuation
 
 
-def test_out_is_kept(made: DemoResult) -> None:
-    assert made.out is not None
-    assert AutoConfig.from_pretrained(made.out).num_key_value_heads == 2
+def test_out_is_kept(result: DemoResult) -> None:
+    assert result.out is not None
+    assert AutoConfig.from_pretrained(result.out).num_key_value_heads == 2
 
 
-def test_the_better_presets_lose_less_than_the_mean(made: DemoResult) -> None:
-    assert list(made.presets) == ["fast", "best"]
-    losses = [made.after.held_out_loss, *(preset.held_out_loss for preset in made.presets.values())]
+def test_the_better_presets_lose_less_than_the_mean(result: DemoResult) -> None:
+    assert list(result.presets) == ["fast", "best"]
+    losses = [result.after.held_out_loss, *(preset.held_out_loss for preset in result.presets.values())]
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < made.before.held_out_loss + 0.4
+    assert losses[-1] < result.before.held_out_loss + 0.4
 
 
-def test_uptraining_wins_back_what_converting_lost(made: DemoResult) -> None:
-    assert made.recovered is not None
-    assert made.uptrained is not None
-    assert made.uptrained.steps == 20
-    assert made.recovered.held_out_loss < made.presets["best"].held_out_loss - 0.01
-    assert made.recovered.kv_cache_bytes_per_token == made.after.kv_cache_bytes_per_token
-    assert made.uptrained.folder == Path(f"{made.out}-uptrained")
-    assert AutoConfig.from_pretrained(made.uptrained.folder).num_key_value_heads == 2
+def test_uptraining_wins_back_what_converting_lost(result: DemoResult) -> None:
+    assert result.recovered is not None
+    assert result.uptrained is not None
+    assert result.uptrained.steps == 20
+    assert result.recovered.held_out_loss < result.presets["best"].held_out_loss - 0.01
+    assert result.recovered.kv_cache_bytes_per_token == result.after.kv_cache_bytes_per_token
+    assert result.uptrained.folder == Path(f"{result.out}-uptrained")
+    assert AutoConfig.from_pretrained(result.uptrained.folder).num_key_value_heads == 2
 
 
 def test_uptraining_can_be_left_out(tmp_path: Path) -> None:
-    made = run_demo(tmp_path / "four", groups=4, uptrain_seconds=0, json=True)
-    assert made.recovered is None
+    result = run_demo(tmp_path / "four", groups=4, uptrain_seconds=0, json=True)
+    assert result.recovered is None
     assert not (tmp_path / "four-uptrained").exists()
 
 
 def test_nothing_is_written_into_the_package() -> None:
     before = {path: path.stat().st_mtime_ns for path in CHECKPOINT.parent.rglob("*") if "__pycache__" not in path.parts}
-    made = run_demo(groups=8)
+    result = run_demo(groups=8)
     after = {path: path.stat().st_mtime_ns for path in CHECKPOINT.parent.rglob("*") if "__pycache__" not in path.parts}
     assert before == after
-    assert made.out is None
-    assert made.loss_rise == pytest.approx(0, abs=1e-6)
-    assert made.before.continuation == made.after.continuation
+    assert result.out is None
+    assert result.loss_rise == pytest.approx(0, abs=1e-6)
+    assert result.before.continuation == result.after.continuation
 
 
 def test_existing_out_is_refused(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_existing_out_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_json(made: DemoResult) -> None:
-    plain = json.loads(json.dumps(made.to_json()))
-    assert plain["out"] == str(made.out)
+def test_json(result: DemoResult) -> None:
+    plain = json.loads(json.dumps(result.to_json()))
+    assert plain["out"] == str(result.out)
     assert plain["after"]["held_out_loss"] - plain["before"]["held_out_loss"] == plain["loss_rise"]

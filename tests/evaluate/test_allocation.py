@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gqa_convert import convert
 from gqa_convert.conversion.head_plan import budget_bytes
+from gqa_convert.conversion.plan import plan_source
 from gqa_convert.conversion.recipe import Recipe, make_recipe
 from gqa_convert.errors import UnsupportedModelError, UsageError
 from gqa_convert.evaluate import allocation, kv_budget
 from gqa_convert.evaluate.examples import causal_examples
+from gqa_convert.evaluate.layer_estimates import estimated_costs
 from gqa_convert.evaluate.scoring import score
 from gqa_convert.evaluate.text import TokenStream, windows
 from gqa_convert.hf.loading import Source, load_model
@@ -32,12 +35,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("allocation") / "llama"
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**factories.SIZES, "num_hidden_layers": LAYERS, "initializer_range": 0.3})
-    made = transformers.LlamaForCausalLM(config).eval()
+    random_model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for projection in (made.model.layers[1].self_attn.k_proj, made.model.layers[1].self_attn.v_proj):
+        for projection in (
+            random_model.model.layers[1].self_attn.k_proj,
+            random_model.model.layers[1].self_attn.v_proj,
+        ):
             projection.weight.copy_(projection.weight[:8].repeat(8, 1))
-    made.save_pretrained(folder)
+    random_model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fraction of the time, and enough of this model."""
+    monkeypatch.setattr(kv_budget, "WINDOWS", 4)
 
 
 def test_sizes_are_read() -> None:
@@ -53,17 +65,54 @@ def test_sizes_are_read() -> None:
 
 def test_heads_are_given_up_where_that_costs_nothing(model: Path, tmp_path: Path) -> None:
     planned = kv_budget.plan_within(model, budget="75%", recipe=Recipe(), out=tmp_path / "out", work=tmp_path / "work")
-    found = planned.allocation
-    assert found is not None
+    allocated = planned.allocation
+    assert allocated is not None
     assert planned.layout_after.per_layer[1] == 1
-    assert found["costs"][1]["1"]["kl"] < 1e-6 < min(found["costs"][n]["1"]["kl"] for n in (0, 2))
+    assert allocated["costs"][1]["1"]["kl"] < 1e-6 < min(allocated["costs"][n]["1"]["kl"] for n in (0, 2))
     assert (
         planned.kv_cache_bytes_per_token_after
-        == found["kv_cache_bytes_per_token"]
-        <= found["budget"]
+        == allocated["kv_cache_bytes_per_token"]
+        <= allocated["budget"]
         == BEFORE * 3 // 4
     )
-    assert found["measured"]["kl"] <= found["first"]["kl"]
+    assert allocated["measured"]["kl"] <= allocated["first"]["kl"]
+
+
+def test_estimates_are_the_divergence_of_small_changes(model: Path, tmp_path: Path) -> None:
+    source = Source.open(model)
+    plans = {count: plan_source(source, groups=count, target=tmp_path / "out", recipe=Recipe()) for count in (4, 1)}
+    examples = kv_budget._examples(source, Recipe(), None)
+    assembly = allocation.Assembly(plans, dict.fromkeys(plans), examples)
+    # A thousandth of the way to the merged weights, where the second order is all that matters.
+    tensors = assembly._tensors
+    step = 1e-3
+    state = {name: value.clone() for name, value in assembly._state.items()}
+    assembly._tensors = lambda count, layer: {  # type: ignore[method-assign]
+        name: state[name] + step * (tensor - state[name]) for name, tensor in tensors(count, layer).items()
+    }
+    wanted = [(layer, count) for layer in range(LAYERS) for count in (4, 1)]
+    many = [estimated_costs(assembly, wanted, batch=4, seed=seed) for seed in range(8)]
+    for each in wanted:
+        measured = assembly.measure(dict([each])).kl
+        estimated = sum(estimates[each].kl for estimates in many) / len(many)
+        if each[0] == 1:  # equal heads
+            assert max(measured, estimated) < 1e-9
+        else:
+            assert estimated == pytest.approx(measured, rel=0.5)
+            assert many[0][each].error > 0
+
+
+def test_estimated_costs_give_the_same_plan(model: Path, tmp_path: Path, command: Command) -> None:
+    shared: dict[str, Any] = {"budget": "75%", "recipe": Recipe(), "out": tmp_path / "out"}
+    planned = kv_budget.plan_within(model, costs_by="estimated", work=tmp_path / "work", **shared)
+    assert planned.layout_after.per_layer[1] == 1
+    assert planned.allocation is not None
+    assert planned.allocation["costs_by"] == "estimated"
+    assert planned.allocation["costs"][0]["1"]["loss"] is None
+    assert planned.allocation["measured"]["loss"] is not None
+    wrong = command("gqa-convert", model, "--kv-budget", "75%", "--kv-costs", "estimate")
+    assert wrong.code == 2
+    assert "did you mean estimated" in wrong.err
 
 
 def test_the_assembled_model_is_the_one_that_is_written(model: Path, tmp_path: Path) -> None:
@@ -113,7 +162,7 @@ def test_a_layer_alone_is_put_in_and_taken_out(model: Path) -> None:
 
 
 def test_constraints_hold_and_what_cannot_be_is_refused(model: Path, tmp_path: Path) -> None:
-    choices = {"recipe": Recipe(), "out": tmp_path / "out", "work": tmp_path / "work", "exchanges": 0}
+    choices: dict[str, Any] = {"recipe": Recipe(), "out": tmp_path / "out", "work": tmp_path / "work", "exchanges": 0}
     kept = kv_budget.plan_within(model, budget="60%", keep_layers="1", tensor_parallel=2, **choices)
     assert kept.layout_after.per_layer[1] == 8
     assert min(kept.layout_after.per_layer) >= 2

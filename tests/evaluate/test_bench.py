@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def _known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(llama: Path) -> torch.nn.Module:
+def model(llama: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(llama).eval()
 
 
@@ -67,20 +68,22 @@ def test_a_round_leaves_the_cache_where_it_was(model: torch.nn.Module, kind: str
 def test_bench_measures_cache_exactly(llama: Path, llama_gqa2: Path) -> None:
     seen: list[Point] = []
     settings = BenchSettings(batches=(1, 2), contexts=(16,), steps=2, rounds=2, memory=1 << 20)
-    found = bench(load_contenders([llama, llama_gqa2]), settings, on_point=seen.append)
-    assert len(found.points) == len(seen) == 4
-    for point in found.points:
-        base, made = point.models
-        assert made.cache_ratio == 0.5
+    measured = bench(load_contenders([llama, llama_gqa2]), settings, on_point=seen.append)
+    assert len(measured.points) == len(seen) == 4
+    for point in measured.points:
+        base, converted = point.models
+        assert converted.cache_ratio == 0.5
         assert base.cache_bytes == point.batch * (16 if point.cache == "dynamic" else 19) * BYTES_PER_TOKEN
         assert (base.verdict, base.time_ratio) == ("base", None)
-        assert made.time_ratio is not None
-        assert base.floor_seconds == pytest.approx((found.weights_read[base.name] + base.cache_bytes) / found.bandwidth)
-        assert base.peak_bytes is None or base.peak_bytes >= found.weights[base.name] + base.cache_bytes
-    assert found.points[0].models[0].prefill_seconds is not None
-    capacity = found.capacities[0]
-    assert capacity.sequences == ((1 << 20) - found.weights[capacity.name]) // (16 * BYTES_PER_TOKEN)
-    assert json.loads(json.dumps(found.to_json()))["conclusions"] == conclusions(found)
+        assert converted.time_ratio is not None
+        assert base.floor_seconds == pytest.approx(
+            (measured.weights_read[base.name] + base.cache_bytes) / measured.bandwidth
+        )
+        assert base.peak_bytes is None or base.peak_bytes >= measured.weights[base.name] + base.cache_bytes
+    assert measured.points[0].models[0].prefill_seconds is not None
+    capacity = measured.capacities[0]
+    assert capacity.sequences == ((1 << 20) - measured.weights[capacity.name]) // (16 * BYTES_PER_TOKEN)
+    assert json.loads(json.dumps(measured.to_json()))["conclusions"] == conclusions(measured)
 
 
 def test_sliding_windows_are_rebuilt() -> None:
@@ -108,17 +111,17 @@ def test_models_without_such_a_cache_are_refused() -> None:
 def test_what_does_not_fit_is_left_out(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gqa_convert.evaluate.decode.bench.available_memory", lambda device: 1 << 16)
     one = Contender(name="a", query_heads=4, kv_heads=4, model=model)
-    found = bench([one], BenchSettings(batches=(1, 64), contexts=(16,), caches=("dynamic",), steps=1, rounds=1))
-    assert [bool(point.skipped) for point in found.points] == [False, True]
-    assert "does not fit" in found.points[1].skipped
+    measured = bench([one], BenchSettings(batches=(1, 64), contexts=(16,), caches=("dynamic",), steps=1, rounds=1))
+    assert [bool(point.skipped) for point in measured.points] == [False, True]
+    assert "does not fit" in measured.points[1].skipped
 
 
 def test_caches_are_built_in_turn_where_not_all_fit(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     need = BYTES_PER_TOKEN * 17 * 1.25 / 0.8
     monkeypatch.setattr("gqa_convert.evaluate.decode.bench.available_memory", lambda device: int(need * 1.5))
     two = [Contender(name=name, query_heads=4, kv_heads=4, model=model) for name in "ab"]
-    found = bench(two, BenchSettings(batches=(1,), contexts=(16,), caches=("dynamic",), steps=1, rounds=2))
-    assert [len(point.models) for point in found.points] == [2]
+    measured = bench(two, BenchSettings(batches=(1,), contexts=(16,), caches=("dynamic",), steps=1, rounds=2))
+    assert [len(point.models) for point in measured.points] == [2]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_caches_are_built_in_turn_where_not_all_fit(model: torch.nn.Module, monk
         ({"rounds": 0}, "at least 1"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         BenchSettings(**change)
 
@@ -215,8 +218,8 @@ def test_command_line(llama: Path, llama_gqa2: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     for part in ("cache, measured", "(x 0.5)", "sequences of 16 tokens fit", "verdict"):
         assert part in shown.output
-    made = CliRunner().invoke(app, [*args, "--cache", "dynamic", "--json", "--out", str(tmp_path / "bench.json")])
-    assert json.loads(made.stdout)["kind"] == "bench"
+    finished = CliRunner().invoke(app, [*args, "--cache", "dynamic", "--json", "--out", str(tmp_path / "bench.json")])
+    assert json.loads(finished.stdout)["kind"] == "bench"
     assert (tmp_path / "bench.json").is_file()
 
 
@@ -231,8 +234,8 @@ def test_compiled_steps_run(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("mode", ["eager", "compile", "graph"])
 def test_every_mode_on_a_gpu(llama: Path, llama_gqa2: Path, mode: str) -> None:
     settings = BenchSettings(batches=(2,), contexts=(16,), caches=("static",), mode=mode, steps=2, rounds=2)
-    found = bench(load_contenders([llama, llama_gqa2], device="cuda"), settings)
-    assert found.points[0].models[1].cache_ratio == 0.5
+    measured = bench(load_contenders([llama, llama_gqa2], device="cuda"), settings)
+    assert measured.points[0].models[1].cache_ratio == 0.5
 
 
 def test_dynamic_cache_is_transformers_own(model: torch.nn.Module) -> None:

@@ -59,25 +59,25 @@ def test_both_caches_are_measured_apart_and_in_sum(pairs: dict[str, list[Contend
         rounds=2,
         memory=weight_bytes(pairs[family][0].model) * 2,
     )
-    found = bench(pairs[family], settings, on_point=seen.append)
-    assert len(found.points) == len(seen) == 4
-    for point in found.points:
+    measured = bench(pairs[family], settings, on_point=seen.append)
+    assert len(measured.points) == len(seen) == 4
+    for point in measured.points:
         assert (point.skipped, point.source_tokens) == ("", 12)
         for one, kv_heads, source in zip(point.models, (4, 2), pairs[family], strict=True):
             token = head_bytes(source.model) * kv_heads * point.batch
             own = 8 if point.cache == "dynamic" else 8 + settings.steps + 1
             assert (one.self_cache_bytes, one.cross_cache_bytes) == (own * token, 12 * token)
             assert one.cache_bytes == one.self_cache_bytes + one.cross_cache_bytes
-            read = found.weights_read[one.name]
-            assert one.floor_seconds == pytest.approx((read + one.cache_bytes) / found.bandwidth)
+            read = measured.weights_read[one.name]
+            assert one.floor_seconds == pytest.approx((read + one.cache_bytes) / measured.bandwidth)
         assert point.models[1].cache_ratio == 0.5
-    assert found.points[0].models[1].prefill_ratio is not None
-    for capacity, pair in zip(found.capacities, pairs[family], strict=True):
+    assert measured.points[0].models[1].prefill_ratio is not None
+    for capacity, pair in zip(measured.capacities, pairs[family], strict=True):
         left = settings.memory - weight_bytes(pair.model) if settings.memory else 0
         assert capacity.sequences == left // ((8 + 12) * head_bytes(pair.model) * pair.kv_heads)
-    assert json.loads(json.dumps(found.to_json()))["points"][0]["source_tokens"] == 12
-    assert any("context 8, source 12" in line for line in conclusions(found))
-    show_bench(found)
+    assert json.loads(json.dumps(measured.to_json()))["points"][0]["source_tokens"] == 12
+    assert any("context 8, source 12" in line for line in conclusions(measured))
+    show_bench(measured)
 
 
 def test_the_source_is_as_long_as_the_context_by_default(pairs: dict[str, list[Contender]]) -> None:
@@ -165,9 +165,9 @@ def test_positions_that_a_model_has_not_learnt_are_left_out(pairs: dict[str, lis
 def test_an_encoder_that_hears_is_given_states_and_no_prefill() -> None:
     whisper = contender("whisper", 2)
     settings = BenchSettings(batches=(1,), contexts=(4,), source_tokens=6, steps=1, rounds=1)
-    found = bench([whisper], settings)
-    assert [point.skipped for point in found.points] == ["", ""]
-    assert found.points[0].models[0].prefill_seconds is None
+    measured = bench([whisper], settings)
+    assert [point.skipped for point in measured.points] == ["", ""]
+    assert measured.points[0].models[0].prefill_seconds is None
     assert prefill_seconds(whisper.model, batch=1, context=4, source=6) is None
 
 
@@ -206,8 +206,8 @@ def test_command_line(tmp_path: Path) -> None:
     config = tiny_config("t5", num_heads=4, num_kv_heads=4)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
     run = CliRunner()
-    made = run.invoke(app, ["convert", str(tmp_path / "t5"), "--groups", "2", "--out", str(tmp_path / "gqa")])
-    assert made.exit_code == 0, made.output
+    finished = run.invoke(app, ["convert", str(tmp_path / "t5"), "--groups", "2", "--out", str(tmp_path / "gqa")])
+    assert finished.exit_code == 0, finished.output
     args = [
         "bench",
         str(tmp_path / "t5"),

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_one_pass_reads_what_decoding_token_by_token_reads(llama: Path, name: st
 @pytest.mark.parametrize("name", QUANTISED)
 def test_cross_attention_reads_the_restored_cache_at_every_step(name: str) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
     model = T5ForConditionalGeneration(T5Config(**sizes, initializer_factor=3.0)).eval().double()
     source, target = torch.randint(3, 50, (2, 9)), torch.randint(3, 50, (2, 6))
     with torch.inference_mode():
@@ -95,7 +96,12 @@ def test_cross_attention_reads_the_restored_cache_at_every_step(name: str) -> No
 @pytest.mark.parametrize("name", QUANTISED)
 def test_windows_slide_over_it(name: str) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = MistralConfig(**sizes, vocab_size=50, num_key_value_heads=2, sliding_window=4, initializer_range=0.3)
     model, ids = MistralForCausalLM(config).eval(), torch.randint(3, 50, (2, 12))
     with torch.inference_mode():

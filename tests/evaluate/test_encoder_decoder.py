@@ -28,10 +28,10 @@ def t5gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_hidden_spans_can_be_put_back() -> None:
     stream = TokenStream(list(range(100, 200)), [1] * 100)
-    made = span_examples(stream, [1, 2, 3, 4, 5, 6], start=0, context=50)
-    assert len(made) == 2
-    assert made[0].shape == made[1].shape
-    for number, example in enumerate(made):
+    examples = span_examples(stream, [1, 2, 3, 4, 5, 6], start=0, context=50)
+    assert len(examples) == 2
+    assert examples[0].shape == examples[1].shape
+    for number, example in enumerate(examples):
         source, target = example.inputs["input_ids"].tolist(), example.targets.tolist()
         hidden: dict[int, list[int]] = {}
         for token in target:
@@ -47,10 +47,10 @@ def test_hidden_spans_can_be_put_back() -> None:
 
 def test_span_corruption_agrees_with_transformers_own_loss(t5gemma: Path, lines: Path) -> None:
     out = convert(t5gemma, groups=2, out=t5gemma.with_name("tiny-t5gemma-gqa2"), force=True).out
-    found = evaluate(t5gemma, [out], EvalSettings(data=str(lines), context=32, max_windows=6))
-    assert found.task == "span corruption"
-    assert found.converted[0].model.kv_heads == 2
-    assert found.converted[0].kl > 0
+    evaluation = evaluate(t5gemma, [out], EvalSettings(data=str(lines), context=32, max_windows=6))
+    assert evaluation.task == "span corruption"
+    assert evaluation.converted[0].model.kv_heads == 2
+    assert evaluation.converted[0].kl > 0
 
 
 def test_a_converted_t5_is_measured_against_its_source(lines: Path, tmp_path: Path) -> None:
@@ -60,16 +60,16 @@ def test_a_converted_t5_is_measured_against_its_source(lines: Path, tmp_path: Pa
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / "t5")
     write_tokenizer(tmp_path / "t5", sentinels=4)
     convert(tmp_path / "t5", groups=2, cross_groups=4, out=tmp_path / "gqa")
-    found = evaluate(tmp_path / "t5", [tmp_path / "gqa"], EvalSettings(data=str(lines), context=32, max_windows=4))
-    assert found.converted[0].model.kv_heads == 2
-    assert found.converted[0].kl > 0
+    evaluation = evaluate(tmp_path / "t5", [tmp_path / "gqa"], EvalSettings(data=str(lines), context=32, max_windows=4))
+    assert evaluation.converted[0].model.kv_heads == 2
+    assert evaluation.converted[0].kl > 0
 
 
 def test_pairs_agree_with_transformers_own_loss(t5gemma: Path, tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     pairs = [(line[:20], line[20:60]) for line in LINES[:5]]
     data.write_text("".join(json.dumps({"input": a, "target": b}) + "\n" for a, b in pairs))
-    found = evaluate(t5gemma, [], EvalSettings(data=str(data), context=48))
+    evaluation = evaluate(t5gemma, [], EvalSettings(data=str(data), context=48))
     model = AutoModelForSeq2SeqLM.from_pretrained(t5gemma).eval()
     tokenizer = write_tokenizer(tmp_path, sentinels=4)
     total, count = 0.0, 0
@@ -78,9 +78,9 @@ def test_pairs_agree_with_transformers_own_loss(t5gemma: Path, tmp_path: Path) -
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([tokenizer(source)["input_ids"]]), labels=labels).loss
         total, count = total + float(loss) * labels.numel(), count + labels.numel()
-    assert found.task == "pairs"
-    assert found.base.loss == pytest.approx(total / count, abs=1e-4)
-    assert found.bytes == sum(len(target.encode()) for _, target in pairs)
+    assert evaluation.task == "pairs"
+    assert evaluation.base.loss == pytest.approx(total / count, abs=1e-4)
+    assert evaluation.bytes == sum(len(target.encode()) for _, target in pairs)
 
 
 def test_text_without_sentinels_is_refused(t5gemma: Path, lines: Path, tmp_path: Path) -> None:

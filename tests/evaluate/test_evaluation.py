@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,33 +40,37 @@ def test_agrees_with_a_direct_loop(llama: Path, llama_gqa2: Path, lines: Path) -
     count = sum(len(tokenizer(line)["input_ids"]) + 1 for line in LINES)
     # The loop cuts its last window short where ours moves it back, so both are given windows that come out even.
     context, stride = next((c, s) for c in range(40, 60) for s in range(c // 2, 9, -1) if (count - c) % s == 0)
-    found = evaluate(llama, [llama_gqa2], EvalSettings(data=str(lines), context=context, stride=stride, batch_size=7))
+    evaluation = evaluate(
+        llama, [llama_gqa2], EvalSettings(data=str(lines), context=context, stride=stride, batch_size=7)
+    )
     base, logp = direct(llama, context, stride)
     other, logq = direct(llama_gqa2, context, stride)
-    made = found.converted[0]
-    assert (found.tokens, found.task) == (count - 1, "next token")
-    assert found.base.loss == pytest.approx(base, abs=1e-5)
-    assert made.model.loss == pytest.approx(other, abs=1e-5)
-    assert made.loss_difference == pytest.approx(made.model.loss - found.base.loss, abs=1e-12)
-    assert made.kl == pytest.approx(float((logp.exp() * (logp - logq)).sum(-1).mean()), abs=1e-5)
-    assert made.top1_agreement == pytest.approx(float((logp.argmax(-1) == logq.argmax(-1)).float().mean()), abs=1e-6)
+    converted = evaluation.converted[0]
+    assert (evaluation.tokens, evaluation.task) == (count - 1, "next token")
+    assert evaluation.base.loss == pytest.approx(base, abs=1e-5)
+    assert converted.model.loss == pytest.approx(other, abs=1e-5)
+    assert converted.loss_difference == pytest.approx(converted.model.loss - evaluation.base.loss, abs=1e-12)
+    assert converted.kl == pytest.approx(float((logp.exp() * (logp - logq)).sum(-1).mean()), abs=1e-5)
+    assert converted.top1_agreement == pytest.approx(
+        float((logp.argmax(-1) == logq.argmax(-1)).float().mean()), abs=1e-6
+    )
     size = sum(len(line.encode()) for line in LINES)
-    assert found.bytes == size
-    assert found.base.bits_per_byte == pytest.approx(base * found.tokens / math.log(2) / size, rel=1e-5)
+    assert evaluation.bytes == size
+    assert evaluation.base.bits_per_byte == pytest.approx(base * evaluation.tokens / math.log(2) / size, rel=1e-5)
 
 
 def test_a_model_against_itself_differs_in_nothing(llama: Path, lines: Path) -> None:
-    made = evaluate(llama, [llama], EvalSettings(data=str(lines))).converted[0]
-    assert (made.loss_difference, made.loss_difference_interval) == (0.0, (0.0, 0.0))
-    assert made.kl == pytest.approx(0.0, abs=1e-9)
-    assert made.top1_agreement == 1.0
+    same = evaluate(llama, [llama], EvalSettings(data=str(lines))).converted[0]
+    assert (same.loss_difference, same.loss_difference_interval) == (0.0, (0.0, 0.0))
+    assert same.kl == pytest.approx(0.0, abs=1e-9)
+    assert same.top1_agreement == 1.0
 
 
 def test_cache_is_measured(llama: Path, llama_gqa2: Path, lines: Path) -> None:
-    found = evaluate(llama, [llama_gqa2], EvalSettings(data=str(lines), max_windows=3))
-    assert found.base.kv_cache_bytes_per_token == 2 * 2 * 4 * 8 * 4
-    assert found.to_json()["converted"][0]["cache_ratio"] == 0.5
-    assert found.windows == 3
+    evaluation = evaluate(llama, [llama_gqa2], EvalSettings(data=str(lines), max_windows=3))
+    assert evaluation.base.kv_cache_bytes_per_token == 2 * 2 * 4 * 8 * 4
+    assert evaluation.to_json()["converted"][0]["cache_ratio"] == 0.5
+    assert evaluation.windows == 3
 
 
 def test_interval_covers_the_mean_and_is_paired() -> None:
@@ -87,11 +92,11 @@ def test_command_line(llama: Path, llama_gqa2: Path, lines: Path, tmp_path: Path
     assert shown.exit_code == 0, shown.output
     assert "loss rise" in shown.output
     assert "tiny-llama-gqa2" in shown.output
-    made = CliRunner().invoke(app, [*args, "--json", "--out", str(tmp_path / "eval.json")])
-    printed = json.loads(made.stdout)
+    finished = CliRunner().invoke(app, [*args, "--json", "--out", str(tmp_path / "eval.json")])
+    printed = json.loads(finished.stdout)
     assert printed["converted"][0]["model"]["kv_heads"] == 2
     assert json.loads((tmp_path / "eval.json").read_text())["base"]["loss"] == printed["base"]["loss"]
-    assert str(tmp_path) not in made.stdout
+    assert str(tmp_path) not in finished.stdout
 
 
 @pytest.mark.parametrize(
@@ -103,8 +108,6 @@ def test_command_line(llama: Path, llama_gqa2: Path, lines: Path, tmp_path: Path
         ({"max_windows": 0}, "at least one window"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(
-    llama: Path, lines: Path, change: dict[str, object], message: str
-) -> None:
+def test_settings_that_do_not_fit_are_refused(llama: Path, lines: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluate(llama, [], EvalSettings(data=str(lines), **change))

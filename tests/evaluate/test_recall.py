@@ -101,9 +101,9 @@ class Copies(torch.nn.Module):
 
 def test_a_model_that_copies_finds_needles_and_no_variables(tokenizer: Any) -> None:
     text_ids = tokenizer("grey geese and cold seas, over and over, " * 3, add_special_tokens=False)["input_ids"]
-    found = {k: right(Copies(), make_items(k, tokenizer, text_ids, 500, count=8)) for k in ("needle", "variables")}
-    assert sum(found["needle"]) >= 4
-    assert not any(found["variables"])
+    hits = {k: right(Copies(), make_items(k, tokenizer, text_ids, 500, count=8)) for k in ("needle", "variables")}
+    assert sum(hits["needle"]) >= 4
+    assert not any(hits["variables"])
 
 
 def test_right_is_what_greedy_generation_writes(long_llama: Path) -> None:

@@ -17,6 +17,7 @@ from gqa_convert.evaluate.sweep import run as sweep_module
 from gqa_convert.evaluate.sweep.points import SweepPoint, from_json, frontier, recommend
 from gqa_convert.evaluate.sweep.run import sweep
 from gqa_convert.evaluate.sweep.settings import SweepSettings
+from tests.support import Command
 
 
 def point(groups: int, loss: float, high: float | None = None, variant: str = "mean") -> SweepPoint:
@@ -33,9 +34,9 @@ POINTS = [point(4, 0.01, 0.02), point(2, 0.04, 0.06), point(2, 0.03, 0.045, "pca
     ("tolerance", "name"), [(0.05, "pca-g2"), (0.07, "pca-g2"), (0.02, "mean-g4"), (0.3, "mean-g1"), (0.001, None)]
 )
 def test_recommends_the_fewest_groups_within_the_tolerance(tolerance: float, name: str | None) -> None:
-    found = recommend(POINTS, tolerance)
-    assert found.name == name
-    assert f"{tolerance:g}" in found.reason
+    recommended = recommend(POINTS, tolerance)
+    assert recommended.name == name
+    assert f"{tolerance:g}" in recommended.reason
 
 
 def test_nothing_measured_is_said() -> None:
@@ -51,8 +52,8 @@ def test_points_survive_json() -> None:
     assert [from_json(json.loads(json.dumps(p.to_json()))) for p in POINTS] == POINTS
 
 
-def settings(lines: Path, **changes: object) -> SweepSettings:
-    defaults: dict[str, object] = {"groups": (2, 1), "evaluation": EvalSettings(data=str(lines), max_windows=4)}
+def settings(lines: Path, **changes: Any) -> SweepSettings:
+    defaults: dict[str, Any] = {"groups": (2, 1), "evaluation": EvalSettings(data=str(lines), max_windows=4)}
     return SweepSettings(**(defaults | {"benchmark": None} | changes))
 
 
@@ -64,9 +65,9 @@ def test_a_sweep_goes_on_where_it_stopped(
     second = sweep(str(llama), run, settings(lines), on_point=lambda p, known: seen.append((p.name, known)))
     assert seen == [("mean-g2", False), ("mean-g2", True), ("mean-g1", False)]
     assert second.points[0] == first.points[0]
-    made = json.loads((run / "sweep.json").read_text())
-    assert [p["name"] for p in made["points"]] == ["mean-g2", "mean-g1"]
-    assert made["points"][0]["cache_ratio"] == 0.5
+    written = json.loads((run / "sweep.json").read_text())
+    assert [p["name"] for p in written["points"]] == ["mean-g2", "mean-g1"]
+    assert written["points"][0]["cache_ratio"] == 0.5
     layers = json.loads((run / "sensitivity.json").read_text())["layers"]
     assert [layer["layer"] for layer in layers] == ["model.layers.0", "model.layers.1"]
     seen.clear()
@@ -104,18 +105,44 @@ def test_a_failed_point_does_not_lose_the_rest(
 ) -> None:
     whole = execute
 
-    def fail_at_two(made: Any, **rest: Any) -> object:
-        if made.groups == 2:
+    def fail_at_two(planned: Any, **rest: Any) -> object:
+        if planned.groups == 2:
             raise KeyError("the disk caught fire")
-        return whole(made, **rest)
+        return whole(planned, **rest)
 
     monkeypatch.setattr(sweep_module, "execute", fail_at_two)
-    found = sweep(str(llama), tmp_path / "run", settings(lines, sensitivity=False))
-    assert [p.status for p in found.points] == ["failed", "done"]
-    assert "caught fire" in found.points[0].error
+    swept = sweep(str(llama), tmp_path / "run", settings(lines, sensitivity=False))
+    assert [p.status for p in swept.points] == ["failed", "done"]
+    assert "caught fire" in swept.points[0].error
     monkeypatch.setattr(sweep_module, "execute", whole)
     again = sweep(str(llama), tmp_path / "run", settings(lines, sensitivity=False))
     assert [p.status for p in again.points] == ["done", "done"]
+
+
+def test_a_budget_is_spent_where_layers_need_it(
+    llama: Path, lines: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_convert.evaluate.kv_budget.WINDOWS", 2)
+    run = tmp_path / "run"
+    swept = command(
+        "gqa", "sweep", llama, "--groups", 2, "--kv-budget", "75%,groups=2", "--data", lines, "--max-windows", 4,
+        "--no-bench", "--no-sensitivity", "--out", run,
+    )  # fmt: skip
+    assert swept.code == 0, swept.err
+    points = [from_json(p) for p in json.loads((run / "sweep.json").read_text())["points"]]
+    assert [p.name for p in points] == ["mean-g2", "mean-kv75%", "mean-kvgroups-2"]
+    assert sorted(points[1].groups_per_layer) == [2, 4]
+    assert points[1].heads == "~3"
+    assert points[1].cache_ratio == pytest.approx(0.75)
+    assert points[2].cache_ratio is not None
+    assert points[2].cache_ratio <= 0.5
+    assert points[1].loss_difference is not None
+    assert "2,4" in swept.out or "4,2" in swept.out
+    reported = command("gqa", "report", run)
+    assert reported.code == 0, reported.err
+    page = (run / "report.html").read_text()
+    assert "KV heads of each layer" in page
+    assert "--kv-budget=75%,groups=2" in page.replace("&#39;", "'").replace("'", "")
 
 
 @pytest.mark.parametrize(
@@ -166,8 +193,8 @@ def test_command_line(llama: Path, lines: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "Take: 2 KV heads by mean" in shown.output
     assert "frontier" in shown.output
-    made = CliRunner().invoke(app, [*args, "--json"])
-    assert json.loads(made.stdout)["recommendation"]["name"] == "mean-g2"
+    finished = CliRunner().invoke(app, [*args, "--json"])
+    assert json.loads(finished.stdout)["recommendation"]["name"] == "mean-g2"
     measured = json.loads((tmp_path / "r" / "points" / "mean-g2" / "point.json").read_text())
     assert measured["bench"]["points"][0]["models"][1]["cache_ratio"] == 0.5
 

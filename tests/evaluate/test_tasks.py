@@ -54,14 +54,14 @@ def test_agrees_with_lm_evals_own_loglikelihood(llama: Path, llama_gqa2: Path, t
     data = tmp_path / "one.txt"
     data.write_text(text)
     for folder in (llama, llama_gqa2):
-        found = evaluate(folder, [], EvalSettings(data=str(data), eos=False))
+        evaluation = evaluate(folder, [], EvalSettings(data=str(data), eos=False))
         subject = models.subject(str(folder))
         # lm-eval puts BOS first itself; left to the tokenizer as well, there would be two, and one of them scored.
         theirs = HFLM(pretrained=models.load(subject), tokenizer=subject.source.tokenizer(), add_bos_token=False)
         request = Instance("loglikelihood_rolling", {}, (text,), 0)
         (loglikelihood,) = theirs.loglikelihood_rolling([request], disable_tqdm=True)
-        assert found.tokens == len(text.encode())
-        assert found.base.loss == pytest.approx(-loglikelihood / found.tokens, abs=1e-4)
+        assert evaluation.tokens == len(text.encode())
+        assert evaluation.base.loss == pytest.approx(-loglikelihood / evaluation.tokens, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -72,11 +72,11 @@ def test_command_line(llama: Path, llama_gqa2: Path, lines: Path, tmp_path: Path
     rest = 'doc_to_choice: ["yes", "no"]\nmetric_list:\n  - metric: acc'
     task = write_task(tmp_path, "choices", data, "multiple_choice", "{{q}}", "{{a}}", rest)
     args = ["eval", str(llama), str(llama_gqa2), "--data", str(lines), "--max-windows", "2"]
-    made = CliRunner().invoke(app, [*args, "--tasks", str(task), "--tasks-limit", "10", "--json"])
-    assert made.exit_code == 0, made.output
-    found = json.loads(made.stdout[made.stdout.index("{\n") :])["tasks"]
-    assert set(found) == {"tiny-llama", "tiny-llama-gqa2"}
-    assert 0 <= found["tiny-llama"]["choices"]["acc"] <= 1
+    finished = CliRunner().invoke(app, [*args, "--tasks", str(task), "--tasks-limit", "10", "--json"])
+    assert finished.exit_code == 0, finished.output
+    tasks = json.loads(finished.stdout[finished.stdout.index("{\n") :])["tasks"]
+    assert set(tasks) == {"tiny-llama", "tiny-llama-gqa2"}
+    assert 0 <= tasks["tiny-llama"]["choices"]["acc"] <= 1
     for wrong in ("no_such_task", str(tmp_path / "none.yaml")):
         refused = CliRunner().invoke(app, [*args, "--tasks", wrong])
         assert isinstance(refused.exception, UsageError)

@@ -30,10 +30,10 @@ def test_a_class_whose_own_loading_returns_something_else_loads_everywhere(tmp_p
     config = tiny_config("qwen2_5_omni", num_kv_heads=2)
     tiny_model(config).save_pretrained(tmp_path / "omni")
     torch.save({}, tmp_path / "omni" / "spk_dict.pt")
-    found = models.subject(str(tmp_path / "omni"))
-    assert found.kv_heads == 2
-    loaded = models.load(found, dtype="fp32", device="cpu")
-    assert type(loaded).__name__ == found.source.model_class.__name__ == "Qwen2_5OmniForConditionalGeneration"
+    subject = models.subject(str(tmp_path / "omni"))
+    assert subject.kv_heads == 2
+    loaded = models.load(subject, dtype="fp32", device="cpu")
+    assert type(loaded).__name__ == subject.source.model_class.__name__ == "Qwen2_5OmniForConditionalGeneration"
     same = load_model(Source.open(tmp_path / "omni"), dtype=torch.float32, attention="eager")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), same.parameters(), strict=True))
 

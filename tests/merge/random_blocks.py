@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def layout(kind: str, head_dim: int = 8) -> RotaryLayout:
 
 
 def make_block(
-    kind: str = "half", heads: int = 6, kv_heads: int = 6, *, biases: bool = False, seed: int = 0, **fields
+    kind: str = "half", heads: int = 6, kv_heads: int = 6, *, biases: bool = False, seed: int = 0, **fields: Any
 ) -> AttentionBlock:
     """A block of head_dim 8 (values 6 wide), input 20 wide, output 18, in float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +61,7 @@ def make_statistics(seed: int = 0, mean: float = 0.0) -> Statistics:
 def tied(block: AttentionBlock, groups: int) -> AttentionBlock:
     """The block with the heads of each of `groups` adjacent groups made equal in k and v."""
 
-    def tie(x: torch.Tensor | None) -> torch.Tensor | None:
+    def tie(x: torch.Tensor | None) -> Any:
         if x is None:
             return None
         size = len(x) // groups
@@ -85,7 +86,7 @@ def random_key_gauge(block: AttentionBlock, generator: torch.Generator, *, unita
 
 def random_matrices(count: int, size: int, generator: torch.Generator, *, orthogonal: bool = False) -> torch.Tensor:
     """(count, size, size) random orthogonal matrices, or well-conditioned invertible ones."""
-    turn, _ = torch.linalg.qr(torch.randn(count, size, size, generator=generator, dtype=torch.float64))
+    turn: torch.Tensor = torch.linalg.qr(torch.randn(count, size, size, generator=generator, dtype=torch.float64)).Q
     if orthogonal:
         return turn
     return turn * (torch.rand(count, 1, size, generator=generator, dtype=torch.float64) + 0.5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,13 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kv_heads", [6, 2])
 @pytest.mark.parametrize("biases", [False, True])
-def test_change_of_coordinates_leaves_the_function(kind, kv_heads, biases) -> None:
+def test_change_of_coordinates_leaves_the_function(kind: str, kv_heads: int, biases: bool) -> None:
     block, x = make_block(kind, 6, kv_heads, biases=biases), make_inputs()
     close(attention(regauged(block), x), attention(block, x))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_order_of_heads_leaves_the_function(kind) -> None:
+def test_order_of_heads_leaves_the_function(kind: str) -> None:
     block, x = make_block(kind, 12, 6, biases=True), make_inputs()
     grouping = Grouping(((4, 0, 3), (5, 1, 2)))
     moved = block.permuted(grouping)
@@ -43,7 +44,8 @@ def test_position_bias_moves_with_the_query_heads() -> None:
 
 
 def test_constant_keys_without_rotation_change_nothing_and_constant_values_move_to_the_output() -> None:
-    block, x = make_block("none", biases=True), make_inputs()
+    block: Any = make_block("none", biases=True)
+    x = make_inputs()
     shifted = replace(
         block,
         b_k=block.b_k + torch.randn(6, 8, dtype=torch.float64),
@@ -76,7 +78,7 @@ def test_reference_agrees_with_torch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["half", "interleaved"])
-def test_rotation_agrees_with_transformers(kind) -> None:
+def test_rotation_agrees_with_transformers(kind: str) -> None:
     from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as interleaved
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as half
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +17,15 @@ from gqa_convert.errors import UsageError
 from gqa_convert.heads import Grouping
 from gqa_convert.merge import get_method
 from gqa_convert.merge.apply import merge_block
-from gqa_convert.merge.grouping import residual_cost, search_grouping
+from gqa_convert.merge.grouping import GroupCost, residual_cost, search_grouping
 from gqa_convert.merge.maps import residual
-from gqa_convert.merge.moments import block_moments
+from gqa_convert.merge.moments import BlockMoments, block_moments
 from gqa_convert.merge.options import MergeOptions
 from gqa_convert.merge.reference import attention
 from tests.merge.random_blocks import make_block, make_inputs, make_statistics, regauged, tied
 
 
-def partitions(heads, size):
+def partitions(heads: list[int], size: int) -> Iterator[tuple[tuple[int, ...], ...]]:
     if not heads:
         yield ()
         return
@@ -33,56 +35,56 @@ def partitions(heads, size):
             yield (group, *rest)
 
 
-def random_cost(seed):
+def random_cost(seed: int) -> GroupCost:
     """Any cost at all, not only sums over pairs."""
     return lambda members: random.Random(f"{seed} {sorted(members)}").random() ** 3
 
 
 @given(st.sampled_from([(4, 2), (6, 3), (6, 2), (8, 4), (8, 2), (9, 3), (6, 1), (6, 6)]), st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_exact_search_finds_the_best_of_all(shape, seed) -> None:
+def test_exact_search_finds_the_best_of_all(shape: tuple[int, int], seed: int) -> None:
     heads, groups = shape
     cost = random_cost(seed)
-    found = search_grouping(heads, groups, cost)
+    searched = search_grouping(heads, groups, cost)
     best = min(sum(map(cost, p)) for p in partitions(list(range(heads)), heads // groups))
-    assert found.exact
-    assert found.cost == pytest.approx(best)
-    assert sum(map(cost, found.grouping.members)) == pytest.approx(best)
+    assert searched.exact
+    assert searched.cost == pytest.approx(best)
+    assert sum(map(cost, searched.grouping.members)) == pytest.approx(best)
 
 
 @given(st.sampled_from([(12, 3), (16, 4), (20, 10), (32, 8), (24, 2), (40, 5)]), st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_search_is_never_worse_than_adjacent_heads(shape, seed) -> None:
+def test_search_is_never_worse_than_adjacent_heads(shape: tuple[int, int], seed: int) -> None:
     heads, groups = shape
     cost = random_cost(seed)
-    found = search_grouping(heads, groups, cost, max_evaluations=60)
+    searched = search_grouping(heads, groups, cost, max_evaluations=60)
     adjacent = Grouping.contiguous(heads, groups)
-    assert found.cost <= sum(map(cost, adjacent.members)) + 1e-12
-    assert found.contiguous_cost == pytest.approx(sum(map(cost, adjacent.members)))
-    assert (found.grouping.num_heads, found.grouping.num_groups) == shape
+    assert searched.cost <= sum(map(cost, adjacent.members)) + 1e-12
+    assert searched.contiguous_cost == pytest.approx(sum(map(cost, adjacent.members)))
+    assert (searched.grouping.num_heads, searched.grouping.num_groups) == shape
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(32, 16), (32, 8), (32, 4), (40, 8), (28, 4), (36, 12)])
-def test_local_search_finds_planted_groups(heads, groups) -> None:
+def test_local_search_finds_planted_groups(heads: int, groups: int) -> None:
     place = list(range(heads))
     random.Random(1).shuffle(place)
     planted = {h: place.index(h) * groups // heads for h in range(heads)}
     noise = random.Random(2)
     bumps = {pair: noise.random() for pair in itertools.combinations(range(heads), 2)}
 
-    def cost(members):
+    def cost(members: tuple[int, ...]) -> Any:
         pairs = list(itertools.combinations(sorted(members), 2))
         return sum((planted[i] != planted[j]) + bumps[i, j] for i, j in pairs) ** 0.8
 
-    found = search_grouping(heads, groups, cost)
-    assert not found.exact
-    assert all(len({planted[h] for h in group}) == 1 for group in found.grouping.members)
+    searched = search_grouping(heads, groups, cost)
+    assert not searched.exact
+    assert all(len({planted[h] for h in group}) == 1 for group in searched.grouping.members)
 
 
 def test_search_is_repeatable_and_prices_each_set_once() -> None:
     seen = []
 
-    def cost(members):
+    def cost(members: tuple[int, ...]) -> float:
         seen.append(members)
         return random_cost(3)(members)
 
@@ -98,22 +100,22 @@ def test_groups_must_divide_heads() -> None:
 
 @pytest.mark.parametrize("name", ["mean", "first", "aligned", "pca"])
 @pytest.mark.parametrize("heads", [6, 12])
-def test_search_finds_hidden_twins_by_each_methods_own_residual(name, heads) -> None:
+def test_search_finds_hidden_twins_by_each_methods_own_residual(name: str, heads: int) -> None:
     block = tied(make_block("partial", heads, 6, biases=True), 3)
     if name in ("aligned", "pca"):
         block = regauged(block, seed=1, unitary=name == "aligned")
     block = block.permuted(Grouping(((0, 2, 4), (1, 5, 3))))
     method, statistics = get_method(name), make_statistics(mean=0.2)
     moments = block_moments(block, statistics)
-    found = search_grouping(6, 3, residual_cost(method, [moments]))
-    assert found.grouping.members == ((0, 3), (1, 5), (2, 4))
-    assert found.cost == pytest.approx(0, abs=1e-9)
-    merged = merge_block(method, block, found.grouping, statistics).block
+    searched = search_grouping(6, 3, residual_cost(method, [moments]))
+    assert searched.grouping.members == ((0, 3), (1, 5), (2, 4))
+    assert searched.cost == pytest.approx(0, abs=1e-9)
+    merged = merge_block(method, block, searched.grouping, statistics).block
     x = make_inputs(mean=0.2)
     torch.testing.assert_close(attention(merged, x), attention(block, x), rtol=1e-6, atol=1e-7)
 
 
-def priced(method, moments, grouping):
+def priced(method: Any, moments: BlockMoments, grouping: Grouping) -> float:
     """The residual that a search minimises, from the maps themselves."""
     parts = [residual(moments, members, method.maps(moments, members, MergeOptions())) for members in grouping.members]
     return sum(keys / moments.total[0] + values / moments.total[1] for keys, values in parts)
@@ -130,23 +132,23 @@ def test_heads_that_add_little_to_the_output_may_lose_their_keys() -> None:
     priced_so = moments.by_output()
     torch.testing.assert_close(priced_so.keys.power, torch.einsum("kkaa->k", moments.values.weighted))
     assert priced_so.values is moments.values
-    found = search_grouping(6, 3, residual_cost(get_method("pca"), [moments])).grouping
-    assert not any({0, 3} <= set(group) for group in found.members)
+    grouping = search_grouping(6, 3, residual_cost(get_method("pca"), [moments])).grouping
+    assert not any({0, 3} <= set(group) for group in grouping.members)
 
 
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("context", [None, 30])
-def test_search_never_worsens_the_residual(heads, context) -> None:
+def test_search_never_worsens_the_residual(heads: int, context: int | None) -> None:
     method, options = get_method("pca"), MergeOptions(max_context=context)
     for seed in range(4):
         block, statistics = make_block("half", heads, 6, seed=seed), make_statistics(seed)
         moments = block_moments(block, statistics, options)
         for groups in (1, 2, 3):
-            found = search_grouping(6, groups, residual_cost(method, [moments], options))
-            pair = [priced(method, moments.by_output(), g) for g in (found.grouping, Grouping.contiguous(6, groups))]
+            best = search_grouping(6, groups, residual_cost(method, [moments], options))
+            pair = [priced(method, moments.by_output(), g) for g in (best.grouping, Grouping.contiguous(6, groups))]
             searched, adjacent = pair
             assert searched <= adjacent * (1 + 1e-9)
-            assert found.cost == pytest.approx(searched, rel=1e-6)
+            assert best.cost == pytest.approx(searched, rel=1e-6)
 
 
 def test_layers_may_share_one_grouping() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 from gqa_convert.heads import Grouping
 from gqa_convert.merge import all_methods, get_method
 from gqa_convert.merge.apply import merge_block
+from gqa_convert.merge.block import AttentionBlock
 from gqa_convert.merge.options import MergeOptions
 from gqa_convert.merge.reference import attention
+from gqa_convert.merge.statistics import Statistics
 from tests.merge.random_blocks import KINDS, make_block, make_inputs, make_statistics, regauged, tied
 
 METHODS = sorted(all_methods())
@@ -20,15 +23,17 @@ SHUFFLED = Grouping(((4, 0, 3), (5, 1, 2)))
 TENSORS = ("w_q", "w_k", "w_v", "w_o", "b_q", "b_k", "b_v", "b_o")
 
 
-def merge(name, block, grouping, statistics=None, **options):
+def merge(
+    name: str, block: AttentionBlock, grouping: Grouping, statistics: Statistics | None = None, **options: Any
+) -> AttentionBlock:
     return merge_block(get_method(name), block, grouping, statistics, MergeOptions(**options)).block
 
 
-def tensors(block):
+def tensors(block: AttentionBlock) -> dict[str, torch.Tensor]:
     return {name: getattr(block, name) for name in TENSORS if getattr(block, name) is not None}
 
 
-def error(block, merged, x, **how):
+def error(block: AttentionBlock, merged: AttentionBlock, x: torch.Tensor, **how: Any) -> float:
     want = attention(block, x, **how)
     return float((attention(merged, x, **how) - want).norm() / want.norm())
 
@@ -36,7 +41,7 @@ def error(block, merged, x, **how):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("grouping", [Grouping.contiguous(6, 6), Grouping(((4,), (0,), (3,), (5,), (1,), (2,)))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_head_a_group_is_the_identity(name, grouping, dtype) -> None:
+def test_one_head_a_group_is_the_identity(name: str, grouping: Grouping, dtype: torch.dtype) -> None:
     block = make_block("partial", 12, 6, biases=True).to(dtype)
     got = tensors(merge(name, block, grouping, make_statistics(), max_context=100))
     for key, want in tensors(block.permuted(grouping)).items():
@@ -47,7 +52,7 @@ def test_one_head_a_group_is_the_identity(name, grouping, dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
-def test_shapes_dtype_finite_deterministic(name, kind, heads, biases) -> None:
+def test_shapes_dtype_finite_deterministic(name: str, kind: str, heads: int, biases: bool) -> None:
     block = make_block(kind, heads, 6, biases=biases).to(torch.float32)
     statistics = make_statistics(mean=0.2)
     got = merge(name, block, SHUFFLED, statistics, max_context=50)
@@ -67,7 +72,9 @@ def test_shapes_dtype_finite_deterministic(name, kind, heads, biases) -> None:
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("statistics", [None, make_statistics(mean=0.3)])
-def test_tied_heads_merge_exactly(name, kind, heads, biases, statistics) -> None:
+def test_tied_heads_merge_exactly(
+    name: str, kind: str, heads: int, biases: bool, statistics: Statistics | None
+) -> None:
     grouping = Grouping.contiguous(6, 2)
     block = tied(make_block(kind, heads, 6, biases=biases), 2)
     assert error(block, merge(name, block, grouping, statistics), make_inputs(mean=0.3)) < 1e-7
@@ -78,7 +85,9 @@ def test_tied_heads_merge_exactly(name, kind, heads, biases, statistics) -> None
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("fold", [None])
-def test_tied_heads_in_other_coordinates_merge_exactly(name, kind, heads, biases, fold) -> None:
+def test_tied_heads_in_other_coordinates_merge_exactly(
+    name: str, kind: str, heads: int, biases: bool, fold: Any
+) -> None:
     block = tied(make_block(kind, heads, 6, biases=biases), 2)
     hidden = regauged(block, seed=5, unitary=name == "aligned").permuted(Grouping(((3, 1, 5), (0, 4, 2))))
     grouping = Grouping(((1, 3, 5), (0, 2, 4)))
@@ -90,7 +99,7 @@ def test_tied_heads_in_other_coordinates_merge_exactly(name, kind, heads, biases
 @pytest.mark.parametrize("name", SOLVED)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [6, 12])
-def test_coordinates_of_the_heads_do_not_matter(name, kind, heads) -> None:
+def test_coordinates_of_the_heads_do_not_matter(name: str, kind: str, heads: int) -> None:
     """The merge of a block and of the same function in other coordinates are the same function."""
     block, x, statistics = make_block(kind, heads, 6), make_inputs(), make_statistics()
     hidden = regauged(block, seed=3, unitary=name == "aligned")
@@ -99,7 +108,7 @@ def test_coordinates_of_the_heads_do_not_matter(name, kind, heads) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVED)
-def test_solved_merges_beat_the_mean_on_heads_in_random_coordinates(name) -> None:
+def test_solved_merges_beat_the_mean_on_heads_in_random_coordinates(name: str) -> None:
     noisy = tied(make_block("half"), 2)
     noise = make_block("half", seed=9)
     noisy = replace(noisy, w_k=noisy.w_k + noise.w_k / 10, w_v=noisy.w_v + noise.w_v / 10)
@@ -110,7 +119,7 @@ def test_solved_merges_beat_the_mean_on_heads_in_random_coordinates(name) -> Non
 
 
 @pytest.mark.parametrize("name", SOLVED)
-def test_fields_that_forbid_changes_are_respected(name) -> None:
+def test_fields_that_forbid_changes_are_respected(name: str) -> None:
     block, statistics = make_block("half", biases=True), make_statistics(mean=0.2)
     fixed = merge(name, replace(block, key_gauge="none", value_gauge="none"), SHUFFLED, statistics)
     mean = merge("mean", block, SHUFFLED)
@@ -156,7 +165,7 @@ def test_cross_attention_reads_the_encoders_statistics() -> None:
 
 def test_output_bias_keeps_the_mean_of_the_values() -> None:
     """With a bias on o_proj the constant part of the output survives any merge of the values."""
-    block = make_block("none", biases=True)
+    block: Any = make_block("none", biases=True)
     block = replace(block, w_q=block.w_q * 0, b_q=block.b_q * 0)  # uniform attention: the output is linear in v
     x = make_inputs(4000, mean=2.0)
     statistics = make_statistics(mean=2.0).from_samples(x)
@@ -167,7 +176,7 @@ def test_output_bias_keeps_the_mean_of_the_values() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pca_keeps_the_size_of_weights(kind) -> None:
+def test_pca_keeps_the_size_of_weights(kind: str) -> None:
     block = make_block(kind, 12, 6)
     merged = merge("pca", block, SHUFFLED, make_statistics())
     for name in ("w_k", "w_v"):

@@ -42,7 +42,9 @@ def run(name: str, x: torch.Tensor, grouping: Grouping, dim: int = 0, key: str =
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_tied_heads_are_merged_bit_for_bit(name, groups, size, dtype, dim, seed) -> None:
+def test_tied_heads_are_merged_bit_for_bit(
+    name: str, groups: int, size: int, dtype: torch.dtype, dim: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(groups * size, generator=generator).tolist()
     grouping = Grouping(tuple(tuple(order[g * size : (g + 1) * size]) for g in range(groups)))
@@ -62,7 +64,7 @@ def test_tied_heads_are_merged_bit_for_bit(name, groups, size, dtype, dim, seed)
 @pytest.mark.parametrize("name", POOLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [0, 1, -1])
-def test_shape_dtype_finite_deterministic(name, dtype, dim) -> None:
+def test_shape_dtype_finite_deterministic(name: str, dtype: torch.dtype, dim: int) -> None:
     x = torch.randn(24, 24, 3).transpose(0, 1).to(dtype)
     if dim == -1:
         x = x.movedim(1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from gqa_convert.heads import Grouping
 from gqa_convert.merge import get_method
 from gqa_convert.merge.apply import group_maps, merge_block
+from gqa_convert.merge.block import AttentionBlock
 from gqa_convert.merge.maps import GroupMaps, HeadMaps, residual
 from gqa_convert.merge.methods.pca import cost as pca_cost
 from gqa_convert.merge.moments import block_moments
@@ -28,7 +30,9 @@ MEMBERS = (4, 0, 3)
 GROUPING = Grouping((MEMBERS, (5, 1, 2)))
 
 
-def brute_force(block, merged, x, members=GROUPING):
+def brute_force(
+    block: AttentionBlock, merged: AttentionBlock, x: torch.Tensor, members: Grouping = GROUPING
+) -> tuple[float, float]:
     """(key, value) error of a merged block over samples of the input, positions independent."""
     before, after = block.permuted(members), merged
     r, size = block.queries_per_kv, members.group_size
@@ -60,7 +64,7 @@ def brute_force(block, merged, x, members=GROUPING):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
-def test_residual_is_the_error_over_samples(name, kind, heads, biases) -> None:
+def test_residual_is_the_error_over_samples(name: str, kind: str, heads: int, biases: bool) -> None:
     block, x = make_block(kind, heads, 6, biases=biases), make_inputs(300, mean=0.3)
     statistics = Statistics.from_samples(x)
     moments = block_moments(block, statistics)
@@ -74,7 +78,9 @@ def test_residual_is_the_error_over_samples(name, kind, heads, biases) -> None:
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"shift_invariant": False}, {"qk_norm": True}, {"value_gauge": "none"}])
-def test_pca_residual_is_the_sum_of_discarded_eigenvalues(kind, heads, biases, fields) -> None:
+def test_pca_residual_is_the_sum_of_discarded_eigenvalues(
+    kind: str, heads: int, biases: bool, fields: dict[str, Any]
+) -> None:
     block = make_block(kind, heads, 6, biases=biases, **fields)
     moments = block_moments(block, make_statistics(mean=0.3))
     maps = group_maps(get_method("pca"), moments, MEMBERS, MergeOptions())
@@ -86,7 +92,7 @@ def test_pca_residual_is_the_sum_of_discarded_eigenvalues(kind, heads, biases, f
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("heads", [6, 12])
 @pytest.mark.parametrize("statistics", [None, make_statistics(mean=0.3)])
-def test_pca_loses_least(kind, heads, statistics) -> None:
+def test_pca_loses_least(kind: str, heads: int, statistics: Statistics | None) -> None:
     block = make_block(kind, heads, 6, biases=True)
     moments = block_moments(block, statistics)
     best = residual(moments, MEMBERS, group_maps(get_method("pca"), moments, MEMBERS, MergeOptions()))
@@ -102,7 +108,7 @@ def test_pca_loses_least(kind, heads, statistics) -> None:
         assert best[1] <= values * (1 + 1e-9)
 
 
-def random_maps(block, generator) -> GroupMaps:
+def random_maps(block: AttentionBlock, generator: torch.Generator) -> GroupMaps:
     size = len(MEMBERS)
     few = replace(block, w_k=block.w_k[:size], w_v=block.w_v[:size], b_k=None, b_v=None)
     few = replace(few, w_q=few.w_q[:size], w_o=few.w_o[:, :size], b_q=None)
@@ -113,7 +119,7 @@ def random_maps(block, generator) -> GroupMaps:
     )
 
 
-def nearby(maps: GroupMaps, block, generator) -> GroupMaps:
+def nearby(maps: GroupMaps, block: AttentionBlock, generator: torch.Generator) -> GroupMaps:
     noise = random_maps(block, generator)
 
     def mix(a: HeadMaps, b: HeadMaps) -> HeadMaps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -31,7 +32,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             model.save_pretrained(folder)
         return folder
 
-    def made(name: str, groups: int | None = None, cross_groups: int | None = None) -> Path:
+    def make_folder(name: str, groups: int | None = None, cross_groups: int | None = None) -> Path:
         if groups is None:
             return source(name)
         folder = root / f"{name}-{groups}-{cross_groups}"
@@ -39,17 +40,17 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             convert(source(name), groups=groups, cross_groups=cross_groups, allow_slow=True, out=folder)
         return folder
 
-    return made
+    return make_folder
 
 
-def untie(model: object) -> None:
+def untie(model: Any) -> None:
     """Give a T5 an output layer of its own, as T5.1.1 has, which does not scale its outputs."""
     import torch
     from torch import nn
 
     assert isinstance(model, nn.Module)
     head = model.get_submodule("lm_head")
-    head.weight = nn.Parameter(torch.randn_like(model.get_submodule("shared").weight) / 8)
+    head.weight = nn.Parameter(torch.randn_like(cast(Any, model.get_submodule("shared")).weight) / 8)
     model.config.scale_decoder_outputs = False
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # type: ignore[assignment]

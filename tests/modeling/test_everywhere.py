@@ -61,7 +61,7 @@ def encoded(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def written(model: Any, **choices: Any) -> Any:
     """What a model writes."""
-    made = model.eval().generate(
+    tokens = model.eval().generate(
         **encoded(text_inputs(model, length=5)),
         max_new_tokens=NEW,
         min_new_tokens=NEW,
@@ -69,7 +69,7 @@ def written(model: Any, **choices: Any) -> Any:
         pad_token_id=0,
         **choices,
     )
-    return made.tolist()
+    return tokens.tolist()
 
 
 def narrow_gradients(model: Any, *, checkpointing: bool) -> dict[str, torch.Tensor]:

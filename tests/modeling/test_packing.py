@@ -39,6 +39,6 @@ def test_a_step_reads_each_kv_head_once(family: str, kv_heads: int, kind: str, m
         expected = step(model, kind)
         model.set_attn_implementation("sdpa")
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-        found = step(model, kind)
+        actual = step(model, kind)
     assert seen[-4:] == [(kv_heads, kv_heads, False)] * 4  # two layers, each with its own and cross-attention
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(actual, expected, atol=1e-5)

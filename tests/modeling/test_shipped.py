@@ -108,9 +108,9 @@ def test_generation_is_the_same_however_it_is_cached(make: Make, name: str) -> N
     inputs = torch.randint(4, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
     def text(**choices: Any) -> list[list[int]]:
-        made = model.generate(inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, **choices)
-        found: list[list[int]] = made.tolist()
-        return found
+        tokens = model.generate(inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, **choices)
+        ids: list[list[int]] = tokens.tolist()
+        return ids
 
     greedy = text()
     assert text(use_cache=False) == greedy
@@ -129,14 +129,14 @@ def test_encoder_and_output_layer_are_left_alone(make: Make, name: str) -> None:
 
 
 def test_plan_says_what_it_becomes_and_what_it_saves(make: Make) -> None:
-    made = plan(make("t5"), groups=2, cross_groups=1)
-    assert (made.layout_after.num_kv_heads, made.cross_groups, made.max_tensor_parallel) == (2, 1, 1)
-    assert made.config_edits["model_type"] == "gqa_t5"
-    assert "modeling_gqa.py" in made.side_files
-    assert any("trust_remote_code" in note for note in made.notes)
+    planned = plan(make("t5"), groups=2, cross_groups=1)
+    assert (planned.layout_after.num_kv_heads, planned.cross_groups, planned.max_tensor_parallel) == (2, 1, 1)
+    assert planned.config_edits["model_type"] == "gqa_t5"
+    assert "modeling_gqa.py" in planned.side_files
+    assert any("trust_remote_code" in note for note in planned.notes)
     # two layers of 8 heads of 8, keys and values, self and cross, in float32: 2048 bytes, of which a half is cross
-    assert made.kv_cache_bytes_per_token_before == 2 * 8 * 8 * 2 * 2 * 4
-    assert made.kv_cache_bytes_per_token_after == 1024 * 2 // 8 + 1024 // 8
+    assert planned.kv_cache_bytes_per_token_before == 2 * 8 * 8 * 2 * 2 * 4
+    assert planned.kv_cache_bytes_per_token_after == 1024 * 2 // 8 + 1024 // 8
     partial = plan(make("t5"), groups=8, cross_groups=1)
     assert (partial.kv_cache_bytes_per_token_before, partial.kv_cache_bytes_per_token_after) == (2048, 1024 + 128)
 

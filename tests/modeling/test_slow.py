@@ -41,9 +41,9 @@ def test_generation_is_the_same_however_it_is_cached(make: Make, name: str) -> N
     inputs = torch.randint(4, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
     def text(**choices: Any) -> list[list[int]]:
-        made = model.generate(inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, **choices)
-        found: list[list[int]] = made.tolist()
-        return found
+        tokens = model.generate(inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, **choices)
+        ids: list[list[int]] = tokens.tolist()
+        return ids
 
     assert text() == text(use_cache=False)
     assert text(num_beams=3) == text(num_beams=3, use_cache=False)
@@ -71,9 +71,9 @@ def test_cross_attention_reads_copies_of_what_it_stored(tmp_path: Path, groups: 
 
 
 def test_the_plan_says_that_nothing_gets_faster(make: Make) -> None:
-    made = plan(make("bloom"), groups=2, allow_slow=True)
-    assert made.kv_cache_bytes_per_token_before == 4 * made.kv_cache_bytes_per_token_after
-    assert any("decoding is no faster" in note for note in made.notes)
+    planned = plan(make("bloom"), groups=2, allow_slow=True)
+    assert planned.kv_cache_bytes_per_token_before == 4 * planned.kv_cache_bytes_per_token_after
+    assert any("decoding is no faster" in note for note in planned.notes)
     assert not any("no faster" in note for note in plan(make("opt"), groups=2).notes)
 
 
@@ -92,9 +92,9 @@ def test_without_the_flag_they_are_refused_by_it(make: Make, command: Command, t
 
 
 def test_inspecting_and_listing_say_so(make: Make) -> None:
-    found = inspect(make("gpt_neo"))
-    assert found.slow
-    assert found.legal_groups == (1, 2, 4, 8)
+    inspected = inspect(make("gpt_neo"))
+    assert inspected.slow
+    assert inspected.legal_groups == (1, 2, 4, 8)
     assert not inspect(make("opt")).slow
     slow = {family.model_type for family in families() if "--allow-slow" in family.reason}
     assert slow == shipping.SLOW

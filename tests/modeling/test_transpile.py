@@ -36,8 +36,8 @@ def saved(folder: Path, model_type: str, *, dtype: torch.dtype = torch.float32, 
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return found
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
 
 
 def edit_config(folder: Path, remove: tuple[str, ...] = (), **values: Any) -> None:
@@ -59,11 +59,11 @@ def test_every_rule_has_its_family_and_says_why() -> None:
 
 def test_the_plan_says_what_it_becomes_and_why(tmp_path: Path, command: Command) -> None:
     saved(tmp_path / "pythia", "gpt_neox", dtype=torch.bfloat16)
-    made = plan(tmp_path / "pythia", groups=2)
-    assert (made.model_type, made.class_name, made.route) == ("gpt_neox", "GPTNeoXForCausalLM", "native")
-    assert made.becomes.startswith("PhiForCausalLM (phi), because ")
-    assert any("rounded once to BF16" in note for note in made.notes)
-    assert made.bytes_in == Checkpoint.open(tmp_path / "pythia").total_bytes
+    planned = plan(tmp_path / "pythia", groups=2)
+    assert (planned.model_type, planned.class_name, planned.route) == ("gpt_neox", "GPTNeoXForCausalLM", "native")
+    assert planned.becomes.startswith("PhiForCausalLM (phi), because ")
+    assert any("rounded once to BF16" in note for note in planned.notes)
+    assert planned.bytes_in == Checkpoint.open(tmp_path / "pythia").total_bytes
     printed = command("gqa", "plan", tmp_path / "pythia", "--groups", 2).out
     assert "becomes" in printed
     assert "PhiForCausalLM (phi), because" in printed
@@ -91,8 +91,8 @@ def test_the_form_of_a_neox_decides_what_it_becomes(parallel: bool, share: float
 
 def test_a_family_with_a_setting_takes_no_other_route(tmp_path: Path) -> None:
     saved(tmp_path / "llama", "llama")
-    made = plan(tmp_path / "llama", groups=2)
-    assert (made.route, made.becomes, made.rewritten_tensors) == ("setting", "", 0)
+    planned = plan(tmp_path / "llama", groups=2)
+    assert (planned.route, planned.becomes, planned.rewritten_tensors) == ("setting", "", 0)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -253,9 +253,9 @@ def test_groups_that_the_target_cannot_hold_are_refused(tmp_path: Path) -> None:
         plan(tmp_path / "source", groups=2, route="native")
     with pytest.raises(UsageError, match="Choose one of 1, 2, 4, 8"):
         plan(tmp_path / "source", groups=3)
-    found = inspect(tmp_path / "source")
-    assert {1, 8} <= set(found.legal_groups)
-    assert found.becomes.startswith("GPTBigCodeForCausalLM (gpt_bigcode) with --groups 1, because")
+    inspected = inspect(tmp_path / "source")
+    assert {1, 8} <= set(inspected.legal_groups)
+    assert inspected.becomes.startswith("GPTBigCodeForCausalLM (gpt_bigcode) with --groups 1, because")
 
 
 def test_auto_is_native_where_that_is_exact_and_else_shipped_code(tmp_path: Path) -> None:

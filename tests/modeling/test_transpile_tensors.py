@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,7 +68,7 @@ def test_scores_are_the_same_in_either_rotary_convention(heads: int, pairs: int,
     q, k = (random(heads * (rotary + rest), seed=seed + s).double() for s in range(2))
     angles = [random(pairs, seed=seed + s).double() for s in (2, 3)]
 
-    def scores(a: torch.Tensor, b: torch.Tensor, turn) -> torch.Tensor:
+    def scores(a: torch.Tensor, b: torch.Tensor, turn: Callable[..., torch.Tensor]) -> torch.Tensor:
         both = (x.view(heads, -1) for x in (a, b))
         sides = [torch.cat([turn(x[:, :rotary], t), x[:, rotary:]], 1) for x, t in zip(both, angles, strict=True)]
         return (sides[0] * sides[1]).sum(1)

@@ -47,13 +47,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("given", [{}, {"prompt_ids": [9, 10, 11]}, {"decoder_input_ids": [[9, 5, 11]]}], ids=str)
 def test_generation_starts_with_what_is_given(folders: tuple[Path, Path], given: dict[str, Any]) -> None:
     sound = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
-    found = []
+    generated = []
     for folder in folders:
         model = transformers.AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
         choices = {name: torch.tensor(ids) for name, ids in given.items()}
-        found.append(model.generate(sound, max_new_tokens=8, do_sample=False, **choices).tolist())
-    assert found[0] == found[1]
-    assert len(set(found[0][0])) > 1
+        generated.append(model.generate(sound, max_new_tokens=8, do_sample=False, **choices).tolist())
+    assert generated[0] == generated[1]
+    assert len(set(generated[0][0])) > 1
 
 
 def test_the_speech_pipeline_must_be_told(folders: tuple[Path, Path]) -> None:

@@ -93,7 +93,7 @@ def _tie(source: Path, plan: HeadPlan) -> None:
 
 def _tied(tensors: Mapping[str, torch.Tensor], merges: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     def first(x: torch.Tensor, grouping: Any, dim: int) -> torch.Tensor:
-        heads = x.unflatten(dim, (grouping.num_heads, -1))
+        heads: torch.Tensor = x.unflatten(dim, (grouping.num_heads, -1))
         return heads.index_select(dim, torch.tensor([m[0] for m in grouping.members])).flatten(dim, dim + 1)
 
     return {

@@ -24,6 +24,9 @@ from tests.report.make_run import HOSTILE, bench, comparison, evaluation, write_
 
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
 
+DRAWN = [name for name in DRAWINGS if name != "heads"]
+"""Of a run none of whose points has layers that differ; `tests/evaluate/test_sweep.py` draws one that has."""
+
 
 class Outline(HTMLParser):
     """Every tag and attribute value of a page; fails on tags that are not closed in order."""
@@ -54,14 +57,14 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("run"))
     write_report(folder)
     return folder
 
 
-def test_the_page_needs_nothing_else(made: Path) -> None:
-    text = (made / "report.html").read_text()
+def test_the_page_needs_nothing_else(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text()
     outline = Outline(text)
     assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
     inside = ("#", "http://www.w3.org/")
@@ -70,35 +73,35 @@ def test_the_page_needs_nothing_else(made: Path) -> None:
     assert len(set(outline.ids)) == len(outline.ids), "ids of different plots must not clash"
     assert "prefers-color-scheme:dark" in text
     assert 'name="viewport"' in text
-    assert outline.tags.count("svg") == len(DRAWINGS)
+    assert outline.tags.count("svg") == len(DRAWN)
 
 
-def test_what_came_from_outside_is_escaped(made: Path) -> None:
-    text = (made / "report.html").read_text()
+def test_what_came_from_outside_is_escaped(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text()
     assert HOSTILE not in text
     assert "&lt;script&gt;alert" in text
 
 
-def test_every_plot_is_a_file_too(made: Path) -> None:
-    for name in DRAWINGS:
-        assert (made / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert ElementTree.parse(made / "plots" / f"{name}.svg").getroot().tag.endswith("svg")
+def test_every_plot_is_a_file_too(run_folder: Path) -> None:
+    for name in DRAWN:
+        assert (run_folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(run_folder / "plots" / f"{name}.svg").getroot().tag.endswith("svg")
     assert set(TITLES) == set(DRAWINGS)
 
 
-def test_a_report_is_the_same_every_time(made: Path) -> None:
-    before = {path: path.read_bytes() for path in [made / "report.html", *(made / "plots").iterdir()]}
-    write_report(made)
+def test_a_report_is_the_same_every_time(run_folder: Path) -> None:
+    before = {path: path.read_bytes() for path in [run_folder / "report.html", *(run_folder / "plots").iterdir()]}
+    write_report(run_folder)
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_the_verdict_names_gain_and_cost(made: Path) -> None:
-    said = verdict(read_run(made))
+def test_the_verdict_names_gain_and_cost(run_folder: Path) -> None:
+    said = verdict(read_run(run_folder))
     assert said == (
         "Take 2 KV heads by pca: the KV cache shrinks to 25%, decoding takes 0.50 of the time, and the loss rises by "
         "0.0300 nats per token (95 % interval 0.0200 to 0.0400), within the tolerance of 0.05."
     )
-    assert said in (made / "report.html").read_text()
+    assert said in (run_folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -128,8 +131,8 @@ def test_nothing_within_the_tolerance_is_said(tmp_path: Path) -> None:
     assert run.chosen.name == "mean-g4"
 
 
-def test_the_card_has_metadata_numbers_and_how_to_load(made: Path) -> None:
-    text = (made / "points" / "pca-g2" / "model" / "README.md").read_text()
+def test_the_card_has_metadata_numbers_and_how_to_load(run_folder: Path) -> None:
+    text = (run_folder / "points" / "pca-g2" / "model" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "someone/tiny"
     assert {"gqa", "gqa-convert"} <= set(front["tags"])
@@ -175,9 +178,9 @@ def test_single_measurements_make_a_report(tmp_path: Path) -> None:
 
 
 def test_lm_eval_results_are_shown(tmp_path: Path) -> None:
-    found = evaluation(comparison("tiny-gqa2", 2, 0.1)).to_json()
-    found["tasks"] = {"tiny": {"boolq": {"acc": 0.5}}, "tiny-gqa2": {"boolq": {"acc": 0.25}}}
-    (tmp_path / "eval.json").write_text(json.dumps(found))
+    results = evaluation(comparison("tiny-gqa2", 2, 0.1)).to_json()
+    results["tasks"] = {"tiny": {"boolq": {"acc": 0.5}}, "tiny-gqa2": {"boolq": {"acc": 0.25}}}
+    (tmp_path / "eval.json").write_text(json.dumps(results))
     run = read_run(tmp_path)
     assert '<th scope="row">boolq, acc</th><td>0.5</td><td>0.25</td>' in page(run, {})
 
@@ -195,7 +198,7 @@ def test_a_run_written_before_metrics_were_rows_still_makes_a_report(tmp_path: P
     text = report.page.read_text()
     for cell in ("4.0300", "+0.0300 [+0.0200, +0.0400]", "90.0%", "512 B", "x 0.25", "x 0.50 (faster)", "60.34"):
         assert f"<td>{cell}</td>" in text
-    assert len(report.plots) == 2 * len(DRAWINGS)
+    assert len(report.plots) == 2 * len(DRAWN)
     assert len(report.cards) == 3
 
 
@@ -210,12 +213,12 @@ def test_headline_and_table_agree_where_decoding_is_no_faster(tmp_path: Path) ->
     assert "<td>x 0.96 (no difference)</td>" in page(loaded, {})
 
 
-def test_commands_date_and_versions_are_on_the_page(made: Path, tmp_path: Path) -> None:
-    text = (made / "report.html").read_text()
+def test_commands_date_and_versions_are_on_the_page(run_folder: Path, tmp_path: Path) -> None:
+    text = (run_folder / "report.html").read_text()
     assert (
         "gqa sweep tiny --groups 4,2 --methods=mean,pca,first --data=poems.jsonl --context 128 --stride 64 "
-        f"--max-windows 0 --dtype=float32 --tolerance 0.05 --batch 8,64 --cache-context 2048,8192 --out {made.name}"
-        in text
+        "--max-windows 0 --dtype=float32 --tolerance 0.05 --batch 8,64 "
+        f"--cache-context 2048,8192 --out {run_folder.name}" in text
     )
     value = evaluation(comparison("tiny gqa2", 2, 0.1)).to_json() | {"date": "2026-01-31"}
     (tmp_path / "eval.json").write_text(json.dumps(value))
@@ -225,12 +228,12 @@ def test_commands_date_and_versions_are_on_the_page(made: Path, tmp_path: Path) 
     assert "torch 2.13.0" in text
 
 
-def test_tables_and_drawings_can_be_read_aloud(made: Path) -> None:
-    text = (made / "report.html").read_text()
+def test_tables_and_drawings_can_be_read_aloud(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text()
     assert text.count("<table>") == text.count('<thead><tr><th scope="col"') == 2
     assert re.findall(r"<tr[^>]*><t[dh](?! scope)", text) == [], "the first cell of every row names it"
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', text)
-    assert [label.split(".")[0] for label in labels] == list(TITLES.values())
+    assert [label.split(".")[0] for label in labels] == [TITLES[name] for name in DRAWN]
     assert all('role="region"' in box and "tabindex" in box for box in re.findall(r'<div class="scroll"[^>]*>', text))
 
 
@@ -272,7 +275,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "none")
 
 
-def test_pushing_uploads_the_recommended_model(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushing_uploads_the_recommended_model(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, object]] = []
 
     class Api:
@@ -284,28 +287,28 @@ def test_pushing_uploads_the_recommended_model(made: Path, monkeypatch: pytest.M
             return "https://hub/x"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert push(made, "me/x") == "https://hub/x"
-    assert push(made, "me/y", point="mean-g4", private=False)
+    assert push(run_folder, "me/x") == "https://hub/x"
+    assert push(run_folder, "me/y", point="mean-g4", private=False)
     assert calls == [("me/x", True), ("me/x", "pca-g2"), ("me/y", False), ("me/y", "mean-g4")]
     with pytest.raises(UsageError, match="name one with --point"):
-        push(made, "me/z", point="mean-g9")
+        push(run_folder, "me/z", point="mean-g9")
     monkeypatch.setattr(Api, "create_repo", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(HubError, match="no network"):
-        push(made, "me/x")
+        push(run_folder, "me/x")
 
 
-def test_without_matplotlib_it_says_what_to_install(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_it_says_what_to_install(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"gqa-convert\[report\]"):
-        writing.write_report(made)
+        writing.write_report(run_folder)
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = write_run(tmp_path)
-    monkeypatch.setattr(writing, "draw_all", lambda run, folder: dict.fromkeys(DRAWINGS, "<svg></svg>"))
-    shown = CliRunner().invoke(app, ["report", str(made)])
+    run_folder = write_run(tmp_path)
+    monkeypatch.setattr(writing, "draw_all", lambda run, folder: dict.fromkeys(DRAWN, "<svg></svg>"))
+    shown = CliRunner().invoke(app, ["report", str(run_folder)])
     assert shown.exit_code == 0, shown.output
     assert "Take 2 KV heads by pca" in shown.output
-    found = json.loads(CliRunner().invoke(app, ["report", str(made), "--json", "--no-cards"]).stdout)
-    assert found["cards"] == []
-    assert len(found["plots"]) == 2 * len(DRAWINGS)
+    printed = json.loads(CliRunner().invoke(app, ["report", str(run_folder), "--json", "--no-cards"]).stdout)
+    assert printed["cards"] == []
+    assert len(printed["plots"]) == 2 * len(DRAWN)

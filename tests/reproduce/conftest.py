@@ -1,6 +1,7 @@
 """The reproduction's modules can be imported by name, and results that look like a run's."""
 
 import sys
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 
 @pytest.fixture
-def found():
+def seeds_found() -> dict[int, dict[str, Any]]:
     """What three seeds of one family give."""
     return {
         seed: {
@@ -26,13 +27,13 @@ def found():
 
 
 @pytest.fixture
-def results(found):
+def results(seeds_found: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """A results.json."""
     from dataclasses import asdict
 
     from scales import SCALES
 
-    def timed(names):
+    def timed(names: dict[str, int]) -> dict[str, Any]:
         return {
             "device": "cpu", "dtype": "float32", "threads": 2, "batch": 8, "context": 2048, "output_tokens": 512,
             "models": {
@@ -43,7 +44,7 @@ def results(found):
         }  # fmt: skip
 
     times = timed({"MHA large": 8, "MHA small": 4, "GQA large": 2, "MQA large": 1})
-    seeds = {str(seed): value for seed, value in found.items()}
+    seeds = {str(seed): value for seed, value in seeds_found.items()}
     scales = {
         family: asdict(scale) | {"batch": 10, "context": 100, "steps": 1000} for family, scale in SCALES["tiny"].items()
     }

@@ -1,12 +1,13 @@
 """Calibration text of the T5: what its encoder met in training."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A T5's folder and a file of corrupted blocks."""
     from corrupted import corrupted_file
     from scales import SCALES
@@ -18,7 +19,7 @@ def written(tmp_path_factory):
     return folder, corrupted_file(folder / "text.jsonl", folder, "stdlib", context=64, count=12)
 
 
-def test_windows_of_calibration_text_are_whole_corrupted_blocks(written) -> None:
+def test_windows_of_calibration_text_are_whole_corrupted_blocks(written: tuple[Path, Path]) -> None:
     from gqa_convert.calibrate.tokens import calibration_tokens
     from gqa_convert.hf.loading import load_tokenizer
 
@@ -31,7 +32,7 @@ def test_windows_of_calibration_text_are_whole_corrupted_blocks(written) -> None
     assert not ends[:, :-1].any()
 
 
-def test_every_block_counts_its_sentinels_from_zero(written) -> None:
+def test_every_block_counts_its_sentinels_from_zero(written: tuple[Path, Path]) -> None:
     blocks = [json.loads(line)["text"] for line in written[1].read_text().splitlines()]
     for block in blocks:
         places = [block.find(f"<extra_id_{number}>") for number in range(4)]

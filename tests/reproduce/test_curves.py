@@ -35,7 +35,7 @@ falling = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=8).map(
 
 
 @given(falling, st.floats(0.0, 1.0))
-def test_reading_a_falling_curve_forth_and_back_comes_home(curve, share) -> None:
+def test_reading_a_falling_curve_forth_and_back_comes_home(curve: list[tuple[float, float]], share: float) -> None:
     from curves import loss_at, tokens_to_reach
 
     target = curve[0][1] + (curve[-1][1] - curve[0][1]) * share
@@ -48,10 +48,10 @@ def test_the_interval_is_students() -> None:
     from curves import geometric_interval, interval
 
     values = [1.0, 2.0, 6.0]
-    found = interval(values)
+    inside = interval(values)
     half = 4.303 * statistics.stdev(values) / math.sqrt(3)
-    assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - half, 3 + half))
-    assert not found.excludes_zero
+    assert (inside.mean, inside.low, inside.high) == pytest.approx((3.0, 3 - half, 3 + half))
+    assert not inside.excludes_zero
     assert interval([5.0, 5.1]).excludes_zero
     alone = interval([4.0])
     assert (alone.mean, alone.low, alone.high) == (4.0, None, None)

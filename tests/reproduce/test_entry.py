@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.reproduce.made_results import SCRIPTS
 
 
-def run(out, *more):
+def run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, SCRIPTS / "run.py", "--out", out, "--shrink", "60", "--seeds", "0", "1", *more],
         capture_output=True,
@@ -20,7 +21,7 @@ def run(out, *more):
     )
 
 
-def test_nothing_finished_is_nothing_reported(tmp_path) -> None:
+def test_nothing_finished_is_nothing_reported(tmp_path: Path) -> None:
     from arms import ARMS
     from chain import Chain
     from pieces import Pieces
@@ -35,15 +36,17 @@ def test_nothing_finished_is_nothing_reported(tmp_path) -> None:
 
 @pytest.mark.parametrize("family", ["decoder", "t5"])
 @pytest.mark.parametrize("name", ["tiny", "small"])
-def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path) -> None:
+def test_the_settings_of_every_scale_are_a_configuration(name: str, family: str, tmp_path: Path) -> None:
     from scales import SCALES
     from training import settings
 
     from gqa_convert.uptrain.read_config import parse_config
 
     scale = SCALES[name][family]
-    made = settings(scale, family, model=tmp_path, output=tmp_path / "run", seed=0, start_step=scale.steps, steps=5)
-    config = parse_config(made)
+    configuration = settings(
+        scale, family, model=tmp_path, output=tmp_path / "run", seed=0, start_step=scale.steps, steps=5
+    )
+    config = parse_config(configuration)
     # Uptraining continues the pretraining's learning rate, and alpha is a share of its steps.
     assert config.schedule.start_step == scale.steps
     assert config.schedule.warmup_tokens == 0
@@ -52,7 +55,7 @@ def test_the_settings_of_every_scale_are_a_configuration(name, family, tmp_path)
 
 
 @pytest.mark.slow
-def test_stopped_gone_on_with_and_reported(tmp_path) -> None:
+def test_stopped_gone_on_with_and_reported(tmp_path: Path) -> None:
     stopped = run(tmp_path, "--minutes", "0.3")
     assert stopped.returncode == 75, stopped.stderr
     assert not (tmp_path / "results.json").exists()

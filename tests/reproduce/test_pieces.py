@@ -1,14 +1,17 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 
-def test_a_piece_is_made_once_and_found_again(tmp_path) -> None:
+def test_a_piece_is_made_once_and_found_again(tmp_path: Path) -> None:
     from pieces import Pieces
 
-    made = []
+    folders = []
 
-    def make(folder):
-        made.append(folder)
-        return {"n": len(made)}
+    def make(folder: Path) -> dict[str, int]:
+        folders.append(folder)
+        return {"n": len(folders)}
 
     told: list[str] = []
     pieces = Pieces(tmp_path, told.append)
@@ -17,15 +20,15 @@ def test_a_piece_is_made_once_and_found_again(tmp_path) -> None:
     other = pieces.get("arm", {"a": 2}, make)
     assert (first.result, other.result) == ({"n": 1}, {"n": 2})
     assert first.key != other.key
-    assert len(told) == len(made) == 2
+    assert len(told) == len(folders) == 2
 
 
-def test_the_processors_time_is_kept_and_summed_by_name(tmp_path) -> None:
+def test_the_processors_time_is_kept_and_summed_by_name(tmp_path: Path) -> None:
     import time
 
     from pieces import Pieces
 
-    def work(folder):
+    def work(folder: Path) -> dict[str, Any]:
         started = time.process_time()
         while time.process_time() - started < 0.05:
             pass
@@ -45,10 +48,10 @@ def test_the_processors_time_is_kept_and_summed_by_name(tmp_path) -> None:
     assert pieces.processor_seconds("t5-0-") == first
 
 
-def test_an_interrupted_piece_gets_its_folder_again(tmp_path) -> None:
+def test_an_interrupted_piece_gets_its_folder_again(tmp_path: Path) -> None:
     from pieces import Pieces
 
-    def interrupted(folder) -> None:
+    def interrupted(folder: Path) -> dict[str, Any]:
         (folder / "half").write_text("done")
         raise KeyboardInterrupt
 
@@ -58,7 +61,7 @@ def test_an_interrupted_piece_gets_its_folder_again(tmp_path) -> None:
     assert again.result == {"half": "done"}
 
 
-def test_other_versions_are_other_pieces(monkeypatch) -> None:
+def test_other_versions_are_other_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     import pieces
 
     before = pieces.settings_hash({"a": 1})
@@ -67,7 +70,7 @@ def test_other_versions_are_other_pieces(monkeypatch) -> None:
     assert pieces.settings_hash({"a": 1}) != before
 
 
-def test_a_report_begins_no_piece(tmp_path) -> None:
+def test_a_report_begins_no_piece(tmp_path: Path) -> None:
     from pieces import Pieces, Unfinished
 
     Pieces(tmp_path).get("arm", {"a": 1}, lambda _: {"n": 1})

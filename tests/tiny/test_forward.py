@@ -12,7 +12,7 @@ from gqa_convert.tiny.shrink import tiny_config
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "jamba", "t5gemma", "bamba", "kyutai_speech_to_text"])
-def test_cached_decode_equals_the_full_forward_pass(model_type) -> None:
+def test_cached_decode_equals_the_full_forward_pass(model_type: str) -> None:
     model = tiny_model(tiny_config(model_type, num_kv_heads=2))
     inputs = text_inputs(model)
     full = logits(model, inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -13,7 +15,7 @@ from gqa_convert.tiny.rotary import share, smallest_head_dim
 from gqa_convert.tiny.shrink import shrink, tiny_config
 
 
-def big_llama(**changes):
+def big_llama(**changes: Any) -> LlamaConfig:
     fields = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -47,7 +49,7 @@ def test_shrink_keeps_every_switch() -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (32, 8), (14, 2), (71, 1), (12, 12), (48, 8), (64, 1)])
-def test_shrink_keeps_the_kind_of_attention(heads, kv_heads) -> None:
+def test_shrink_keeps_the_kind_of_attention(heads: int, kv_heads: int) -> None:
     small = shrink(big_llama(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=heads * 64))
     assert (small.num_key_value_heads == small.num_attention_heads) == (heads == kv_heads)
     assert (small.num_key_value_heads == 1) == (kv_heads == 1)
@@ -87,7 +89,7 @@ def test_head_dim_grows_until_the_rotation_fits() -> None:
 
 
 @pytest.mark.parametrize(("total", "parts"), [(4, [16, 24, 24]), (4, [11, 11, 10]), (8, [16, 16, 16, 16])])
-def test_share_splits_without_rest(total, parts) -> None:
+def test_share_splits_without_rest(total: int, parts: list[int]) -> None:
     shares = share(total, parts)
     assert sum(shares) == total
     assert min(shares) >= 1

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from tiny_run import make_model
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
-def teacher_folder(tmp_path_factory):
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny") / "teacher", kv_heads=4, seed=1, sharpness=30.0)
 
 
@@ -31,7 +32,7 @@ def make_tiny(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def mark_again(folder) -> None:
+def mark_again(folder: Path) -> None:
     """Write a marker that fits what is in the folder now, as somebody who means harm would."""
     from gqa_convert.uptrain.checkpoints import MARKER, _digests, _files
 
@@ -44,7 +45,7 @@ def mark_again(folder) -> None:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory):
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     with open(path, "w") as file:
@@ -60,7 +61,7 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(tiny_folder, text_file, tmp_path):
+def settings(tiny_folder: Path, text_file: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "model": str(tiny_folder),
         "output": str(tmp_path / "run"),
@@ -78,8 +79,8 @@ def settings(tiny_folder, text_file, tmp_path):
 
 
 @pytest.fixture
-def write_config(tmp_path):
-    def write(settings, name="run.yaml"):
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    def write(settings: dict[str, Any], name: str = "run.yaml") -> Path:
         path = tmp_path / name
         path.write_text(yaml.safe_dump(settings))
         return path

@@ -11,12 +11,13 @@ from typing import Any
 
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
+from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.read_config import load_config
 
 
 class ShardedEngine(Engine):
-    def __init__(self, config) -> None:
+    def __init__(self, config: UptrainConfig) -> None:
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils import DistributedType
 
@@ -30,12 +31,12 @@ class ShardedEngine(Engine):
         self.name = "fsdp2"
 
 
-def main(stop, config, *overrides) -> None:
+def main(stop: str, config: str, *overrides: str) -> None:
     number = int(stop.removeprefix("stop="))
     patched: Any = loop
     real = patched.train_step
 
-    def train_step(parts, guards, at, *, stop, save):
+    def train_step(parts: Any, guards: Any, at: int, *, stop: bool, save: bool) -> Any:
         return real(parts, guards, at, stop=stop or at + 1 == number, save=save)
 
     patched.train_step = train_step

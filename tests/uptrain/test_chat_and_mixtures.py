@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.corpus import prepare_data
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
+from tests.support import Command
 from tests.uptrain.conftest import WORDS, make_tiny
 from tests.uptrain.test_run import check_resumed, run, stop_after
 
@@ -27,14 +29,14 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory):
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_tiny(tmp_path_factory.mktemp("chat") / "model")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
 
 @pytest.fixture(scope="module")
-def chat_file(tmp_path_factory):
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every answer repeats the question: something to learn, and the question nothing to learn from."""
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "chat.jsonl"
@@ -49,7 +51,7 @@ def chat_file(tmp_path_factory):
 
 
 @pytest.fixture
-def mixed(settings, text_file, tmp_path):
+def mixed(settings: dict[str, Any], text_file: Path, tmp_path: Path) -> dict[str, Any]:
     other = tmp_path / "other.jsonl"
     other.write_text(
         "".join(json.dumps({"text": f"cat {WORDS[i % 20]} {WORDS[i // 20]} fish"}) + "\n" for i in range(200))
@@ -65,7 +67,9 @@ def mixed(settings, text_file, tmp_path):
     return settings
 
 
-def test_a_run_on_conversations_learns_the_assistants_turns(settings, chat_folder, chat_file) -> None:
+def test_a_run_on_conversations_learns_the_assistants_turns(
+    settings: dict[str, Any], chat_folder: Path, chat_file: Path
+) -> None:
     settings["model"] = str(chat_folder)
     settings["data"] |= {"source": str(chat_file), "held_out_fraction": 0.2, "separate_documents": True}
     settings["budget"] = {"steps": 60}
@@ -77,13 +81,17 @@ def test_a_run_on_conversations_learns_the_assistants_turns(settings, chat_folde
     assert {"held_out_loss/whole", "held_out_loss"} <= set(next(r for r in records if r["kind"] == "evaluation"))
 
 
-def test_conversations_without_a_template_are_refused_before_training(settings, chat_file) -> None:
+def test_conversations_without_a_template_are_refused_before_training(
+    settings: dict[str, Any], chat_file: Path
+) -> None:
     settings["data"]["source"] = str(chat_file)
     with pytest.raises(UsageError, match="no chat template"):
         run(settings)
 
 
-def test_conversations_stay_whole_in_a_block_and_apart(settings, chat_folder, chat_file) -> None:
+def test_conversations_stay_whole_in_a_block_and_apart(
+    settings: dict[str, Any], chat_folder: Path, chat_file: Path
+) -> None:
     config = parse_config(settings | {"model": str(chat_folder), "data": settings["data"] | {
         "source": str(chat_file)}})  # fmt: skip
     source = Source.open(chat_folder)
@@ -99,7 +107,9 @@ def test_conversations_stay_whole_in_a_block_and_apart(settings, chat_folder, ch
             assert batch.valid > 0
 
 
-def test_show_data_and_dry_run_tell_what_is_learnt(settings, chat_folder, chat_file, write_config, command) -> None:
+def test_show_data_and_dry_run_tell_what_is_learnt(
+    settings: dict[str, Any], chat_folder: Path, chat_file: Path, write_config: Callable[..., Path], command: Command
+) -> None:
     settings["model"] = str(chat_folder)
     settings["data"]["source"] = str(chat_file)
     path = write_config(settings)
@@ -112,7 +122,9 @@ def test_show_data_and_dry_run_tell_what_is_learnt(settings, chat_folder, chat_f
     assert "[" in command("gqa", "uptrain", "show-data", path).out
 
 
-def test_eval_scores_the_assistants_turns(chat_folder, chat_file, tiny_folder, command) -> None:
+def test_eval_scores_the_assistants_turns(
+    chat_folder: Path, chat_file: Path, tiny_folder: Path, command: Command
+) -> None:
     of_turns, of_all = (
         json.loads(command("gqa", "eval", chat_folder, "--data", chat_file, "--loss-on", which, "--json",
                            "--max-windows", 50).out) for which in ("assistant", "all")
@@ -127,18 +139,20 @@ def test_eval_scores_the_assistants_turns(chat_folder, chat_file, tiny_folder, c
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streaming"])
-def test_a_mixture_stopped_and_resumed_is_bitwise_the_same(mixed, tmp_path, monkeypatch, streaming) -> None:
+def test_a_mixture_stopped_and_resumed_is_bitwise_the_same(
+    mixed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
     mixed["data"]["streaming"] = streaming
     run(mixed)
     check_resumed(mixed, tmp_path / "resumed", monkeypatch)
 
 
-def test_every_set_has_its_curve_and_the_originals_line(mixed, teacher_folder) -> None:
+def test_every_set_has_its_curve_and_the_originals_line(mixed: dict[str, Any], teacher_folder: Path) -> None:
     mixed["evaluation"]["reference"] = str(teacher_folder)
     run(mixed)
-    found = [r for r in read_metrics(Path(mixed["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
-    assert len(found) > 2
-    for record in found:
+    evaluations = [r for r in read_metrics(Path(mixed["output"]) / "metrics.jsonl") if r["kind"] == "evaluation"]
+    assert len(evaluations) > 2
+    for record in evaluations:
         named = {key for key in record if key.startswith("held_out_loss/")}
         assert named == {"held_out_loss/text", "held_out_loss/cats", "held_out_loss/again"}
         assert {key.replace("held_out_loss", "reference_loss") for key in named} <= set(record)
@@ -148,7 +162,7 @@ def test_every_set_has_its_curve_and_the_originals_line(mixed, teacher_folder) -
     assert [entry["name"] for entry in told["config"]["data"]["sources"]] == ["text", "cats"]
 
 
-def test_a_source_that_changed_is_named(mixed, monkeypatch) -> None:
+def test_a_source_that_changed_is_named(mixed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stop_after(monkeypatch, 5)
     with pytest.raises(Preempted):
         run(mixed)
@@ -164,14 +178,14 @@ def test_any_number_of_processes_reads_the_same_blocks_in_proportion() -> None:
     mixture = Mixture([0.6, 0.3, 0.1])
 
     class Located:
-        def get(self, index):
+        def get(self, index: int) -> Block:
             source, inside = mixture.locate(index)
             return Block(np.array([source, inside]), np.zeros(2, np.int64))
 
-    def collate(blocks):
+    def collate(blocks: Any) -> MicroBatch:
         return MicroBatch({}, torch.from_numpy(np.stack([block.ids for _, block, _ in blocks])))
 
-    def read(processes, first, steps):
+    def read(processes: int, first: int, steps: int) -> list[list[tuple[int, ...]]]:
         seen = []
         for rank in range(processes):
             batches: Any = StepBatches(
@@ -199,7 +213,9 @@ def test_any_number_of_processes_reads_the_same_blocks_in_proportion() -> None:
         ({"sources": [{"source": {"kind": "text", "paths": ["a"]}, "weight": 0}]}, "weight"),
     ],
 )
-def test_sources_that_contradict_each_other_are_refused(mixed, text_file, change, problem) -> None:
+def test_sources_that_contradict_each_other_are_refused(
+    mixed: dict[str, Any], text_file: Path, change: dict[str, Any], problem: str
+) -> None:
     if "source" in change:
         change = {"source": str(text_file)}
     mixed["data"] |= change

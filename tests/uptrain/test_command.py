@@ -17,7 +17,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_configuration_prints_its_whole_plan_and_trains_nothing(
-    path, tiny_folder, teacher_folder, tmp_path
+    path: Path, tiny_folder: Path, teacher_folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     changes = [f"model={tiny_folder}", f"output={output}"]
@@ -30,14 +30,14 @@ def test_every_shipped_configuration_prints_its_whole_plan_and_trains_nothing(
     text = " ".join(shown.output.split())
     for row in ("horizon", "batch", "documents", "held out", "objective", "learning rate", "checkpoints", "trackers"):
         assert row in text
-    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert found["budget"]["steps"] > 0
-    assert found["config"]["train"]["micro_batch"] > 0
+    printed = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert printed["budget"]["steps"] > 0
+    assert printed["config"]["train"]["micro_batch"] > 0
     assert not output.exists()
 
 
 @pytest.mark.slow
-def test_the_embedded_configuration_runs_as_its_comment_says(tmp_path) -> None:
+def test_the_embedded_configuration_runs_as_its_comment_says(tmp_path: Path) -> None:
     comments = [line[4:] for line in (ROOT / "configs" / "embedded.yaml").read_text().splitlines()]
     (convert,) = [line for line in comments if line.startswith("gqa convert")]
     (train,) = [line for line in comments if line.startswith("gqa uptrain")]

@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from gqa_convert.uptrain.schedule import Schedule
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def test_every_problem_is_reported_at_once_with_what_was_meant(settings) -> None:
+def test_every_problem_is_reported_at_once_with_what_was_meant(settings: dict[str, Any]) -> None:
     settings["trian"] = {}
     settings["train"]["microbatch"] = 2
     settings["train"]["precision"] = "fp7"
@@ -31,7 +33,7 @@ def test_every_problem_is_reported_at_once_with_what_was_meant(settings) -> None
         assert expected in text
 
 
-def test_a_source_can_be_named_by_one_word(settings, tmp_path) -> None:
+def test_a_source_can_be_named_by_one_word(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     for word, expected in {
         str(tmp_path / "a.jsonl"): ("jsonl", (str(tmp_path / "a.jsonl"),), None, "train"),
@@ -47,14 +49,14 @@ def test_a_source_can_be_named_by_one_word(settings, tmp_path) -> None:
         parse_config(settings)
 
 
-def test_settings_that_do_not_fit_together_are_reported_together(settings) -> None:
+def test_settings_that_do_not_fit_together_are_reported_together(settings: dict[str, Any]) -> None:
     settings["train"]["micro_batch"] = 3
     settings["data"]["held_out_fraction"] = 0
     with pytest.raises(UsageError, match=r"(?s)no multiple.*nothing is held out"):
         parse_config(settings)
 
 
-def test_overrides_are_yaml_by_dotted_name(settings, write_config) -> None:
+def test_overrides_are_yaml_by_dotted_name(settings: dict[str, Any], write_config: Callable[..., Path]) -> None:
     loaded = load_config(
         write_config(settings),
         ["budget.steps=null", "budget.tokens=2k", "optimizer.betas=[0.8, 0.9]", "log.trackers=auto"],
@@ -67,34 +69,34 @@ def test_overrides_are_yaml_by_dotted_name(settings, write_config) -> None:
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "a: [", ""])
-def test_what_is_no_configuration_is_refused(tmp_path, text) -> None:
+def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"x\.yaml"):
         load_config(tmp_path / "x.yaml")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_shipped_configuration_is_valid(path) -> None:
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
     loaded = load_config(path)
     assert loaded.budget.steps or loaded.budget.tokens or loaded.budget.pretraining or loaded.budget.pretraining_tokens
 
 
-def test_the_plan_resolves_and_prints(settings) -> None:
+def test_the_plan_resolves_and_prints(settings: dict[str, Any]) -> None:
     settings["budget"] = {"alpha": 0.1, "pretraining_tokens": 12_800}
-    made = resolve(parse_config(settings))
-    assert (made.horizon.steps, made.horizon.tokens) == (10, 1280)
-    rows = dict(plan_rows(made))
+    resolved = resolve(parse_config(settings))
+    assert (resolved.horizon.steps, resolved.horizon.tokens) == (10, 1280)
+    rows = dict(plan_rows(resolved))
     assert "10 steps of 128 tokens (from alpha, alpha 0.1)" in rows["horizon"]
-    assert made.to_json()["budget"]["tokens"] == 1280
+    assert resolved.to_json()["budget"]["tokens"] == 1280
 
 
-def test_an_output_inside_the_model_is_refused(settings) -> None:
+def test_an_output_inside_the_model_is_refused(settings: dict[str, Any]) -> None:
     settings["output"] = settings["model"] + "/run"
     with pytest.raises(UsageError, match="apart"):
         resolve(parse_config(settings))
 
 
-def schedule(**settings):
+def schedule(**settings: Any) -> Schedule:
     return Schedule(ScheduleSection(**settings), total_tokens=1000, batch_tokens=10)
 
 

@@ -5,7 +5,9 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,15 +27,15 @@ INSTALLED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="DeepSpeed is not installed")
 
 
-def launch(path, *overrides) -> None:
-    many = ["bash", ROOT / "scripts" / "launch" / "many_gpus.sh", path, *overrides]
+def launch(path: Path, *overrides: str) -> None:
+    many: list[Any] = ["bash", ROOT / "scripts" / "launch" / "many_gpus.sh", path, *overrides]
     done = subprocess.run(
         many, env={**ENVIRONMENT, "ENGINE": "deepspeed", "PROCESSES": "2"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def launch_and_stop(path) -> None:
+def launch_and_stop(path: Path) -> None:
     worker = Path(__file__).with_name("deepspeed_worker.py")
     script = '. "$1"; shift; exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 "$@"'
     done = subprocess.run(
@@ -44,11 +46,11 @@ def launch_and_stop(path) -> None:
     assert "stopped by" in done.stdout
 
 
-def losses(output, name="loss"):
+def losses(output: Path | str, name: str = "loss") -> list[float]:
     return [record[name] for record in read_metrics(Path(output) / "metrics.jsonl") if name in record]
 
 
-def test_what_cannot_work_is_refused_in_one_line(settings, monkeypatch) -> None:
+def test_what_cannot_work_is_refused_in_one_line(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", type(sys)("deepspeed"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
@@ -62,7 +64,7 @@ def test_what_cannot_work_is_refused_in_one_line(settings, monkeypatch) -> None:
         assert word in str(caught.value)
 
 
-def test_without_the_package_it_says_how_to_get_it(settings, monkeypatch) -> None:
+def test_without_the_package_it_says_how_to_get_it(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert zero.zero_plugin(parse_config(settings)) is None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -71,13 +73,13 @@ def test_without_the_package_it_says_how_to_get_it(settings, monkeypatch) -> Non
 
 
 class Evil:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, (os.environ["EVIL"],))
 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch) -> None:
+def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
     with zero._tensors_only(), pytest.raises(pickle.UnpicklingError):
@@ -88,7 +90,9 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write_config, tmp_path, monkeypatch) -> None:
+def test_losses_resuming_and_the_result_are_those_of_one_process(
+    settings: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = Guards.accepts
     with monkeypatch.context() as patch:
         patch.setattr(Guards, "accepts", lambda self, *, step, **seen: real(self, step=step, **seen) and step != 6)
@@ -105,15 +109,15 @@ def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write
         ours, theirs = losses(output, name), losses(tmp_path / "single", name)
         assert len(ours) == (2 if name == "held_out_loss" else 20)
         assert ours == pytest.approx(theirs, abs=tolerance)
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (output / "final", single.folder))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[key], theirs[key], atol=2e-4) for key in theirs)
+    final, alone = (load_file(folder / "model.safetensors") for folder in (output / "final", single.folder))
+    assert final.keys() == alone.keys()
+    assert all(torch.allclose(final[key], alone[key], atol=2e-4) for key in alone)
     _, info = load_with_info(output / "final")
     assert not info["missing_keys"]
     exported, step = export_checkpoint(output, tmp_path / "plain")
     assert step == 20
     plain = load_file(exported / "model.safetensors")
-    assert all(torch.equal(plain[key], ours[key]) for key in ours)
+    assert all(torch.equal(plain[key], final[key]) for key in final)
     # One process has no DeepSpeed: it must not take the checkpoint for its own.
     settings["train"] |= {"device": "cpu"}
     with pytest.raises(CheckpointError, match="DeepSpeed's weights; resume with the engine"):
@@ -123,7 +127,7 @@ def test_losses_resuming_and_the_result_are_those_of_one_process(settings, write
 @pytest.mark.slow
 @needs_deepspeed
 def test_bf16_attention_only_with_a_teacher_and_recomputed_activations(
-    settings, teacher_folder, write_config, tmp_path
+    settings: dict[str, Any], teacher_folder: Path, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder), "cross_entropy_weight": 0.5}}
     settings["train"] |= {"precision": "bf16", "parameters": "attention", "gradient_checkpointing": True}
@@ -132,10 +136,10 @@ def test_bf16_attention_only_with_a_teacher_and_recomputed_activations(
     path = write_config(settings)
     launch_and_stop(path)
     launch(path)
-    found, expected = losses(settings["output"]), losses(tmp_path / "single")
+    actual, expected = losses(settings["output"]), losses(tmp_path / "single")
     # The sixth step was skipped here and not there, and bf16 rounds every exchange of gradients.
-    assert found[:6] == pytest.approx(expected[:6], rel=1e-3)
-    assert found[-1] == pytest.approx(expected[-1], rel=0.01)
+    assert actual[:6] == pytest.approx(expected[:6], rel=1e-3)
+    assert actual[-1] == pytest.approx(expected[-1], rel=0.01)
     ours, theirs = (
         load_file(folder / "model.safetensors") for folder in (Path(settings["output"]) / "final", single.folder)
     )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,20 +22,20 @@ from tests.support import load_with_info
 from tests.uptrain.conftest import make_tiny, mark_again
 
 
-def run(settings, **train):
+def run(settings: dict[str, Any], **train: Any) -> Path:
     settings["budget"] = {"steps": 4}
     settings["checkpoints"] = {"every_steps": 2}
     settings["train"] |= train
     return loop.uptrain(parse_config(settings), quiet=True).folder
 
 
-def same(one, two):
+def same(one: Path, two: Path) -> bool:
     a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("parameters", ["all", "attention", "lora"])
-def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters) -> None:
+def test_the_last_checkpoint_is_the_result(settings: dict[str, Any], tmp_path: Path, parameters: str) -> None:
     if parameters == "lora":
         pytest.importorskip("peft")
     final = run(settings, parameters=parameters)
@@ -52,7 +53,7 @@ def test_the_last_checkpoint_is_the_result(settings, tmp_path, parameters) -> No
     assert str(tmp_path) not in json.dumps(story)
 
 
-def test_by_command_of_a_step_in_the_middle(settings, tmp_path) -> None:
+def test_by_command_of_a_step_in_the_middle(settings: dict[str, Any], tmp_path: Path) -> None:
     final = run(settings)
     runner = CliRunner()
     arguments = ["uptrain", "export", settings["output"], "--step", "2", "--out", str(tmp_path / "plain")]
@@ -72,7 +73,7 @@ def test_by_command_of_a_step_in_the_middle(settings, tmp_path) -> None:
     assert same(final, again)
 
 
-def test_from_shards(settings, tmp_path) -> None:
+def test_from_shards(settings: dict[str, Any], tmp_path: Path) -> None:
     final = run(settings)
     newest = Path(settings["output"]) / "checkpoints" / "step-00000004"
     whole = nn.Module()
@@ -89,7 +90,7 @@ def test_from_shards(settings, tmp_path) -> None:
     assert torch.equal(written["model.norm.weight"], before["model.norm.weight"] + 1)
 
 
-def test_what_cannot_be_exported_is_said(settings, tmp_path) -> None:
+def test_what_cannot_be_exported_is_said(settings: dict[str, Any], tmp_path: Path) -> None:
     run(settings)
     output = Path(settings["output"])
     with pytest.raises(UsageError, match="holds no checkpoints"):

@@ -1,6 +1,9 @@
 """Families without a KV-head setting, from conversion to the final folder, under the keys that the hub has."""
 
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +24,10 @@ from tests.support import load_with_info
 
 
 @pytest.fixture
-def converted(tiny_folder, tmp_path):
-    def make(model_type, groups=2, rename=None, **changes):
+def converted(tiny_folder: Path, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    def make(
+        model_type: str, groups: int = 2, rename: Callable[..., Any] | None = None, **changes: Any
+    ) -> tuple[Path, Path]:
         source = tmp_path / model_type
         model = tiny_model(tiny_config(model_type, changes=changes))
         model.config.decoder_start_token_id = 0
@@ -37,7 +42,7 @@ def converted(tiny_folder, tmp_path):
     return make
 
 
-def trained(settings, folder, **changes):
+def trained(settings: dict[str, Any], folder: Path, **changes: Any) -> Path:
     values = {**settings, "model": str(folder), "budget": {"steps": 12}}
     values["train"] = values["train"] | changes
     result = loop.uptrain(parse_config(values), quiet=True)
@@ -45,14 +50,16 @@ def trained(settings, folder, **changes):
     return result.folder
 
 
-def as_on_the_hub(state):
+def as_on_the_hub(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without the prefix of today's names, and with masks that no code reads any more."""
     state = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
     biases = [key for key in state if key.endswith("attn.c_attn.weight")]
     return state | {key.replace("c_attn.weight", "bias"): torch.ones(1, 1, 8, 8) for key in biases}
 
 
-def test_a_gpt2_keeps_its_code_and_the_keys_of_the_hub(settings, converted, tmp_path) -> None:
+def test_a_gpt2_keeps_its_code_and_the_keys_of_the_hub(
+    settings: dict[str, Any], converted: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
     source, folder = converted("gpt2", rename=as_on_the_hub)
     final = trained(settings, folder)
     before, after = (load_file(each / "model.safetensors").keys() for each in (folder, final))
@@ -68,7 +75,9 @@ def test_a_gpt2_keeps_its_code_and_the_keys_of_the_hub(settings, converted, tmp_
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_a_pythia_is_a_stock_model_to_the_end(settings, converted, parallel) -> None:
+def test_a_pythia_is_a_stock_model_to_the_end(
+    settings: dict[str, Any], converted: Callable[..., tuple[Path, Path]], parallel: bool
+) -> None:
     _, folder = converted("gpt_neox", use_parallel_residual=parallel)
     model, info = load_with_info(trained(settings, folder))
     assert type(model).__name__ == ("PhiForCausalLM" if parallel else "NemotronForCausalLM")
@@ -82,7 +91,9 @@ def test_a_bias_on_logits_is_no_obstacle() -> None:
 
 
 @pytest.mark.parametrize("parameters", ["attention", "lora"])
-def test_parts_of_a_gpt2_can_be_trained(settings, converted, parameters) -> None:
+def test_parts_of_a_gpt2_can_be_trained(
+    settings: dict[str, Any], converted: Callable[..., tuple[Path, Path]], parameters: str
+) -> None:
     if parameters == "lora":
         pytest.importorskip("peft")
     _, folder = converted("gpt2")
@@ -93,7 +104,9 @@ def test_parts_of_a_gpt2_can_be_trained(settings, converted, parameters) -> None
     assert not any(".mlp." in key for key in before if not torch.equal(before[key], after[key]))
 
 
-def test_adapters_do_not_fit_projections_that_repeat_heads(settings, converted) -> None:
+def test_adapters_do_not_fit_projections_that_repeat_heads(
+    settings: dict[str, Any], converted: Callable[..., tuple[Path, Path]]
+) -> None:
     pytest.importorskip("peft")
     _, folder = converted("opt")
     settings["data"]["separate_documents"] = False
@@ -101,7 +114,9 @@ def test_adapters_do_not_fit_projections_that_repeat_heads(settings, converted) 
         trained(settings, folder, parameters="lora")
 
 
-def test_a_model_that_listens_is_not_trained_on_text(settings, converted) -> None:
+def test_a_model_that_listens_is_not_trained_on_text(
+    settings: dict[str, Any], converted: Callable[..., tuple[Path, Path]]
+) -> None:
     _, folder = converted("whisper")
     settings["objective"] = {"kind": "span_corruption"}
     with pytest.raises(UsageError, match="reads input_features"):

@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +14,26 @@ from gqa_convert.uptrain.export import both_spellings, write_final
 from gqa_convert.uptrain.source_keys import restore_keys
 from tests.support import load_with_info
 
-SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 20,
+}
 
 
-def saved(folder, *, dtype=torch.float32, **more):
+def saved(folder: Path, *, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL, **more)).to(dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SMALL, **more))
+    model = model.to(dtype)
     model.save_pretrained(folder)
     return model
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype) -> None:
+def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
     source, target = tmp_path / "source", tmp_path / "final"
     saved(source, dtype=dtype, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -38,9 +47,12 @@ def test_the_result_has_the_keys_and_dtypes_of_the_source(tmp_path, tied, dtype)
     again = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     assert torch.allclose(again.lm_head.weight, model.lm_head.weight, atol=0 if dtype == torch.float32 else 5e-3)
     assert json.loads((target / "gqa_convert.json").read_text())["uptraining"] == {"steps": 1}
+    card = (target / "README.md").read_text()
+    assert "# source\n\nsource, trained further. No attention heads were merged." in card
+    assert "None" not in card
 
 
-def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path) -> None:
+def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path: Path) -> None:
     source, stage = tmp_path / "source", tmp_path / "stage"
     model = saved(source)
     state = load_file(source / "model.safetensors")
@@ -60,7 +72,7 @@ def test_shards_get_the_sources_keys_and_what_no_code_reads(tmp_path) -> None:
     assert files == {file: file.read_bytes() for file in stage.iterdir()}  # nothing more to do
 
 
-def test_a_result_of_other_shapes_is_not_written(tmp_path) -> None:
+def test_a_result_of_other_shapes_is_not_written(tmp_path: Path) -> None:
     saved(tmp_path / "source")
     other = LlamaForCausalLM(LlamaConfig(**{**SMALL, "intermediate_size": 24}))
     with pytest.raises(VerificationError, match="shape"):
@@ -80,19 +92,19 @@ def test_a_result_of_other_shapes_is_not_written(tmp_path) -> None:
     ],
     ids=["old", "new", "new-scaled", "old-scaled"],
 )
-def test_both_spellings_mean_the_same(tmp_path, given) -> None:
+def test_both_spellings_mean_the_same(tmp_path: Path, given: dict[str, Any]) -> None:
     saved(tmp_path)
     path = tmp_path / "config.json"
     plain = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("rope_parameters", "dtype")}
     path.write_text(json.dumps({**plain, **given}, indent=2))
     before = AutoConfig.from_pretrained(tmp_path)
     text = both_spellings(tmp_path, path.read_text())
-    found = json.loads(text)
-    assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == 5e4
-    assert found["dtype"] == found["torch_dtype"] == "float32"
-    assert list(found)[:3] == list(plain)[:3]
+    both = json.loads(text)
+    assert both["rope_theta"] == both["rope_parameters"]["rope_theta"] == 5e4
+    assert both["dtype"] == both["torch_dtype"] == "float32"
+    assert list(both)[:3] == list(plain)[:3]
     if "scaled" in str(given) or "linear" in str(given):
-        assert found["rope_scaling"]["factor"] == found["rope_parameters"]["factor"] == 2.0
+        assert both["rope_scaling"]["factor"] == both["rope_parameters"]["factor"] == 2.0
     path.write_text(text)
     after = AutoConfig.from_pretrained(tmp_path)
     assert after.rope_parameters == before.rope_parameters
@@ -101,15 +113,15 @@ def test_both_spellings_mean_the_same(tmp_path, given) -> None:
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear"])
-def test_both_spellings_name_the_rotary_share(tmp_path, rope_type) -> None:
+def test_both_spellings_name_the_rotary_share(tmp_path: Path, rope_type: str) -> None:
     PhiConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     rope = {"rope_theta": 5e4, "partial_rotary_factor": 0.25, "rope_type": rope_type}
     config["rope_parameters"] = rope | ({"factor": 2.0} if rope_type == "linear" else {})
     path.write_text(json.dumps(config))
-    found = json.loads(both_spellings(tmp_path, path.read_text()))
-    assert (found["partial_rotary_factor"], found["rope_theta"]) == (0.25, 5e4)
-    assert found.get("rope_scaling") == ({"rope_type": "linear", "factor": 2.0} if rope_type == "linear" else None)
-    path.write_text(json.dumps(found))
+    both = json.loads(both_spellings(tmp_path, path.read_text()))
+    assert (both["partial_rotary_factor"], both["rope_theta"]) == (0.25, 5e4)
+    assert both.get("rope_scaling") == ({"rope_type": "linear", "factor": 2.0} if rope_type == "linear" else None)
+    path.write_text(json.dumps(both))
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config["rope_parameters"]

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +26,12 @@ MANY = Path(__file__).parents[2] / "scripts" / "launch" / "many_gpus.sh"
 
 
 @pytest.fixture
-def on_gpu(settings):
+def on_gpu(settings: dict[str, Any]) -> dict[str, Any]:
     settings["train"] |= {"device": "auto", "batch_sequences": 8, "micro_batch": 1}
     return settings
 
 
-def losses(output):
+def losses(output: Path | str) -> list[float]:
     return [r["loss"] for r in read_metrics(Path(output) / "metrics.jsonl") if r["kind"] == "train"]
 
 
@@ -44,7 +46,7 @@ def losses(output):
     ],
     ids=["float32", "bf16", "pure-bf16", "compile", "checkpointing"],
 )
-def test_one_device_learns(on_gpu, teacher_folder, train) -> None:
+def test_one_device_learns(on_gpu: dict[str, Any], teacher_folder: Path, train: dict[str, Any]) -> None:
     on_gpu["train"] |= train
     on_gpu["objective"] = {"distillation": {"teacher": str(teacher_folder), "cross_entropy_weight": 1.0}}
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -55,7 +57,7 @@ def test_one_device_learns(on_gpu, teacher_folder, train) -> None:
     assert not any(info.values())
 
 
-def test_float32_losses_are_those_of_the_cpu(on_gpu, tmp_path) -> None:
+def test_float32_losses_are_those_of_the_cpu(on_gpu: dict[str, Any], tmp_path: Path) -> None:
     loop.uptrain(parse_config(on_gpu), quiet=True)
     there = {**on_gpu, "output": str(tmp_path / "cpu"), "train": {**on_gpu["train"], "device": "cpu"}}
     loop.uptrain(parse_config(there), quiet=True)
@@ -63,7 +65,7 @@ def test_float32_losses_are_those_of_the_cpu(on_gpu, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
-def test_documents_are_kept_apart_on_every_backend(attention) -> None:
+def test_documents_are_kept_apart_on_every_backend(attention: str) -> None:
     if attention == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("flash-attn is not installed")
     # Flash and flex kernels want heads of 16 at least.
@@ -71,7 +73,7 @@ def test_documents_are_kept_apart_on_every_backend(attention) -> None:
     assert check_isolation(build("Llama", attention, **shape).cuda()) < 5e-2
 
 
-def launch(path, engine, *overrides):
+def launch(path: Path, engine: str, *overrides: str) -> subprocess.Popen[str]:
     count = torch.cuda.device_count()
     return subprocess.Popen(
         ["bash", MANY, str(path), *overrides],
@@ -83,7 +85,12 @@ def launch(path, engine, *overrides):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed"])
 def test_every_engine_stops_resumes_and_matches_one_device(
-    on_gpu, teacher_folder, write_config, tmp_path, engine, precision
+    on_gpu: dict[str, Any],
+    teacher_folder: Path,
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    engine: str,
+    precision: str,
 ) -> None:
     if engine == "deepspeed":
         pytest.importorskip("deepspeed")
@@ -107,10 +114,10 @@ def test_every_engine_stops_resumes_and_matches_one_device(
     said = second.communicate(timeout=300)[0]
     assert second.returncode == 0, said
     assert f"engine {engine}" in said
-    found, expected = losses(output), losses(tmp_path / "one")
-    assert len(found) == 60
+    actual, expected = losses(output), losses(tmp_path / "one")
+    assert len(actual) == 60
     tolerance = 5e-3 if precision == "float32" else 5e-2
-    assert found == pytest.approx(expected, abs=tolerance)
+    assert actual == pytest.approx(expected, abs=tolerance)
     ours, theirs = (load_file(Path(f) / "model.safetensors") for f in (output / "final", one.folder))
     assert ours.keys() == theirs.keys()
     _, info = load_with_info(output / "final")

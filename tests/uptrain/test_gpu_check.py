@@ -11,7 +11,7 @@ import pytest
 CHECK = Path(__file__).parents[2] / "scripts" / "gpu" / "check.sh"
 
 
-def check(*arguments):
+def check(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         ["bash", CHECK, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
@@ -19,7 +19,7 @@ def check(*arguments):
 
 
 @pytest.mark.slow
-def test_it_runs_on_the_cpu_goes_on_and_says_what_failed(tmp_path) -> None:
+def test_it_runs_on_the_cpu_goes_on_and_says_what_failed(tmp_path: Path) -> None:
     out = tmp_path / "check"
     pieces = ["convert-fast", "train", "train-distilled", "decode"]
     first = check("--cpu", "--out", out, "--only", *pieces[:2])
@@ -42,7 +42,7 @@ def test_it_runs_on_the_cpu_goes_on_and_says_what_failed(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_pieces_are_named_and_unknown_ones_refused(tmp_path) -> None:
+def test_pieces_are_named_and_unknown_ones_refused(tmp_path: Path) -> None:
     assert "fsdp2:" in check("--list", "--out", tmp_path).stdout
     refused = check("--cpu", "--out", tmp_path, "--only", "nothing")
     assert refused.returncode == 2

@@ -2,6 +2,8 @@
 
 import json
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,32 +23,32 @@ from gqa_convert.uptrain.read_config import parse_config
 from gqa_convert.uptrain.step import train_step as real_step
 from tests.uptrain.conftest import make_tiny
 
-OPTIONS = {"context": 32, "tokens": 40_000, "rate": 0.01}
+OPTIONS: dict[str, Any] = {"context": 32, "tokens": 40_000, "rate": 0.01}
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose heads matter: its text is predictable and its logits are sharp."""
     return make_tiny(tmp_path_factory.mktemp("heal") / "original", kv_heads=4, seed=3, sharpness=30.0)
 
 
 @pytest.fixture(scope="module")
-def converted(original, tmp_path_factory):
+def converted(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("heal") / "converted"
     convert(original, groups=1, out=out)
     return out
 
 
-def weights(folder):
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def same_bits(a, b):
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_healed_model_predicts_as_its_original_did_and_only_its_attention_has_changed(
-    original, converted, text_file, tmp_path
+    original: Path, converted: Path, text_file: Path, tmp_path: Path
 ) -> None:
     told: list[str] = []
     result = heal(
@@ -65,7 +67,7 @@ def test_a_healed_model_predicts_as_its_original_did_and_only_its_attention_has_
     assert not list(tmp_path.glob(".healed*")), "nothing is left beside the result"
 
 
-def distance(original, folder):
+def distance(original: Path, folder: Path) -> float:
     """KL from the original on sequences of words."""
     from transformers import AutoModelForCausalLM
 
@@ -76,17 +78,17 @@ def distance(original, folder):
 
 
 def test_interrupted_and_started_again_it_gives_the_same_bits(
-    original, converted, text_file, tmp_path, monkeypatch
+    original: Path, converted: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = HealOptions(text=str(text_file), **{**OPTIONS, "tokens": 20_000})
     straight = heal(converted, original, out=tmp_path / "straight", options=options, quiet=True)
     real = real_step
 
-    def train_step(parts, guards, at, **rest):
-        found = real(parts, guards, at, **rest)
+    def train_step(parts: Any, guards: Any, at: int, **rest: Any) -> Any:
+        result = real(parts, guards, at, **rest)
         if at == 6:
             signal.raise_signal(signal.SIGTERM)
-        return found
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", train_step)
@@ -101,7 +103,7 @@ def test_interrupted_and_started_again_it_gives_the_same_bits(
 
 
 def test_it_stops_when_the_target_is_met_and_a_second_run_does_not_go_on(
-    original, converted, text_file, tmp_path
+    original: Path, converted: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = HealOptions(text=str(text_file), until=5.0, **OPTIONS)
     result = heal(converted, original, out=tmp_path / "out", options=options, work=tmp_path / "work", quiet=True)
@@ -113,14 +115,16 @@ def test_it_stops_when_the_target_is_met_and_a_second_run_does_not_go_on(
     assert again.tokens == result.tokens
 
 
-def test_a_work_folder_that_cannot_be_made_is_one_line(original, converted, text_file, tmp_path) -> None:
+def test_a_work_folder_that_cannot_be_made_is_one_line(
+    original: Path, converted: Path, text_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written to"):
         heal(converted, original, out=tmp_path / "o", options=HealOptions(text=str(text_file)),
              work=tmp_path / "file" / "work", quiet=True)  # fmt: skip
 
 
-def test_a_target_needs_something_to_be_near_to(settings) -> None:
+def test_a_target_needs_something_to_be_near_to(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="nothing to compare with"):
         parse_config({**settings, "evaluation": {"target": 0.1}})
 
@@ -128,12 +132,12 @@ def test_a_target_needs_something_to_be_near_to(settings) -> None:
 @pytest.mark.parametrize(
     "given", [{"tokens": 0}, {"until": 0.0}, {"rate": 1.5}, {"context": 1}], ids=lambda g: next(iter(g))
 )
-def test_values_that_mean_nothing_are_refused(given) -> None:
+def test_values_that_mean_nothing_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(given))):
         HealOptions(**given)
 
 
-def test_another_models_vocabulary_is_refused(original, tmp_path) -> None:
+def test_another_models_vocabulary_is_refused(original: Path, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     other = LlamaForCausalLM(
@@ -152,7 +156,7 @@ def test_another_models_vocabulary_is_refused(original, tmp_path) -> None:
     assert not (tmp_path / "o").exists()
 
 
-def test_without_text_the_original_writes_it(original, converted, tmp_path) -> None:
+def test_without_text_the_original_writes_it(original: Path, converted: Path, tmp_path: Path) -> None:
     options = HealOptions(**{**OPTIONS, "tokens": 4096})
     result = heal(converted, original, out=tmp_path / "out", options=options, work=tmp_path / "work", quiet=True)
     lines = (tmp_path / "work" / "original-wrote.jsonl").read_text().splitlines()
@@ -178,14 +182,22 @@ def test_norms_of_queries_and_keys_are_trained_and_no_other_norm() -> None:
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 
 
-def parse_config_section():
+def parse_config_section() -> Any:
     from gqa_convert.uptrain.config import TrainSection
 
     return TrainSection(batch_sequences=1, parameters="attention")
 
 
 @pytest.mark.parametrize(("world", "sequences", "micro"), [(1, 2, 2), (2, 2, 1), (3, 3, 1), (8, 8, 1)])
-def test_every_process_has_a_sequence(world, sequences, micro, converted, original, tmp_path, monkeypatch) -> None:
+def test_every_process_has_a_sequence(
+    world: int,
+    sequences: int,
+    micro: int,
+    converted: Path,
+    original: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(world))
     train = healing.heal_settings(HealOptions(tokens=1000), converted, original, tmp_path)["train"]
     assert (train["batch_sequences"], train["micro_batch"]) == (sequences, micro)
@@ -197,7 +209,9 @@ def test_wide_models_move_less() -> None:
     assert heal_rate(64) == heal_rate(32) == 4e-3
 
 
-def test_the_preset_converts_by_best_and_heals_and_goes_on_after_the_conversion(original, text_file, tmp_path) -> None:
+def test_the_preset_converts_by_best_and_heals_and_goes_on_after_the_conversion(
+    original: Path, text_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     command = ["convert", str(original), "--groups", "1", "--preset", "heal", "--calibrate", str(text_file), "--out",
                str(out), "--heal-tokens", "4k", "--calibration-sequences", "8", "--calibration-length", "32",
@@ -218,13 +232,13 @@ def test_the_preset_converts_by_best_and_heals_and_goes_on_after_the_conversion(
     assert "interrupted run converted another model there" in str(other.exception)
 
 
-def test_options_of_the_preset_without_it_are_refused(original, tmp_path) -> None:
+def test_options_of_the_preset_without_it_are_refused(original: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["convert", str(original), "--groups", "1", "--heal-tokens", "4k"])
     assert isinstance(shown.exception, UsageError)
     assert "--preset heal" in str(shown.exception)
 
 
-def test_a_dry_run_says_what_it_would_take_and_writes_nothing(original, converted, tmp_path) -> None:
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(original: Path, converted: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(
         app, ["heal", str(converted), str(original), "--out", str(tmp_path / "o"), "--dry-run", "--json"]
     )
@@ -237,7 +251,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(original, converte
     assert not list(tmp_path.iterdir())
 
 
-def test_demo_is_this_pythons_modules_as_for_calibrate(original, converted, tmp_path):
+def test_demo_is_this_pythons_modules_as_for_calibrate(original: Path, converted: Path, tmp_path: Path) -> None:
     values = healing.heal_settings(HealOptions(text="demo", held_out="demo"), converted, original, tmp_path)
     config = parse_config(values)
     assert config.data.source.paths == ("gqa_convert.data.stdlib:training_texts",)
@@ -245,7 +259,7 @@ def test_demo_is_this_pythons_modules_as_for_calibrate(original, converted, tmp_
 
 
 def test_several_texts_are_mixed_by_weight_and_an_interrupted_run_knows_them_again(
-    original, converted, text_file, tmp_path
+    original: Path, converted: Path, text_file: Path, tmp_path: Path
 ) -> None:
     texts = (f"{text_file}=0.75", "demo=0.25")
     values = healing.heal_settings(HealOptions(text=texts), converted, original, tmp_path)
@@ -253,7 +267,7 @@ def test_several_texts_are_mixed_by_weight_and_an_interrupted_run_knows_them_aga
     assert [name for name, _, _ in parse_config(values).data.named] == [text_file.stem, "training_texts"]
     work = tmp_path / "work"
     work.mkdir()
-    settle = {"trust_remote_code": False}
+    settle: dict[str, Any] = {"trust_remote_code": False}
     first = settled(HealOptions(text=texts), converted, original, work, **settle)
     assert settled(HealOptions(text=texts), converted, original, work, **settle) == first
     with pytest.raises(UsageError, match="other options"):

@@ -33,7 +33,7 @@ echo "requeued $2" >> "$REQUEUED"
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(tmp_path: Path) -> dict[str, str]:
     for name, text in (("python-fake", FAKE_PYTHON), ("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -44,11 +44,11 @@ def cluster(tmp_path):
     }  # fmt: skip
 
 
-def run(script, *arguments, env):
+def run(script: str, *arguments: str | Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", LAUNCH / script, *arguments], env=env, capture_output=True, text=True)
 
 
-def test_slurm_starts_a_process_a_task_and_requeues_after_75(cluster, tmp_path) -> None:
+def test_slurm_starts_a_process_a_task_and_requeues_after_75(cluster: dict[str, str], tmp_path: Path) -> None:
     done = run("slurm.sbatch", "c.yaml", "--set", "a.b=c d", env=cluster)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -62,7 +62,7 @@ def test_slurm_starts_a_process_a_task_and_requeues_after_75(cluster, tmp_path) 
     assert (tmp_path / "requeued").read_text() == "requeued 77\n"
 
 
-def test_many_gpus_says_what_it_expects_and_passes_codes_on(cluster) -> None:
+def test_many_gpus_says_what_it_expects_and_passes_codes_on(cluster: dict[str, str]) -> None:
     done = run("many_gpus.sh", "c.yaml", env={**cluster, "PROCESSES": "3"})
     assert done.returncode == 0
     assert sorted(line.split()[0] for line in done.stdout.splitlines()) == ["rank=0", "rank=1", "rank=2"]
@@ -74,7 +74,7 @@ def test_many_gpus_says_what_it_expects_and_passes_codes_on(cluster) -> None:
     assert run("many_gpus.sh", env=cluster).returncode == 2
 
 
-def test_one_gpu_expects_one_process(cluster) -> None:
+def test_one_gpu_expects_one_process(cluster: dict[str, str]) -> None:
     done = run("one_gpu.sh", "c.yaml", env={**cluster, "FAKE_CODE": "75"})
     assert done.returncode == 75
     assert "expect.engine=single --set expect.processes=1" in done.stdout
@@ -88,16 +88,16 @@ def test_the_sky_task_runs_what_is_there() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
-def test_accelerate_reads_its_configurations(path) -> None:
+def test_accelerate_reads_its_configurations(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    found = load_config_from_file(str(path))
-    assert found.num_processes >= 1
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
     if path.stem == "fsdp2":
-        assert found.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_version"] == 2
     if path.stem == "deepspeed":
-        assert found.deepspeed_config["zero_stage"] == 3
-        assert not found.deepspeed_config["zero3_init_flag"]
+        assert config.deepspeed_config["zero_stage"] == 3
+        assert not config.deepspeed_config["zero3_init_flag"]
 
 
 def test_the_module_is_the_command() -> None:

@@ -1,6 +1,7 @@
 """The count of a run's memory: against what autograd keeps, and how it depends on engine and devices."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,19 +12,22 @@ from gqa_convert.budget.shape import ModelShape, known_model
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.model import ScoredModel
 from gqa_convert.uptrain.objective import LossSpec
+from tests.support import Command
 
-SETTINGS = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SETTINGS))
 
 
 @pytest.fixture(scope="module")
-def shape(model):
+def shape(model: Any) -> ModelShape:
     total = sum(p.numel() for p in model.parameters())
     return ModelShape(
         name="tiny", parameters=total, matmul_parameters=total - 512 * 64, layers=4, attention_width=64, context=128,
@@ -31,12 +35,12 @@ def shape(model):
     )  # fmt: skip
 
 
-def kept(model, parameters, context, micro) -> int:
+def kept(model: Any, parameters: str, context: int, micro: int) -> int:
     """Bytes that the graph of a loss keeps, weights left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
 
-    def pack(x):
+    def pack(x: torch.Tensor) -> torch.Tensor:
         pointer = x.untyped_storage().data_ptr()
         if pointer not in own:
             storages[pointer] = x.untyped_storage().nbytes()
@@ -52,7 +56,7 @@ def kept(model, parameters, context, micro) -> int:
 
 
 @pytest.mark.parametrize("parameters", ["all", "attention"])
-def test_activations_are_what_autograd_keeps(model, shape, parameters) -> None:
+def test_activations_are_what_autograd_keeps(model: Any, shape: ModelShape, parameters: str) -> None:
     setup = TrainingSetup(context=128, micro_batch=4, precision="float32", parameters=parameters)
     counted = training_memory(shape, setup)
     by_loss = 4 * 128 * 64 * 4 + (512 * 64 * 4 if parameters == "all" else 0)
@@ -82,7 +86,7 @@ def test_chunks_of_the_loss_have_so_many_bytes() -> None:
     assert 200 < chunk_positions(128_256) < 300
 
 
-def test_the_command_counts_every_engine_beside_the_device(command) -> None:
+def test_the_command_counts_every_engine_beside_the_device(command: Command) -> None:
     done = command("gqa", "budget", "llama-2-13b", "--alpha", 0.01, "--distill", "--engine", "all", "--json")
     counted = {memory["engine"]: memory for memory in json.loads(done.out)["memory"]}
     assert list(counted) == ["single", "ddp", "fsdp2", "deepspeed"]

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
@@ -15,7 +18,7 @@ from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.unused_parameters import freeze_unreached
 
 
-def build(name, attention="sdpa", **more):
+def build(name: str, attention: str = "sdpa", **more: Any) -> Any:
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**more)
@@ -24,8 +27,14 @@ def build(name, attention="sdpa", **more):
     return cls._from_config(config, attn_implementation=attention).eval()
 
 
-SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
-MODELS = {
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 60,
+}
+MODELS: dict[str, dict[str, Any]] = {
     "Llama": {**SMALL, "num_key_value_heads": 2},
     "Qwen3": {**SMALL, "num_key_value_heads": 2, "head_dim": 8},
     "GPTNeoX": SMALL,
@@ -41,13 +50,22 @@ FLEX = pytest.param("flex_attention", marks=pytest.mark.slow)  # compiles for ha
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", FLEX])
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX", "Gemma2"])
-def test_documents_are_kept_apart_on_every_backend(name, attention) -> None:
+def test_documents_are_kept_apart_on_every_backend(name: str, attention: Any) -> None:
     if name == "Gemma2" and attention != "eager":
         pytest.skip("Gemma 2 runs on eager attention only")
     assert check_isolation(build(name, attention, **MODELS[name])) < 1e-4
 
 
-def flash_on_a_cpu(module, query, key, value, attention_mask, scaling=None, position_ids=None, **rest):
+def flash_on_a_cpu(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    position_ids: torch.Tensor | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
     """What flash kernels do and demand: 16 bits, one row, documents told apart by restarting positions."""
     from transformers.integrations.flash_attention import get_target_dtype
 
@@ -68,7 +86,7 @@ def flash_on_a_cpu(module, query, key, value, attention_mask, scaling=None, posi
 
 
 @pytest.fixture
-def flash():
+def flash() -> Iterator[str]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register("flash_on_a_cpu", flash_on_a_cpu)
@@ -77,7 +95,7 @@ def flash():
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPTNeoX"])
-def test_float32_weights_are_tried_out_under_flash_attention_in_16_bits(flash, name) -> None:
+def test_float32_weights_are_tried_out_under_flash_attention_in_16_bits(flash: str, name: str) -> None:
     model = build(name, "eager", **MODELS[name])
     model.config._attn_implementation = flash  # by its name alone transformers would look for the real thing
     assert 0 <= check_isolation(model) < 5e-2
@@ -113,7 +131,7 @@ def test_a_model_that_lets_them_see_each_other_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_skipping_the_head_gives_the_same_logits_or_is_not_done(name) -> None:
+def test_skipping_the_head_gives_the_same_logits_or_is_not_done(name: str) -> None:
     model = build(name, "eager", **MODELS[name])
     ids = {"input_ids": torch.randint(3, 59, (2, 9))}
     assert can_skip_head(model) == (name != "Gemma2")  # soft-capped logits are no plain product

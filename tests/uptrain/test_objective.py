@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
@@ -7,10 +10,12 @@ from gqa_convert.data.batches import IGNORE
 from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, chunked_loss, hidden_cosine
 
 N, D, V = 37, 8, 50
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, TeacherOutput]
+"""Hidden states, weight and bias of a head, labels, and the output of a teacher."""
 
 
 @pytest.fixture
-def case():
+def case() -> Case:
     torch.manual_seed(0)
     hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
@@ -21,7 +26,9 @@ def case():
     return hidden, weight, bias, labels, teacher
 
 
-def plain(leaves, labels, teacher, spec):
+def plain(
+    leaves: Sequence[torch.Tensor], labels: torch.Tensor, teacher: Any, spec: LossSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden, weight, bias = leaves
     logits = functional.linear(hidden, weight, bias)
     valid = labels != IGNORE
@@ -48,24 +55,24 @@ def plain(leaves, labels, teacher, spec):
     ],
     ids=["ce", "kl", "both", "top_k"],
 )
-def test_chunks_give_the_loss_and_gradients_of_the_whole(case, weights, chunk) -> None:
+def test_chunks_give_the_loss_and_gradients_of_the_whole(case: Case, weights: dict[str, Any], chunk: int) -> None:
     *leaves, labels, teacher = case
     spec = LossSpec(chunk=chunk, **weights)
     expected, ce, kl = plain(leaves, labels, teacher, spec)
     wanted = torch.autograd.grad(expected * 1.7, leaves)
     hidden, weight, bias = leaves
     loss, sums = chunked_loss(hidden, Head(weight, bias), labels, teacher, spec)
-    found = torch.autograd.grad(loss * 1.7, leaves)
+    gradients = torch.autograd.grad(loss * 1.7, leaves)
     # Logits are float32 by design, so agreement is that of float32.
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert sums[0].item() == pytest.approx(ce.item(), rel=1e-5)
     if spec.kl_weight:
         assert sums[1].item() == pytest.approx(kl.item(), rel=1e-5)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
-def test_logits_of_the_model_itself_are_scored_in_chunks_too(case) -> None:
+def test_logits_of_the_model_itself_are_scored_in_chunks_too(case: Case) -> None:
     hidden, weight, bias, labels, _ = case
     spec = LossSpec(chunk=8)
     logits = functional.linear(hidden, weight, bias).detach().requires_grad_()
@@ -76,7 +83,7 @@ def test_logits_of_the_model_itself_are_scored_in_chunks_too(case) -> None:
     assert (a - b).abs().max() < 1e-6
 
 
-def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(case) -> None:
+def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(case: Case) -> None:
     hidden, weight, _, labels, teacher = case
     frozen = weight.detach()
     loss, _ = chunked_loss(hidden, Head(frozen), labels, None, LossSpec())
@@ -88,7 +95,7 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(case) -> No
     assert (sums > 0).all()
 
 
-def test_a_model_equal_to_its_teacher_has_no_divergence(case) -> None:
+def test_a_model_equal_to_its_teacher_has_no_divergence(case: Case) -> None:
     hidden, weight, *_, labels, _ = case
     teacher = TeacherOutput(hidden.detach(), Head(weight.detach()))
     loss, sums = chunked_loss(hidden, Head(weight), labels, teacher, LossSpec(ce_weight=0, kl_weight=1))
@@ -102,7 +109,9 @@ class Largest(TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
@@ -111,7 +120,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_logits_of_all_positions_never_exist_at_once(top_k) -> None:
+def test_logits_of_all_positions_never_exist_at_once(top_k: int | None) -> None:
     count, vocabulary, width, chunk = 512, 4000, 16, 32
     hidden = torch.randn(count, width, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
@@ -119,7 +128,7 @@ def test_logits_of_all_positions_never_exist_at_once(top_k) -> None:
         torch.randn(count, width, dtype=torch.bfloat16), Head(torch.randn(vocabulary, width, dtype=torch.bfloat16))
     )
     spec = LossSpec(ce_weight=0.5, kl_weight=1.0, chunk=chunk, top_k=top_k)
-    with Largest() as seen:
+    with Largest() as seen:  # type: ignore[no-untyped-call]
         loss, _ = chunked_loss(hidden, Head(weight), torch.randint(0, vocabulary, (count,)), teacher, spec)
         loss.backward()
     assert seen.elements <= chunk * vocabulary

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,19 @@ from gqa_convert.uptrain.read_config import parse_config
 
 
 @pytest.fixture
-def toy(monkeypatch):
+def toy(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(optim, "_OPTIMIZERS", dict(optim._OPTIMIZERS))
-    made = []
+    optimizers = []
 
-    def make(groups, settings):
-        made.append(torch.optim.SGD(groups, lr=0.0, momentum=settings.betas[0]))
-        return made[-1]
+    def make(groups: list[dict[str, Any]], settings: OptimizerSection) -> torch.optim.Optimizer:
+        optimizers.append(torch.optim.SGD(groups, lr=0.0, momentum=settings.betas[0]))
+        return optimizers[-1]
 
     optim.register(Optimizer(name="toy", make=make, state_bytes=4, whole_matrices=True))
-    return made
+    return optimizers
 
 
-def test_a_new_row_is_configured_planned_and_trained_with(settings, toy) -> None:
+def test_a_new_row_is_configured_planned_and_trained_with(settings: dict[str, Any], toy: list[Any]) -> None:
     settings |= {"optimizer": {"kind": "toy"}, "schedule": {"kind": "constant", "peak": 0.3}, "budget": {"steps": 12}}
     config = parse_config(settings)
     plan = resolve(config)
@@ -43,7 +44,7 @@ def test_a_new_row_is_configured_planned_and_trained_with(settings, toy) -> None
     assert (Path(settings["output"]) / "final" / "model.safetensors").is_file()
 
 
-def test_an_unknown_optimizer_is_named_with_those_there_are(settings) -> None:
+def test_an_unknown_optimizer_is_named_with_those_there_are(settings: dict[str, Any]) -> None:
     settings["optimizer"] = {"kind": "adam"}
     with pytest.raises(UsageError, match=r"optimizer\.kind='adam': choose one of adamw, adafactor"):
         parse_config(settings)
@@ -52,7 +53,7 @@ def test_an_unknown_optimizer_is_named_with_those_there_are(settings) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-def test_a_row_says_how_much_state_it_keeps(name) -> None:
+def test_a_row_says_how_much_state_it_keeps(name: str) -> None:
     """Bytes per parameter as they are after a step, up to what a large matrix makes of rows and columns."""
     model = torch.nn.Linear(256, 512, bias=False)
     optimizer = make_optimizer(model, OptimizerSection(kind=name))
@@ -64,7 +65,7 @@ def test_a_row_says_how_much_state_it_keeps(name) -> None:
     assert held == pytest.approx(optim.get_optimizer(name).state_bytes, abs=0.05)
 
 
-def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tiny_folder) -> None:
+def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tiny_folder: Path) -> None:
     """As torch's own two would, each over its part, through a state that was saved and loaded."""
     model, other = (AutoModelForCausalLM.from_pretrained(tiny_folder) for _ in range(2))
     settings = OptimizerSection(kind="muon", weight_decay=0.1)
@@ -74,10 +75,15 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tiny_folder) -> None:
         value for name, value in named.items() if value.ndim == 2 and "embed" not in name and "lm_head" not in name
     ]
     assert len(inner) > 10
-    rest = {id(value): value for value in named.values() if all(value is not matrix for matrix in inner)}
+    rest: dict[int, Any] = {
+        id(value): value for value in named.values() if all(value is not matrix for matrix in inner)
+    }
     output = other.get_output_embeddings().weight
     assert output is not other.get_input_embeddings().weight
-    decayed = {"params": [rest.pop(id(output))], "weight_decay": 0.1}  # embeddings are not, see `make_optimizer`
+    decayed: dict[str, Any] = {
+        "params": [rest.pop(id(output))],
+        "weight_decay": 0.1,
+    }  # embeddings are not, see `make_optimizer`
     parts = [
         torch.optim.Muon(inner, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([decayed, {"params": list(rest.values())}], lr=0.01, weight_decay=0.0, betas=(0.9, 0.95)),

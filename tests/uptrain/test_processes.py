@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
+from gqa_convert.uptrain.loop import UptrainResult
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
 from gqa_convert.uptrain.step import train_step as real_step
@@ -25,24 +28,24 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
 
 @pytest.fixture
-def single(settings, tmp_path):
+def single(settings: dict[str, Any], tmp_path: Path) -> tuple[UptrainResult, list[dict[str, Any]]]:
     result = loop.uptrain(parse_config({**settings, "output": str(tmp_path / "single")}), quiet=True)
     return result, read_metrics(tmp_path / "single" / "metrics.jsonl")
 
 
-def close(a, b, tolerance=1e-5):
-    found = [(x["loss"], y["loss"]) for x, y in zip(a, b, strict=True) if "loss" in x]
-    return len(found) == 20 and all(abs(x - y) < tolerance for x, y in found)
+def close(a: list[dict[str, Any]], b: list[dict[str, Any]], tolerance: float = 1e-5) -> bool:
+    pairs = [(x["loss"], y["loss"]) for x, y in zip(a, b, strict=True) if "loss" in x]
+    return len(pairs) == 20 and all(abs(x - y) < tolerance for x, y in pairs)
 
 
-def launch(script, *arguments, **environment):
+def launch(script: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["bash", LAUNCH / script, *map(str, arguments)],
         env={**ENVIRONMENT, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
-def test_two_processes_save_and_stop_with_75(settings, write_config) -> None:
+def test_two_processes_save_and_stop_with_75(settings: dict[str, Any], write_config: Callable[..., Path]) -> None:
     settings["train"]["micro_batch"] = 1
     path = write_config(settings)
     output = Path(settings["output"])
@@ -61,7 +64,9 @@ def test_two_processes_save_and_stop_with_75(settings, write_config) -> None:
 
 
 @pytest.mark.slow
-def test_one_process_chooses_the_checkpoint_for_all(settings, write_config, tmp_path) -> None:
+def test_one_process_chooses_the_checkpoint_for_all(
+    settings: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
     settings["train"]["micro_batch"] = 1
     settings["checkpoints"] = {"resume": str(tmp_path / "nothing")}
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
@@ -71,7 +76,9 @@ def test_one_process_chooses_the_checkpoint_for_all(settings, write_config, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_match_one_with_twice_the_accumulation(settings, single, write_config) -> None:
+def test_two_processes_match_one_with_twice_the_accumulation(
+    settings: dict[str, Any], single: tuple[UptrainResult, list[dict[str, Any]]], write_config: Callable[..., Path]
+) -> None:
     settings["train"]["micro_batch"] = 1
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
     said = done.communicate()[0]
@@ -79,7 +86,7 @@ def test_two_processes_match_one_with_twice_the_accumulation(settings, single, w
     assert close(read_metrics(Path(settings["output"]) / "metrics.jsonl"), single[1])
 
 
-def test_a_silent_downgrade_is_refused(settings, write_config) -> None:
+def test_a_silent_downgrade_is_refused(settings: dict[str, Any], write_config: Callable[..., Path]) -> None:
     # accelerate's launcher starts one process on a CPU without mpirun, and ignores FSDP there.
     done = launch("many_gpus.sh", write_config(settings), ENGINE="fsdp2", PROCESSES="1")
     said = done.communicate()[0]
@@ -87,7 +94,9 @@ def test_a_silent_downgrade_is_refused(settings, write_config) -> None:
     assert "engine fsdp2 was asked for" in said
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_read(settings, write_config) -> None:
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_read(
+    settings: dict[str, Any], write_config: Callable[..., Path]
+) -> None:
     settings["train"]["batch_sequences"] = 2
     done = launch("many_gpus.sh", write_config(settings), ENGINE="ddp", PROCESSES="2")
     said = done.communicate()[0]
@@ -96,11 +105,11 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_text_is_r
     assert not (Path(settings["output"]) / "tokens").exists()
 
 
-def launch_sharded(path, stop, engine="fsdp2") -> None:
+def launch_sharded(path: Path, stop: int, engine: str = "fsdp2") -> None:
     """Start the stand-in for accelerate's FSDP2 (or DDP) with the environment of accelerate's own launcher."""
     worker = Path(__file__).with_name("sharded_worker.py")
     script = '. "$1"; shift; export FSDP_CPU_RAM_EFFICIENT_LOADING=true; exec "$PYTHON" -m torch.distributed.run "$@"'
-    started = ["--standalone", "--nproc-per-node", "2", worker, f"stop={stop}", path]
+    started: list[Any] = ["--standalone", "--nproc-per-node", "2", worker, f"stop={stop}", path]
     done = subprocess.run(
         ["bash", "-c", script, "start", LAUNCH / "engine.sh", *started],
         env={**ENVIRONMENT, "ENGINE": engine, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
@@ -112,29 +121,31 @@ def launch_sharded(path, stop, engine="fsdp2") -> None:
 
 
 @pytest.mark.slow
-def test_sharded_gradients_are_those_of_one_process(settings, write_config, tmp_path) -> None:
+def test_sharded_gradients_are_those_of_one_process(
+    settings: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
     """FSDP2 set up as on GPUs, gradients summed in float32, at 1, 8 and 64 micro-batches a step."""
     path, worker = write_config(settings), Path(__file__).with_name("gradient_worker.py")
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
-    found = {}
+    gradients = {}
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes > 1 else []
         script = '. "$1"; shift; exec "$PYTHON" "$@"'
         engine = "fsdp2" if processes > 1 else "ddp"
-        command = ["bash", "-c", script, "start", LAUNCH / "engine.sh", *launcher, worker, out, path]
+        command: list[Any] = ["bash", "-c", script, "start", LAUNCH / "engine.sh", *launcher, worker, out, path]
         done = subprocess.run(command, env={**environment, "ENGINE": engine}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        found[processes] = torch.load(out)
+        gradients[processes] = torch.load(out)
     errors = {}
-    for (precision, sync, accumulations), sharded in found[2].items():
-        single = found[1][precision, sync, accumulations]
+    for (precision, sync, accumulations), sharded in gradients[2].items():
+        single = gradients[1][precision, sync, accumulations]
         names = list(single["gradient"])
         one, two = (torch.cat([side["gradient"][name].flatten() for name in names]) for side in (single, sharded))
         errors[precision, sync, accumulations] = float((one - two).norm() / one.norm())
         assert torch.allclose(single["losses"], sharded["losses"], rtol=1e-6 if precision == "float32" else 1e-3)
         times = accumulations if sync == "micro_batch" else 1
-        assert sharded["reductions"] == times * found[2][precision, sync, 1]["reductions"] > 0
+        assert sharded["reductions"] == times * gradients[2][precision, sync, 1]["reductions"] > 0
     for (precision, sync, accumulations), error in errors.items():
         if precision == "float32":
             assert error < 1e-6, (sync, accumulations, error)
@@ -143,13 +154,19 @@ def test_sharded_gradients_are_those_of_one_process(settings, write_config, tmp_
             assert error <= 1.05 * errors[precision, sync, 1] < 0.01, (sync, accumulations, error)
 
 
-def final_weights(folder):
+def final_weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "final" / "model.safetensors")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3)])  # muon computes in bf16
-def test_sharded_training_matches_and_resumes(kind, tolerance, settings, request, write_config) -> None:
+def test_sharded_training_matches_and_resumes(
+    kind: str,
+    tolerance: float,
+    settings: dict[str, Any],
+    request: pytest.FixtureRequest,
+    write_config: Callable[..., Path],
+) -> None:
     settings["optimizer"] = {"kind": kind}
     single = request.getfixturevalue("single")
     settings["train"]["micro_batch"] = 1
@@ -159,7 +176,7 @@ def test_sharded_training_matches_and_resumes(kind, tolerance, settings, request
     output = Path(settings["output"])
     assert (output / "checkpoints" / "step-00000020" / "shards").is_dir()
     trained, expected = (
-        [r for r in found if r["kind"] == "train"] for found in (read_metrics(output / "metrics.jsonl"), single[1])
+        [r for r in records if r["kind"] == "train"] for records in (read_metrics(output / "metrics.jsonl"), single[1])
     )
     assert close(trained, expected, tolerance)
     pairs = zip(trained, expected, strict=True)
@@ -170,7 +187,7 @@ def test_sharded_training_matches_and_resumes(kind, tolerance, settings, request
     assert not info["missing_keys"]
 
 
-def stop_here(monkeypatch, step) -> None:
+def stop_here(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Stop a run of this process after `step`, as a signal would."""
     real = real_step
     monkeypatch.setattr(
@@ -178,7 +195,7 @@ def stop_here(monkeypatch, step) -> None:
     )
 
 
-def alone(settings, monkeypatch, stop) -> None:
+def alone(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     """Run with one process in place, to the end or until it stops."""
     stop_here(monkeypatch, stop)
     with pytest.raises(Preempted) if stop else nullcontext():
@@ -197,7 +214,12 @@ def alone(settings, monkeypatch, stop) -> None:
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "streaming" if value else "stored",
 )
 def test_any_engine_goes_on_from_any_others_checkpoint(
-    settings, write_config, tmp_path, monkeypatch, legs, streaming
+    settings: dict[str, Any],
+    write_config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    legs: tuple[str, ...],
+    streaming: bool,
 ) -> None:
     settings["train"]["micro_batch"] = 1
     settings["data"] |= {"streaming": streaming, "window": 4}
@@ -214,22 +236,24 @@ def test_any_engine_goes_on_from_any_others_checkpoint(
         assert {"model.safetensors", "optimizer.pt"}.issubset(p.name for p in saved.iterdir()) == (engine != "fsdp2")
     ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (output, tmp_path / "single"))
     assert [(r["step"], r["engine"]) for r in ours if r.get("event") == "resumed"] == [(7, legs[1]), (14, legs[2])]
-    trained, expected = ([r for r in found if r["kind"] == "train"] for found in (ours, theirs))
+    trained, expected = ([r for r in records if r["kind"] == "train"] for records in (ours, theirs))
     assert [r["step"] for r in trained] == list(range(1, 21))
     assert close(trained, expected)
-    final = [r["held_out_loss"] for found in (ours, theirs) for r in found if r["kind"] == "evaluation" and r["step"]]
+    final = [
+        r["held_out_loss"] for records in (ours, theirs) for r in records if r["kind"] == "evaluation" and r["step"]
+    ]
     assert abs(final[0] - final[1]) < 1e-5
     # The position in the data: as many tokens of the very same text.
     states = [json.loads((f / "checkpoints" / "step-00000020" / "state.json").read_text()) for f in
               (output, undisturbed.folder.parent)]  # fmt: skip
     assert states[0]["data"] == states[1]["data"]
-    found, right = final_weights(output), final_weights(undisturbed.folder.parent)
-    assert all(torch.allclose(found[key], right[key], atol=2e-4) for key in right)
+    final_here, right = final_weights(output), final_weights(undisturbed.folder.parent)
+    assert all(torch.allclose(final_here[key], right[key], atol=2e-4) for key in right)
 
 
 @pytest.mark.slow
 def test_sharded_bf16_attention_only_with_a_teacher_and_recomputed_activations(
-    settings, teacher_folder, write_config, tmp_path
+    settings: dict[str, Any], teacher_folder: Path, write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder), "cross_entropy_weight": 0.5}}
     settings["train"] |= {"precision": "bf16", "parameters": "attention", "gradient_checkpointing": True}
@@ -238,13 +262,13 @@ def test_sharded_bf16_attention_only_with_a_teacher_and_recomputed_activations(
     path = write_config(settings)
     launch_sharded(path, stop=10)
     launch_sharded(path, stop=0)
-    found, expected = (
+    actual, expected = (
         [(r["loss"], r["kl"]) for r in read_metrics(Path(folder) / "metrics.jsonl") if r["kind"] == "train"]
         for folder in (settings["output"], tmp_path / "single")
     )
-    assert len(found) == 20
+    assert len(actual) == 20
     # bf16 weights in the layers here, bf16 arithmetic on float32 weights there.
-    assert torch.tensor(found).sub(torch.tensor(expected)).abs().max() < 0.02
+    assert torch.tensor(actual).sub(torch.tensor(expected)).abs().max() < 0.02
     ours, theirs, before = (
         final_weights(settings["output"]),
         final_weights(one.folder.parent),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.uptrain.test_model import MODELS, build
 MANY = Path(__file__).parents[2] / "scripts" / "launch" / "many_gpus.sh"
 
 
-def frozen(model, told=None):
+def frozen(model: Any, told: list[str] | None = None) -> list[str]:
     scored = ScoredModel(model, LossSpec())
     names = freeze_unreached(scored, (told if told is not None else []).append)
     left = {name for name, p in scored.named_parameters() if not p.requires_grad}
@@ -30,7 +31,7 @@ def frozen(model, told=None):
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPTNeoX", "Gemma2", "GPT2"])
-def test_every_parameter_of_a_text_model_is_reached(name) -> None:
+def test_every_parameter_of_a_text_model_is_reached(name: str) -> None:
     assert frozen(build(name, "eager", **MODELS[name]).train()) == []
 
 
@@ -53,11 +54,11 @@ def test_a_tower_beside_the_text_is_frozen_once_and_told() -> None:
 class Choice(nn.Module):
     """One of several experts, as a router would pick it."""
 
-    def __init__(self, experts) -> None:
+    def __init__(self, experts: list[nn.Module]) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.experts[0](x)
 
 
@@ -69,7 +70,9 @@ def test_an_expert_that_was_not_picked_is_trained_all_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_an_image_model_is_trained_on_text_by_two_processes(settings, tiny_folder, tmp_path) -> None:
+def test_an_image_model_is_trained_on_text_by_two_processes(
+    settings: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = LlamaConfig(**json.loads((tiny_folder / "config.json").read_text()))
@@ -79,7 +82,7 @@ def test_an_image_model_is_trained_on_text_by_two_processes(settings, tiny_folde
     folder = tmp_path / "llava"
     torch.manual_seed(0)
     LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_id=2)
+        LlavaConfig(text_config=text, vision_config=vision, image_token_id=2)  # type: ignore[call-arg]
     ).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_folder / name, folder)

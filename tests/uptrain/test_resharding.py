@@ -2,7 +2,10 @@
 
 import os
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,13 +19,13 @@ from gqa_convert.uptrain.whole import load_whole, save_whole
 
 
 class Scored(nn.Module):
-    def __init__(self, seed=0) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        self.model: Any = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 2))
 
 
-def trained(seed=0, steps=3):
+def trained(seed: int = 0, steps: int = 3) -> tuple[Scored, torch.optim.Optimizer]:
     module = Scored(seed)
     optimizer = optim.make_optimizer(module, OptimizerSection())
     optim.set_learning_rate(optimizer, 0.1)
@@ -33,20 +36,20 @@ def trained(seed=0, steps=3):
     return module, optimizer
 
 
-def same(one, two) -> None:
+def same(one: tuple[nn.Module, torch.optim.Optimizer], two: tuple[nn.Module, torch.optim.Optimizer]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[0].parameters(), two[0].parameters(), strict=True))
     states = [[o.state[p] for g in o.param_groups for p in g["params"]] for _, o in (one, two)]
     assert all(torch.equal(a[k], b[k]) for a, b in zip(*states, strict=True) for k in a)
 
 
 @pytest.fixture
-def sharded(tmp_path):
+def sharded(tmp_path: Path) -> Path:
     module, optimizer = trained()
     shards.save_shards(tmp_path, module, optimizer)
     return tmp_path
 
 
-def test_one_process_reads_shards_with_the_optimiser(sharded) -> None:
+def test_one_process_reads_shards_with_the_optimiser(sharded: Path) -> None:
     fresh = trained(seed=1, steps=0)
     load_training_state(sharded, *fresh)
     same(fresh, trained())
@@ -55,27 +58,27 @@ def test_one_process_reads_shards_with_the_optimiser(sharded) -> None:
     assert torch.equal(alone.model[0].weight, fresh[0].model[0].weight)
 
 
-def test_the_names_of_wrappers_are_no_part_of_a_checkpoint(tmp_path) -> None:
+def test_the_names_of_wrappers_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
     module, optimizer = trained()
-    save_whole(tmp_path, SimpleNamespace(named_parameters=lambda: [
+    save_whole(tmp_path, cast(Any, SimpleNamespace(named_parameters=lambda: [
         ("module." + name.replace("model.", "model._orig_mod."), p) for name, p in module.named_parameters()
-    ]), optimizer)  # fmt: skip
+    ])), optimizer)  # fmt: skip
     fresh = trained(seed=1, steps=0)
     load_whole(tmp_path, *fresh)
     same(fresh, (module, optimizer))
 
 
 class Harm:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("harmed",)
 
 
-def replace_bytes(folder, change) -> None:
+def replace_bytes(folder: Path, change: Callable[[bytes], bytes]) -> None:
     path = folder / "shards" / ".metadata"
     path.write_bytes(change(path.read_bytes()))
 
 
-def outside(data):
+def outside(data: bytes) -> bytes:
     metadata = pickle.loads(data)
     for info in metadata.storage_data.values():
         info.relative_path = "../../secret"
@@ -90,7 +93,9 @@ def outside(data):
     ],
     ids=["code", "list", "cut", "empty", "outside", "function", "marks"],
 )  # fmt: skip
-def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(sharded, monkeypatch, tmp_path, change) -> None:
+def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert training_state_problem(sharded) is None
     replace_bytes(sharded, change)
@@ -100,7 +105,7 @@ def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(sharded, mo
     assert not (tmp_path / "harmed").exists()
 
 
-def test_plain_values_among_shards_are_unpickled_as_such(tmp_path, monkeypatch) -> None:
+def test_plain_values_among_shards_are_unpickled_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module, optimizer = trained()
     optimizer.param_groups[0]["eps"] = Harm()
@@ -110,13 +115,13 @@ def test_plain_values_among_shards_are_unpickled_as_such(tmp_path, monkeypatch) 
     assert not (tmp_path / "harmed").exists()
 
 
-def test_shards_of_another_model_are_refused(sharded) -> None:
+def test_shards_of_another_model_are_refused(sharded: Path) -> None:
     other = nn.Sequential(nn.Linear(6, 5))
     with pytest.raises(CheckpointError, match="shards cannot be read"):
         load_training_state(sharded, other, torch.optim.AdamW(other.parameters()))
 
 
-def test_an_optimisers_state_of_other_shapes_is_refused(tmp_path) -> None:
+def test_an_optimisers_state_of_other_shapes_is_refused(tmp_path: Path) -> None:
     module, optimizer = trained()
     save_whole(tmp_path, module, optimizer)
     state = torch.load(tmp_path / "optimizer.pt")

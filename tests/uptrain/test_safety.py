@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import signal
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -14,13 +16,13 @@ from gqa_convert.uptrain.metrics import MetricsFile, read_metrics
 from gqa_convert.uptrain.stopping import stop_on_signals
 
 
-def save(store, step):
+def save(store: CheckpointStore, step: int) -> Any:
     stage = store.begin(step)
     (stage / "weights").write_bytes(b"w" * (step + 1))
     return store.commit(step, {"step": step})
 
 
-def test_two_whole_checkpoints_are_kept_and_the_newest_is_found(tmp_path) -> None:
+def test_two_whole_checkpoints_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     assert store.newest() is None
     for step in (0, 5, 10, 15):
@@ -30,7 +32,7 @@ def test_two_whole_checkpoints_are_kept_and_the_newest_is_found(tmp_path) -> Non
     assert open_checkpoint(tmp_path / "step-00000010").step == 10
 
 
-def test_a_save_that_is_cut_short_is_no_checkpoint_and_costs_none(tmp_path) -> None:
+def test_a_save_that_is_cut_short_is_no_checkpoint_and_costs_none(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     save(store, 5)
     stage = store.begin(10)
@@ -41,7 +43,7 @@ def test_a_save_that_is_cut_short_is_no_checkpoint_and_costs_none(tmp_path) -> N
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "unmark", "garble"])
-def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, harm) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path: Path, harm: str) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     save(store, 5)
     folder = save(store, 10).folder
@@ -63,11 +65,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, harm) -> None:
     assert store.newest().step == 10
 
 
-def test_a_failing_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch) -> None:
+def test_a_failing_disk_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = CheckpointStore(tmp_path, keep=2)
     save(store, 5)
 
-    def full(*_) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "rename", full)
@@ -79,7 +81,7 @@ def test_a_failing_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch) -> N
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (float("nan"), float("nan"))])
-def test_numbers_that_are_not_finite_stop_before_the_step(loss, norm) -> None:
+def test_numbers_that_are_not_finite_stop_before_the_step(loss: float, norm: float) -> None:
     with pytest.raises(TrainingAborted, match="was not taken"):
         Guards(GuardSection()).accepts(step=3, loss=loss, norm=norm)
 
@@ -120,26 +122,29 @@ class Elsewhere:
 
     is_main, processes, rank = False, 2, 1
 
-    def from_main(self, find) -> str:
+    def from_main(self, find: Any) -> str:
         return "token of a process far away"
 
-    def sum_of(self, value):
+    def sum_of(self, value: Any) -> Any:
         return value
 
     def wait(self) -> None:
         pass
 
 
-def test_processes_that_do_not_share_the_output_stop_at_once(tmp_path, monkeypatch) -> None:
+def test_processes_that_do_not_share_the_output_stop_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gqa_convert.uptrain.folder._PATIENCE", 0.0)
-    with pytest.raises(OutputError, match="storage that every machine sees"), run_folder(tmp_path, Elsewhere()):
+    with (
+        pytest.raises(OutputError, match="storage that every machine sees"),
+        run_folder(tmp_path, cast(Any, Elsewhere())),
+    ):
         raise AssertionError("must not get here")
     (tmp_path / ".run-token of a process far away").touch()
-    with run_folder(tmp_path, Elsewhere()):
+    with run_folder(tmp_path, cast(Any, Elsewhere())):
         pass
 
 
-def test_metrics_forget_what_a_resumed_run_does_again(tmp_path) -> None:
+def test_metrics_forget_what_a_resumed_run_does_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     for step in range(1, 6):

@@ -3,6 +3,7 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.uptrain.test_run import check_resumed, run
 
 
 @pytest.fixture
-def streamed(settings, text_file, tmp_path):
+def streamed(settings: dict[str, Any], text_file: Path, tmp_path: Path) -> dict[str, Any]:
     lines = text_file.read_text().splitlines()
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -26,7 +27,9 @@ def streamed(settings, text_file, tmp_path):
     return settings
 
 
-def test_a_dealt_out_run_stopped_and_resumed_is_bitwise_the_same(streamed, tmp_path, monkeypatch) -> None:
+def test_a_dealt_out_run_stopped_and_resumed_is_bitwise_the_same(
+    streamed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(streamed)
     state = json.loads((Path(streamed["output"]) / "checkpoints/step-00000020/state.json").read_text())
     assert state["data"]["count"] == 4  # of 5 shards, for steps of 4 sequences
@@ -34,13 +37,15 @@ def test_a_dealt_out_run_stopped_and_resumed_is_bitwise_the_same(streamed, tmp_p
     check_resumed(streamed, tmp_path / "resumed", monkeypatch)
 
 
-def test_streams_that_do_not_divide_a_step_are_refused(streamed) -> None:
+def test_streams_that_do_not_divide_a_step_are_refused(streamed: dict[str, Any]) -> None:
     streamed["data"]["streams"] = 3
     with pytest.raises(UsageError, match=r"data\.streams=3: must divide train\.batch_sequences=4"):
         run(streamed)
 
 
-def test_a_shard_that_is_held_out_is_read_as_far_as_it_is_used_and_never_trained_on(streamed, tiny_folder) -> None:
+def test_a_shard_that_is_held_out_is_read_as_far_as_it_is_used_and_never_trained_on(
+    streamed: dict[str, Any], tiny_folder: Path
+) -> None:
     last = Path(streamed["data"]["source"]) / "4.jsonl"
     last.write_text("".join(json.dumps({"text": "stone stone stone"}) + "\n" for _ in range(10_000)))
     streamed["data"] |= {"held_out_by": "shard"}
@@ -58,7 +63,7 @@ def test_a_shard_that_is_held_out_is_read_as_far_as_it_is_used_and_never_trained
         assert all(not (a == b == stone) for a, b in pairwise(words))
 
 
-def test_one_shard_cannot_be_held_out_of_itself(settings) -> None:
+def test_one_shard_cannot_be_held_out_of_itself(settings: dict[str, Any]) -> None:
     settings["data"] |= {"streaming": True, "held_out_by": "shard"}
     with pytest.raises(UsageError, match="is a single shard"):
         run(settings)

@@ -1,7 +1,9 @@
 """A teacher's likeliest tokens on disk: the same training, resumed caching, and caches that do not fit."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from gqa_convert.errors import CheckpointError, Preempted, UsageError
 from gqa_convert.uptrain import teacher_cache
 from gqa_convert.uptrain.read_config import parse_config
 from gqa_convert.uptrain.teacher_cache import cache_teacher
+from tests.support import Command
 from tests.uptrain.conftest import WORDS
 from tests.uptrain.test_run import losses, run, trained
 
@@ -18,17 +21,17 @@ EVERY = len(WORDS) + 3
 
 
 @pytest.fixture
-def distilled(settings, teacher_folder):
+def distilled(settings: dict[str, Any], teacher_folder: Path) -> dict[str, Any]:
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder), "dtype": "float32"}}
     return settings
 
 
-def with_cache(settings, folder, output):
+def with_cache(settings: dict[str, Any], folder: Path, output: Path) -> dict[str, Any]:
     told = {**settings["objective"]["distillation"], "cache": str(folder), "teacher": "not/here"}
     return {**settings, "objective": {"distillation": told}, "output": str(output)}
 
 
-def test_training_from_the_cache_is_training_from_the_teacher(distilled, tmp_path) -> None:
+def test_training_from_the_cache_is_training_from_the_teacher(distilled: dict[str, Any], tmp_path: Path) -> None:
     direct = run(distilled)
     blocks, _ = cache_teacher(parse_config(distilled), tmp_path / "cache", top_k=EVERY)
     assert blocks == 80
@@ -40,7 +43,9 @@ def test_training_from_the_cache_is_training_from_the_teacher(distilled, tmp_pat
     assert not torch.equal(trained(distilled["output"])["lm_head.weight"], torch.zeros(1))
 
 
-def test_a_stopped_cache_goes_on_with_what_is_missing(distilled, tmp_path, monkeypatch) -> None:
+def test_a_stopped_cache_goes_on_with_what_is_missing(
+    distilled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(teacher_cache, "_BLOCKS", 16)
     config, out = parse_config(distilled), tmp_path / "cache"
     done: list[int] = []
@@ -67,14 +72,22 @@ def test_a_stopped_cache_goes_on_with_what_is_missing(distilled, tmp_path, monke
         ({"data": {"context": 16}}, "was made with other"),
     ],
 )
-def test_a_cache_of_other_text_is_refused(distilled, tmp_path, change, problem) -> None:
+def test_a_cache_of_other_text_is_refused(
+    distilled: dict[str, Any], tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
     cache_teacher(parse_config(distilled), tmp_path / "cache", top_k=2)
     run_settings = with_cache(distilled, tmp_path / "cache", tmp_path / "cached")
     with pytest.raises(UsageError, match=problem):
         run(run_settings, **change)
 
 
-def test_what_cannot_be_cached_is_said(distilled, settings, tmp_path, command, write_config) -> None:
+def test_what_cannot_be_cached_is_said(
+    distilled: dict[str, Any],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    command: Command,
+    write_config: Callable[..., Path],
+) -> None:
     distilled["objective"]["distillation"]["hidden_weight"] = 1.0
     with pytest.raises(UsageError, match="hidden states are not kept"):
         cache_teacher(parse_config(distilled), tmp_path / "cache")

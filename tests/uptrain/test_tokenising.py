@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from gqa_convert.data.documents import SourceSpec, open_corpus
-from gqa_convert.data.encoding import Encoder
+from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
+from gqa_convert.data.encoding import Encoder, Ids
 from gqa_convert.data.split import is_held_out
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import tokenising
@@ -20,7 +23,7 @@ from gqa_convert.uptrain.making import Making
 
 
 @pytest.fixture
-def corpus(text_file, tmp_path):
+def corpus(text_file: Path, tmp_path: Path) -> Corpus:
     lines = text_file.read_text().splitlines()
     for number in range(3):
         (tmp_path / f"{number}.jsonl").write_text("\n".join(lines[number::3]) + "\n")
@@ -28,21 +31,23 @@ def corpus(text_file, tmp_path):
 
 
 @pytest.fixture
-def encoder(tiny_folder):
+def encoder(tiny_folder: Path) -> Encoder:
     return Encoder(AutoTokenizer.from_pretrained(tiny_folder))
 
 
-def straight(corpus, encoder, fraction):
+def straight(corpus: Corpus, encoder: Encoder, fraction: float) -> list[tuple[list[int], bool]]:
     texts = list(corpus.all_documents())
     return [(ids.tolist(), is_held_out(text, fraction)) for text, ids in zip(texts, encoder.encode(texts), strict=True)]
 
 
-def seen(rows):
+def seen(rows: Iterable[tuple[Ids, bool]]) -> list[tuple[list[int], bool]]:
     return [(ids.tolist(), held_out) for ids, held_out in rows]
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_parts_give_the_same_documents_in_the_same_order(corpus, encoder, tmp_path, monkeypatch, processes) -> None:
+def test_parts_give_the_same_documents_in_the_same_order(
+    corpus: Corpus, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
     monkeypatch.setattr(tokenising, "PART_CHARACTERS", 3000)
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -51,13 +56,15 @@ def test_parts_give_the_same_documents_in_the_same_order(corpus, encoder, tmp_pa
     assert len(list(folder.glob("part-*.npz"))) > 5
 
 
-def test_finished_parts_are_not_made_again(corpus, encoder, tmp_path, monkeypatch) -> None:
+def test_finished_parts_are_not_made_again(
+    corpus: Corpus, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenising, "PART_CHARACTERS", 3000)
     making = Making(tmp_path / "tokens", encoder, lambda _: None, lambda: False, check=True)
     encoded: list[str] = []
     real = Encoder.encode
 
-    def encode(self, texts):
+    def encode(self: Any, texts: list[str]) -> Any:
         encoded.extend(texts)
         if len(encoded) > 300 and len(encoded) < 10_000:
             raise KeyboardInterrupt  # as a kill would end it, in the middle of a part
@@ -67,14 +74,14 @@ def test_finished_parts_are_not_made_again(corpus, encoder, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         making.both(corpus, 0.2)
     parts = sorted((tmp_path / "tokens").glob("*-parts/part-*.npz"))
-    made = sum(len(np.load(part)["held_out"]) for part in parts)
-    assert made > 100
+    documents = sum(len(np.load(part)["held_out"]) for part in parts)
+    assert documents > 100
     parts[-1].write_bytes(parts[-1].read_bytes()[:100])  # one that was not whole counts as absent
-    lost = made - sum(len(np.load(part)["held_out"]) for part in parts[:-1])
+    lost = documents - sum(len(np.load(part)["held_out"]) for part in parts[:-1])
     encoded[:] = ["x"] * 10_000
     train, held = making.both(corpus, 0.2)
     total = len(list(corpus.all_documents()))
-    assert len(encoded) - 10_000 == total - made + lost
+    assert len(encoded) - 10_000 == total - documents + lost
     monkeypatch.undo()
     rows = straight(corpus, encoder, 0.2)
     assert train.tokens.tolist() == [i for ids, held_out in rows if not held_out for i in ids]
@@ -82,7 +89,9 @@ def test_finished_parts_are_not_made_again(corpus, encoder, tmp_path, monkeypatc
     assert not list((tmp_path / "tokens").glob("*-parts*"))
 
 
-def test_a_stop_keeps_the_parts_and_an_error_before_the_first_leaves_nothing(corpus, encoder, tmp_path, monkeypatch):
+def test_a_stop_keeps_the_parts_and_an_error_before_the_first_leaves_nothing(
+    corpus: Corpus, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenising, "PART_CHARACTERS", 3000)
     asked = iter(range(10**9))
     making = Making(tmp_path / "tokens", encoder, lambda _: None, lambda: next(asked) > 200, check=True)
@@ -112,7 +121,9 @@ print(train.digest, held.digest)
 
 
 @pytest.mark.slow
-def test_killed_with_its_helpers_and_started_again_it_gives_the_same_store(text_file, tiny_folder, tmp_path) -> None:
+def test_killed_with_its_helpers_and_started_again_it_gives_the_same_store(
+    text_file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
     lines = text_file.read_text().splitlines()
     large = tmp_path / "large.jsonl"
     large.write_text("".join(json.dumps({"text": f"{json.loads(x)['text']} {i}"}) + "\n"

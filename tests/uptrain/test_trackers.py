@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,8 +20,8 @@ from gqa_convert.uptrain.step import train_step as real_step
 from gqa_convert.uptrain.trackers import Trackers, run_identity, tracker_arguments
 
 
-def test_each_tracker_is_told_how_to_go_on_with_its_run(tmp_path) -> None:
-    common = {"output": tmp_path / "run", "project": "p", "identity": "abcd", "resumed": 10}
+def test_each_tracker_is_told_how_to_go_on_with_its_run(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"output": tmp_path / "run", "project": "p", "identity": "abcd", "resumed": 10}
     assert tracker_arguments("wandb", **common) == {
         "run_name": "p", "name": "run-abcd", "id": "abcd", "resume": "allow", "dir": str(tmp_path / "run" / "trackers"),
     }  # fmt: skip
@@ -30,7 +31,7 @@ def test_each_tracker_is_told_how_to_go_on_with_its_run(tmp_path) -> None:
     assert tracker_arguments("tensorboard", **{**common, "resumed": None}) == board
 
 
-def test_a_run_keeps_its_identity_until_it_starts_anew(tmp_path) -> None:
+def test_a_run_keeps_its_identity_until_it_starts_anew(tmp_path: Path) -> None:
     first = run_identity(tmp_path / "trackers", new=True)
     assert run_identity(tmp_path / "trackers", new=False) == first
     assert run_identity(tmp_path / "trackers", new=True) != first
@@ -44,10 +45,10 @@ class Fake:
 
     seen: ClassVar[Counter[str]] = Counter()
 
-    def __init__(self, run_name, good=99, **_) -> None:
+    def __init__(self, run_name: str, good: int = 99, **_: object) -> None:
         self.name, self.good = run_name, good
 
-    def _call(self, *_, **__) -> None:
+    def _call(self, *_: object, **__: object) -> None:
         self.good -= 1
         if self.good < 0:
             raise ConnectionError("server away")
@@ -55,12 +56,14 @@ class Fake:
 
     start = store_init_configuration = finish = _call
 
-    def log(self, values, step) -> None:
+    def log(self, values: dict[str, float], step: int) -> None:
         sys.stdout.write("chatter")
         self._call()
 
 
-def test_a_tracker_that_fails_is_dropped_alone(tmp_path, monkeypatch, capsys) -> None:
+def test_a_tracker_that_fails_is_dropped_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from accelerate import tracking
 
     Fake.seen.clear()
@@ -87,18 +90,18 @@ def test_a_tracker_that_fails_is_dropped_alone(tmp_path, monkeypatch, capsys) ->
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_not_installed_is_refused_before_anything_runs(monkeypatch) -> None:
+def test_what_is_not_installed_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gqa_convert.uptrain.metrics.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install wandb trackio"):
         chosen_trackers(LogSection(trackers=("wandb", "trackio")))
     assert chosen_trackers(LogSection()) == []
 
 
-def interrupted(settings, monkeypatch):
+def interrupted(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that dies in its fourteenth step, with a checkpoint of the tenth, and is started again."""
     real = real_step
 
-    def die(parts, guards, at, **rest):
+    def die(parts: Any, guards: Any, at: int, **rest: Any) -> Any:
         if at == 13:
             raise KeyboardInterrupt
         return real(parts, guards, at, **rest)
@@ -112,7 +115,9 @@ def interrupted(settings, monkeypatch):
     return Path(settings["output"])
 
 
-def test_tensorboard_shows_every_step_once_after_a_resume(settings, monkeypatch) -> None:
+def test_tensorboard_shows_every_step_once_after_a_resume(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -127,7 +132,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(settings, monkeypatch)
     assert [event.step for event in events.Scalars("held_out/loss")] == [0, 20]
 
 
-def run_twice(settings, write_config, **environment):
+def run_twice(settings: dict[str, Any], write_config: Callable[..., Path], **environment: str) -> tuple[Path, str]:
     """Two legs of a run, each a process; standard output is the result's JSON and nothing else."""
     path = write_config(settings)
     for steps in (10, 20):
@@ -143,7 +148,9 @@ def run_twice(settings, write_config, **environment):
 
 
 @pytest.mark.slow
-def test_wandb_offline_goes_on_with_one_run(settings, write_config, tmp_path) -> None:
+def test_wandb_offline_goes_on_with_one_run(
+    settings: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
     pytest.importorskip("wandb")
     settings["log"] = {"trackers": ["wandb"]}
     output, identity = run_twice(
@@ -156,7 +163,9 @@ def test_wandb_offline_goes_on_with_one_run(settings, write_config, tmp_path) ->
 
 
 @pytest.mark.slow
-def test_trackio_goes_on_with_one_run(settings, write_config, tmp_path) -> None:
+def test_trackio_goes_on_with_one_run(
+    settings: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path
+) -> None:
     pytest.importorskip("trackio")
     settings["log"] = {"trackers": ["trackio"], "project": "trial"}
     output, identity = run_twice(settings, write_config, TRACKIO_DIR=str(tmp_path / "trackio"))

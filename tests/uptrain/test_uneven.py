@@ -1,6 +1,8 @@
 """Training models whose layers differ in KV heads: the result keeps them, its code, and its record."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +13,9 @@ from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.read_config import parse_config
 
 
-def test_a_trained_folder_keeps_the_heads_of_each_layer(settings, teacher_folder, tmp_path) -> None:
+def test_a_trained_folder_keeps_the_heads_of_each_layer(
+    settings: dict[str, Any], teacher_folder: Path, tmp_path: Path
+) -> None:
     converted = convert(teacher_folder, groups=[4, 1], out=tmp_path / "converted").out
     settings |= {"model": str(converted), "budget": {"steps": 2}}
     settings["objective"] = {"distillation": {"teacher": str(teacher_folder)}}

@@ -23,9 +23,11 @@ class SweepPoint:
     """One conversion of a sweep.
 
     Attributes:
-        name: `<variant>-g<groups>`.
+        name: `<variant>-g<groups>`, or `<variant>-kv<budget>` where layers may differ.
         variant: a merge method or preset.
-        groups: KV heads.
+        groups: KV heads; where layers differ, their mean, rounded up.
+        groups_per_layer: KV heads of each layer, where layers differ; else empty.
+        budget: the size within which layers might differ, as `--kv-budget` says it; else empty.
         status: `done` or `failed`.
         error: why it failed.
         figures: of the converted model and of the pair, by metric.
@@ -37,12 +39,24 @@ class SweepPoint:
     name: str
     variant: str
     groups: int
+    groups_per_layer: tuple[int, ...] = ()
+    budget: str = ""
     status: str
     error: str = ""
     figures: Figures = field(default_factory=dict)
     convert_seconds: float | None = None
     uptrained_tokens: int = 0
     deal: str = ""
+
+    @property
+    def mean_groups(self) -> float:
+        """KV heads of a layer, on average."""
+        return sum(self.groups_per_layer) / len(self.groups_per_layer) if self.groups_per_layer else self.groups
+
+    @property
+    def heads(self) -> str:
+        """KV heads in a few characters: `4`, or `~2.5` where layers differ."""
+        return f"~{self.mean_groups:.2g}" if self.groups_per_layer else str(self.groups)
 
     def value(self, metric: str) -> float | None:
         """A figure's value; None where it was not measured."""
@@ -111,6 +125,13 @@ class Recommendation:
     reason: str
 
 
+def counted(point: SweepPoint) -> str:
+    """KV heads of a point, in words."""
+    if not point.groups_per_layer:
+        return f"{point.groups} KV heads"
+    return f"{point.mean_groups:.3g} KV heads per layer on average ({','.join(map(str, point.groups_per_layer))})"
+
+
 def frontiers(points: Sequence[SweepPoint]) -> dict[str, list[str]]:
     """The frontier of every cost that a metric names: names of points, see `frontier`."""
     costs = [metric for metric in metrics.rows() if metric.frontier]
@@ -140,20 +161,20 @@ def frontier(points: Sequence[SweepPoint], cost: Callable[[SweepPoint], float | 
 
 
 def recommend(points: Sequence[SweepPoint], tolerance: float) -> Recommendation:
-    """Recommend the fewest groups whose loss rise is within the tolerance; the lower loss of two with as many groups.
+    """Recommend the fewest KV heads whose loss rise is within the tolerance; the lower loss of two with as many.
 
     The upper bound of the 95 % interval must be within it, so that chance alone does not carry a point over.
     """
     done = [p for p in points if p.status == "done" and p.loss_difference is not None and p.interval is not None]
     within = [p for p in done if p.interval is not None and p.interval[1] <= tolerance]
     if within:
-        best = min(within, key=lambda p: (p.groups, p.loss_difference))
+        best = min(within, key=lambda p: (p.mean_groups, p.loss_difference))
         assert best.interval is not None
         return Recommendation(
             name=best.name,
             tolerance=tolerance,
             reason=(
-                f"{best.groups} KV heads by {best.variant}: the fewest whose loss rise stays within {tolerance:g} nats "
+                f"{counted(best)} by {best.variant}: the fewest whose loss rise stays within {tolerance:g} nats "
                 f"per token ({best.loss_difference:+.4f}, at most {best.interval[1]:+.4f} with 95 % confidence)."
             ),
         )

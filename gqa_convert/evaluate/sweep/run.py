@@ -20,8 +20,8 @@ from gqa_convert.checkpoint.fingerprint import sampled_digest
 from gqa_convert.checkpoint.provenance import source_identity, versions
 from gqa_convert.checkpoint.reader import Checkpoint
 from gqa_convert.conversion.execute import execute
-from gqa_convert.conversion.plan import plan
-from gqa_convert.conversion.recipe import Recipe
+from gqa_convert.conversion.plan import ConvertPlan, plan
+from gqa_convert.conversion.recipe import SELF, Recipe
 from gqa_convert.errors import UnsupportedModelError, UsageError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.deals import conclusions
@@ -29,13 +29,15 @@ from gqa_convert.evaluate.decode.bench import bench
 from gqa_convert.evaluate.decode.contender import load_contenders
 from gqa_convert.evaluate.evaluation import evaluate
 from gqa_convert.evaluate.files import read_json, write_json
+from gqa_convert.evaluate.kv_budget import plan_within
 from gqa_convert.evaluate.metrics import bench_figures, rows
 from gqa_convert.evaluate.results import Comparison
 from gqa_convert.evaluate.sensitivity import layer_costs
 from gqa_convert.evaluate.similarity import head_similarity
 from gqa_convert.evaluate.sweep.points import Recommendation, SweepPoint, from_json, frontiers, recommend
-from gqa_convert.evaluate.sweep.settings import SweepSettings
+from gqa_convert.evaluate.sweep.settings import Aim, SweepSettings
 from gqa_convert.evaluate.sweep.uptrained import FOLDER, result_folder, uptrain_point
+from gqa_convert.heads import HeadPlan
 from gqa_convert.modeling import shipping
 from gqa_convert.outcome import Outcome
 
@@ -98,17 +100,17 @@ def sweep(
     wrong = [g for g in settings.groups if subject.kv_heads % g]
     if wrong:
         raise UsageError(f"--groups {wrong[0]}: does not divide the {subject.kv_heads} KV heads of {subject.name}.")
-    if not settings.allow_slow and min(settings.groups) < subject.kv_heads:
+    if not settings.allow_slow and (settings.budgets or min(settings.groups) < subject.kv_heads):
         shipping.check_faster(str(subject.config.model_type))
     if on_total is not None:
-        on_total(len(recipes) * len(settings.groups))
+        on_total(len(recipes) * len(settings.aims))
     opened = Checkpoint.open(subject.folder)
     identity = source_identity(opened) | {"weights": sampled_digest(opened)}
     base = _base(subject, run, settings, identity)
     points: list[SweepPoint] = []
     for variant, recipe in recipes.items():
-        for groups in settings.groups:
-            point, known = _point(subject, run, settings, variant, recipe, groups, identity)
+        for aim in settings.aims:
+            point, known = _point(subject, run, settings, variant, recipe, aim, identity)
             points.append(point)
             write_json(run / SUMMARY, _summary(run, base, points, settings).to_json())
             if on_point is not None:
@@ -178,25 +180,28 @@ def _point(
     settings: SweepSettings,
     variant: str,
     recipe: Recipe,
-    groups: int,
+    aim: Aim,
     identity: dict[str, Any],
 ) -> tuple[SweepPoint, bool]:
-    name = f"{variant}-g{groups}"
+    name = aim.name(variant)
     folder = run / "points" / name
     benchmark = None if settings.benchmark is None else asdict(settings.benchmark)
     trained = [settings.uptrain_tokens, settings.uptrain_config.read_text() if settings.uptrain_config else ""]
     texts = [_stamp(settings.evaluation.data), _stamp(recipe.calibrate)]
-    key = _fingerprint(identity, recipe.to_json(), groups, _measuring(settings), benchmark, trained, texts)
+    wanted = aim.budget or aim.groups
+    key = _fingerprint(identity, recipe.to_json(), wanted, _measuring(settings), benchmark, trained, texts)
     known = _known(folder / POINT, key)
     if known is not None:
         return known, True
-    start = _fingerprint(identity, recipe.to_json(), _stamp(recipe.calibrate), groups, trained)
+    start = _fingerprint(identity, recipe.to_json(), _stamp(recipe.calibrate), wanted, trained)
     try:
-        measured = _measure(subject, folder, settings, name, variant, recipe, groups, start)
+        measured = _measure(subject, folder, settings, aim, variant, recipe, start)
     except Exception as error:  # whatever a model's own code may raise: the other points go on
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         measured = {
-            "point": SweepPoint(name=name, variant=variant, groups=groups, status="failed", error=why).to_json()
+            "point": SweepPoint(
+                name=name, variant=variant, groups=aim.groups, budget=aim.budget, status="failed", error=why
+            ).to_json()
         }
     write_json(folder / POINT, {"fingerprint": key, "recipe": recipe.to_json()} | measured)
     return from_json(measured["point"]), False
@@ -206,25 +211,19 @@ def _measure(
     subject: models.Subject,
     folder: Path,
     settings: SweepSettings,
-    name: str,
+    aim: Aim,
     variant: str,
     recipe: Recipe,
-    groups: int,
     start: str,
 ) -> dict[str, Any]:
-    trust = settings.evaluation.trust_remote_code
+    name, trust = aim.name(variant), settings.evaluation.trust_remote_code
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "model"
     started = time.perf_counter()
-    conversion = plan(
-        subject.folder,
-        groups=groups,
-        out=target,
-        recipe=recipe,
-        allow_slow=settings.allow_slow,
-        trust_remote_code=trust,
-    )
-    execute(conversion, force=True)
+    conversion, work = _planned(subject, folder, settings, aim, variant, recipe)
+    execute(conversion, force=True, work=work)
+    groups = conversion.anatomy.groups
+    per_layer = groups.counts if isinstance(groups, HeadPlan) else ()
     seconds = time.perf_counter() - started
     if settings.uptrain_tokens and settings.uptrain_config is not None:
         target = uptrain_point(
@@ -256,7 +255,9 @@ def _measure(
     point = SweepPoint(
         name=name,
         variant=variant,
-        groups=groups,
+        groups=groups if isinstance(groups, int) else -(-sum(per_layer) // len(per_layer)),
+        groups_per_layer=per_layer,
+        budget=aim.budget,
         status="done",
         figures=compared.model.figures | compared.figures | (bench_figures(measured) if measured else {}),
         convert_seconds=seconds,
@@ -267,6 +268,26 @@ def _measure(
         shutil.rmtree(folder / "model")
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
     return {"point": point.to_json(), "evaluation": evaluation.to_json(), "bench": bench_json}
+
+
+def _planned(
+    subject: models.Subject, folder: Path, settings: SweepSettings, aim: Aim, variant: str, recipe: Recipe
+) -> tuple[ConvertPlan, Path | None]:
+    """The conversion, and the folder that keeps what was solved for it, if it is kept."""
+    shared: dict[str, Any] = {
+        "out": folder / "model",
+        "recipe": recipe,
+        "allow_slow": settings.allow_slow,
+        "trust_remote_code": settings.evaluation.trust_remote_code,
+    }
+    if not aim.budget:
+        return plan(subject.folder, groups=aim.groups, **shared), None
+    # Chosen on other text than it is measured on, wherever there is any: the calibration's, or what the model writes.
+    text = recipe.calibrate if recipe.calibrate != SELF else None
+    data = settings.evaluation.data if subject.is_encoder_decoder and text is None else text
+    work = folder.parent.parent / "work" / variant
+    work.mkdir(parents=True, exist_ok=True)
+    return plan_within(subject.folder, budget=aim.budget, data=data, work=work, **shared), work
 
 
 def _named(quantised: Sequence[Comparison], original: str, point: str) -> tuple[Comparison, ...]:

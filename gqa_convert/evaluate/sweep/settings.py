@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,27 @@ from gqa_convert.evaluate.evaluation import EvalSettings
 from gqa_convert.merge.registry import all_methods
 
 
+@dataclass(frozen=True)
+class Aim:
+    """How many KV heads a point is to have: so many in every layer, or what fits into a budget."""
+
+    groups: int = 0
+    budget: str = ""
+
+    def name(self, variant: str) -> str:
+        """Name of the point, which is also that of its folder."""
+        return (
+            f"{variant}-kv{re.sub('[^0-9A-Za-z.%]+', '-', self.budget)}" if self.budget else f"{variant}-g{self.groups}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings:
     """What to try and how to measure it.
 
     Attributes:
-        groups: KV-head counts.
+        groups: KV-head counts that all layers get.
+        budgets: sizes of the KV cache within which layers may differ; as `--kv-budget` takes them.
         variants: merge methods, or presets by name.
         evaluation: held-out data.
         benchmark: decode benchmark of each point; None to leave it out.
@@ -32,7 +48,8 @@ class SweepSettings:
         uptrain_config: YAML of the uptraining; model, output and budget in it are replaced.
     """
 
-    groups: tuple[int, ...]
+    groups: tuple[int, ...] = ()
+    budgets: tuple[str, ...] = ()
     variants: tuple[str, ...] = ("mean",)
     evaluation: EvalSettings
     benchmark: BenchSettings | None = field(default_factory=BenchSettings)
@@ -46,10 +63,17 @@ class SweepSettings:
     uptrain_config: Path | None = None
 
     def __post_init__(self) -> None:
+        if not self.groups and not self.budgets:
+            raise UsageError("Missing option --groups or --kv-budget: what to try.")
         if self.uptrain_tokens and self.uptrain_config is None:
             raise UsageError("--uptrain-tokens: also needs --uptrain-config, which says on what data and how.")
         if self.uptrain_config is not None and not self.uptrain_config.is_file():
             raise UsageError(f"--uptrain-config {self.uptrain_config}: no such file.")
+
+    @property
+    def aims(self) -> tuple[Aim, ...]:
+        """What every variant is tried at."""
+        return (*(Aim(groups=groups) for groups in self.groups), *(Aim(budget=budget) for budget in self.budgets))
 
     def recipe(self, variant: str) -> Recipe:
         """The recipe that a variant's name stands for.

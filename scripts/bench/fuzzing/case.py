@@ -196,12 +196,12 @@ def _reload(result: dict[str, Any], out: Path) -> None:
         return
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            found = loading_faults(out)
+            faults = loading_faults(out)
     except BaseException as error:
-        found = {"raised": [_where(error)]}
-    for kind, names in found.items():
+        faults = {"raised": [_where(error)]}
+    for kind, names in faults.items():
         result["faults"].append(f"does not load: {kind} {names[0]}")
-    result["reloaded"] = not found
+    result["reloaded"] = not faults
 
 
 def _options(groups: tuple[int, ...], rng: random.Random) -> list[str]:
@@ -230,7 +230,7 @@ def _outside(folder: Path) -> None:
 
 def snapshot(folder: Path) -> dict[str, str]:
     """Names, kinds and contents below a folder."""
-    found = {}
+    states = {}
     for root, folders, files in os.walk(os.fsencode(folder)):
         for name in (*folders, *files):
             path = os.path.join(root, name)
@@ -239,8 +239,8 @@ def snapshot(folder: Path) -> dict[str, str]:
             if os.path.isfile(path) and not os.path.islink(path) and state.st_size < 1 << 26:
                 with open(path, "rb") as file:
                     digest = hashlib.sha256(file.read()).hexdigest()
-            found[os.fsdecode(path)] = f"{state.st_mode} {state.st_size} {state.st_mtime_ns} {digest}"
-    return found
+            states[os.fsdecode(path)] = f"{state.st_mode} {state.st_size} {state.st_mtime_ns} {digest}"
+    return states
 
 
 def _leaks(out: Path) -> bool:

@@ -163,12 +163,12 @@ def _damage(file: Path, rng: random.Random) -> str:
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) below a JSON value."""
-    found = []
+    places = []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        found.append((value, key))
-        found += _places(inner)
-    return found
+        places.append((value, key))
+        places += _places(inner)
+    return places
 
 
 def config_value(folder: Path, rng: random.Random) -> str:
@@ -427,8 +427,8 @@ def index(folder: Path, rng: random.Random) -> str:
     name = rng.choice(names)
     if rng.random() < 0.2:
         return _damage(folder / name, rng)
-    found = _read(folder, name)
-    weight_map = found["weight_map"]
+    table = _read(folder, name)
+    weight_map = table["weight_map"]
     key = rng.choice(list(weight_map))
     kind = rng.choice(("outside", "missing", "key", "drop", "value", "other", "whole", "link", "stale"))
     suffix = ".safetensors" if "safetensors" in name else ".bin"
@@ -447,7 +447,7 @@ def index(folder: Path, rng: random.Random) -> str:
     elif kind == "other":
         weight_map[key] = rng.choice(list(weight_map.values()))
     elif kind == "whole":
-        found = _value(rng) if rng.random() < 0.5 else {"weight_map": _value(rng)}
+        table = _value(rng) if rng.random() < 0.5 else {"weight_map": _value(rng)}
     elif kind == "link":
         (folder / f"linked{suffix}").symlink_to(f"../outside/secret{suffix}")
         weight_map[key] = f"linked{suffix}"
@@ -455,7 +455,7 @@ def index(folder: Path, rng: random.Random) -> str:
         overlay = (folder / rng.choice(("zz-overlay", "aa-overlay"))).with_suffix(suffix)
         _save(overlay, {key: torch.zeros(2, 2)})
         weight_map[key] = overlay.name
-    _write(folder, name, found)
+    _write(folder, name, table)
     return f"index {kind}"
 
 
