@@ -312,6 +312,8 @@ def bench(
     base: Model,
     converted: Model | Sequence[Model] = (),
     *,
+    engine: str | None = None,
+    engine_python: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -323,6 +325,8 @@ def bench(
     Args:
         base: the original.
         converted: a conversion of it, or several.
+        engine: time an engine instead, of `gqa_convert.evaluate.engines.known.ENGINES`; its cache and mode are its own.
+        engine_python: a Python that has the engine; by default this one.
         dtype: of the weights.
         device: where they run.
         trust_remote_code: run Python code that a checkpoint brings along.
@@ -338,10 +342,23 @@ def bench(
     from gqa_convert.evaluate.decode.settings import BenchSettings
 
     chosen = _settings(BenchSettings, settings)
+    points = _Counted("points", on_progress)
+    if engine is not None:
+        from gqa_convert.evaluate.engines.bench import bench_engine
+
+        points.total(len(chosen.batches) * len(chosen.contexts))
+        return bench_engine(
+            [base, *_listed(converted)],
+            engine,
+            chosen,
+            python=engine_python,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            on_point=lambda _: points.advance(),
+        )
     contenders = load_contenders(
         [base, *_listed(converted)], dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    points = _Counted("points", on_progress)
     points.total(len(chosen.batches) * len(chosen.contexts) * len(chosen.caches))
     return benchmark.bench(contenders, chosen, on_point=lambda _: points.advance())
 

@@ -31,13 +31,17 @@ from gqa_convert.cli.options import (
     Trust,
     held_out,
     named_list,
+    one_of,
     save,
 )
 from gqa_convert.cli.running import emit
 from gqa_convert.conversion.recipe import PRESETS
-from gqa_convert.errors import check_choice
+from gqa_convert.errors import UsageError, check_choice
+from gqa_convert.evaluate.engines.known import ENGINES
 from gqa_convert.merge.registry import all_methods
 from gqa_convert.progress import Counter
+
+_CACHES = "dynamic,static"
 
 
 def eval_command(
@@ -60,6 +64,22 @@ def eval_command(
         str, typer.Option(help="Also ask for what was told in texts of so many tokens: 512,1k,2k, a list.")
     ] = "",
     recall_items: Annotated[int, typer.Option(help="Questions of each kind at each length.", min=1)] = 20,
+    suite: Annotated[
+        bool,
+        typer.Option(
+            "--suite",
+            help="Also run tasks made here: the true continuation among four, greedy agreement, arithmetic, copying, "
+            "JSON repair, small functions that must run; and --recall at 1k and 2k where it is not set.",
+        ),
+    ] = False,
+    suite_kinds: Annotated[
+        str,
+        typer.Option(
+            help="Of the suite only these: continuations, agreement, arithmetic, copying, json, code, a list."
+        ),
+    ] = "",
+    suite_items: Annotated[int, typer.Option(help="Items of each kind.", min=1)] = 50,
+    suite_seed: Annotated[int, typer.Option(help="Seed of the draw of items.")] = 0,
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -74,6 +94,7 @@ def eval_command(
     from gqa_convert.cli import show_evaluation
     from gqa_convert.evaluate.evaluation import EvalSettings, evaluate, with_tasks
     from gqa_convert.evaluate.metrics import RECALL
+    from gqa_convert.evaluate.recall import usual_contexts
 
     settings = EvalSettings(
         data=data,
@@ -91,9 +112,23 @@ def eval_command(
         trust_remote_code=trust_remote_code,
         caches=named_list(quantised_cache),
     )
+    asked = None
+    if suite or suite_kinds:
+        from gqa_convert.evaluate.suite.run import SuiteSettings
+
+        asked = SuiteSettings(kinds=named_list(suite_kinds), count=suite_items, seed=suite_seed)
     base = located(base, revision)
+    if suite and not suite_kinds and not recall:
+        recall = usual_contexts(base, trust_remote_code=trust_remote_code)
     with Counter("windows", quiet=json) as progress:
         evaluation = evaluate(base, converted or [], settings, on_windows=progress.advance, on_total=progress.total)
+    if asked is not None:
+        from gqa_convert.evaluate.suite.run import with_suite
+
+        folders = [base, *(converted or [])]
+        with Counter("items", quiet=json) as progress:
+            progress.total(len(asked.chosen) * asked.count * len(folders))
+            evaluation = with_suite(evaluation, folders, settings, asked, on_items=progress.advance)
     if recall:
         from gqa_convert.budget.counts import parse_counts
         from gqa_convert.evaluate.recall import with_recall
@@ -121,7 +156,7 @@ def bench_command(
     ] = "",
     cache: Annotated[
         str, typer.Option(help="dynamic, static; fp8, int8, int4: rounded as engines do: a list.")
-    ] = "dynamic,static",
+    ] = _CACHES,
     mode: Annotated[
         str,
         typer.Option(
@@ -132,6 +167,21 @@ def bench_command(
     rounds: Annotated[int, typer.Option(help="Timed rounds per point.")] = 7,
     prefill_tokens: Annotated[int, typer.Option(help="Leave prefill out where batch x context is more.")] = 4096,
     memory: Annotated[str, typer.Option(help="Also say how many sequences fit in this much: 80GiB.")] = "",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Time decoding in an engine instead, each model in a process of its own: transformers, vllm, "
+            "llama.cpp, openvino, ctranslate2.",
+            **one_of("--engine", lambda: ENGINES),
+        ),
+    ] = None,
+    engine_python: Annotated[
+        str | None, typer.Option(help="Python of the environment that has the engine. (default: this one)")
+    ] = None,
+    cache_memory: Annotated[
+        str,
+        typer.Option(help="In an engine: also time as many requests at a time as this much cache holds: 256MiB."),
+    ] = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -153,8 +203,30 @@ def bench_command(
         prefill_tokens=prefill_tokens,
         memory=parse_bytes(memory, "--memory") if memory else None,
         source_tokens=parse_single(source_tokens, "--source-tokens") if source_tokens else None,
+        cache_memory=parse_bytes(cache_memory, "--cache-memory") if cache_memory else None,
     )
     from gqa_convert.cli import show_bench
+
+    if engine:
+        own = {"--cache": cache != _CACHES, "--mode": mode != "eager", "--memory": memory, "--device": device != "auto"}
+        own["--source-tokens"] = source_tokens
+        for flag, given in own.items():
+            if given:
+                raise UsageError(f"{flag}: an engine has its own way; it cannot be set together with --engine.")
+        from gqa_convert.evaluate.engines.bench import bench_engine
+
+        with Counter("points", quiet=json) as progress:
+            progress.total(len(settings.batches) * len(settings.contexts))
+            measured = bench_engine(
+                [located(base, revision), *(converted or [])], engine, settings, python=engine_python, dtype=dtype,
+                trust_remote_code=trust_remote_code, on_point=lambda point: progress.advance(),
+            )  # fmt: skip
+        save(measured.to_json(), out)
+        emit(measured.to_json(), json, lambda: show_bench.show_bench(measured))
+        return
+    for flag, given in {"--engine-python": engine_python, "--cache-memory": cache_memory}.items():
+        if given:
+            raise UsageError(f"{flag}: goes with --engine.")
     from gqa_convert.evaluate.decode.bench import bench
     from gqa_convert.evaluate.decode.contender import load_contenders
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from gqa_convert.console import size, wide_console
-from gqa_convert.evaluate.decode.results import Bench, Capacity, DecodeResult, Point, Spread, conclusions
+from gqa_convert.evaluate.decode.results import Bench, Capacity, DecodeResult, Point, Spread, Throughput, conclusions
 
 
 def milliseconds(spread: Spread) -> str:
@@ -49,14 +49,29 @@ def show_bench(bench: Bench) -> None:
             f"{size(capacity.memory_bytes)}",
             highlight=False,
         )
+    for each in bench.throughputs:
+        out.print(throughput_line(each), highlight=False)
     for line in conclusions(bench):
         out.print(f"- {line}", highlight=False)
+    where = f"{bench.engine_version}; bytes of the cache {bench.cache_source}; " if bench.engine else ""
     out.print(
-        f"{bench.dtype} on {bench.device}; memory read at {bench.bandwidth / 1e9:.1f} GB/s (measured); medians with "
-        f"quartiles of {bench.rounds} interleaved rounds of {bench.steps} tokens.",
+        f"{where}{bench.dtype} on {bench.device}; memory read at {bench.bandwidth / 1e9:.1f} GB/s (measured); medians "
+        f"with quartiles of {bench.rounds} interleaved rounds of {bench.steps} tokens.",
         highlight=False,
         style="dim",
     )
+
+
+def throughput_line(each: Throughput) -> str:
+    """What fixed memory for the cache serves."""
+    if each.skipped:
+        return f"{size(each.memory_bytes)} of cache, {each.context} tokens each: left out, {each.skipped}"
+    held = f"{each.requests} requests of {each.context} tokens"
+    fits = f"{each.name}: {held} at a time in {size(each.memory_bytes)} of cache"
+    if each.seconds is None or each.tokens_per_second is None:
+        return fits
+    run = "" if each.run == each.requests else f" ({each.run} run)"
+    return f"{fits}{run}: {each.tokens_per_second:,.1f} tokens per second, {milliseconds(each.seconds)} a step"
 
 
 def _tokens(capacity: Capacity) -> str:

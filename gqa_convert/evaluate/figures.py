@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gqa_convert.evaluate.intervals import mean_per_token
 from gqa_convert.evaluate.metric import Against, Figure, Figures, FromFigures, OfModel, PerToken
 from gqa_convert.evaluate.metrics import rows
 from gqa_convert.evaluate.models import Subject
+from gqa_convert.evaluate.results import Evaluation, ModelResult
 from gqa_convert.evaluate.scoring import WindowSums
 
 
@@ -67,6 +69,46 @@ def pair_figures(
                 elif before:
                     figures[metric.name] = Figure(after / before)
     return figures
+
+
+def with_means(
+    evaluation: Evaluation,
+    own: Mapping[str, Mapping[str, Sequence[float]]],
+    of_pair: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    **changes: Any,
+) -> Evaluation:
+    """Add means over items to an evaluation, with bootstrap intervals; both of a pair are drawn together.
+
+    Args:
+        evaluation: of the same models.
+        own: by model and metric, a value per item; the items of all models are the same.
+        of_pair: the same of metrics of a pair.
+        changes: to other fields of the evaluation.
+    """
+
+    def pair(name: str) -> Figures:
+        before = own.get(evaluation.base.name, {})
+        differences = {
+            f"{metric}_difference": _share([a - b for a, b in zip(values, before[metric], strict=True)])
+            for metric, values in own.get(name, {}).items()
+        }
+        return differences | {metric: _share(values) for metric, values in (of_pair or {}).get(name, {}).items()}
+
+    def of(model: ModelResult) -> ModelResult:
+        means = {metric: _share(values) for metric, values in own.get(model.name, {}).items()}
+        return replace(model, figures={**model.figures, **means})
+
+    converted = tuple(
+        replace(comparison, model=of(comparison.model), figures=comparison.figures | pair(comparison.model.name))
+        for comparison in evaluation.converted
+    )
+    return replace(evaluation, base=of(evaluation.base), converted=converted, **changes)
+
+
+def _share(values: Sequence[float]) -> Figure:
+    """A mean over items with its bootstrap interval."""
+    estimate = mean_per_token(values, [1] * len(values))
+    return Figure(estimate.value, (estimate.low, estimate.high))
 
 
 def _mean(sums: list[float], windows: WindowSums, block: int) -> Figure:

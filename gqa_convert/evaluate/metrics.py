@@ -191,6 +191,16 @@ RECALL = {
 }
 """Kinds of recall, see `gqa_convert.evaluate.recall`, and what is counted."""
 
+SUITE = {
+    "continuations": "the true continuation of a text is the likeliest of four",
+    "continuations_by_length": "the same of likelihoods per character (lm-eval's acc_norm)",
+    "arithmetic": "sums and differences below 100 are right",
+    "copying": "a line is written once more without a fault",
+    "json": "JSON with one fault is repaired",
+    "code": "functions that a model writes pass their tests",
+}
+"""Kinds of the suite that are shares of items, see `gqa_convert.evaluate.suite`, and what is counted."""
+
 QUALITY = "loss_difference"
 """The figure that a sweep's tolerance, frontiers and recommendation go by."""
 
@@ -297,17 +307,33 @@ register(
         places=frozenset(("eval", "tiles", "card")),
     )
 )
-for _kind, _counted in RECALL.items():
+register(
+    Metric(
+        name="suite_agreement",
+        label="greedy agreement",
+        unit="tokens",
+        better="higher",
+        of="pair",
+        compute=Apart("gqa_convert.evaluate.suite.run"),
+        show=fixed(1),
+        brackets=True,
+        meaning="of 64 tokens, those that both models write before they first differ",
+        places=frozenset(("eval", "page", "card")),
+    )
+)
+_APART = [(f"suite_{kind}", kind.replace("_", " "), "suite.run", counted) for kind, counted in SUITE.items()]
+_APART += [(f"recall_{kind}", f"recall: {kind}", "recall", counted) for kind, counted in RECALL.items()]
+for _name, _label, _module, _counted in _APART:
     register(
         Metric(
-            name=f"recall_{_kind}",
-            label=f"recall: {_kind}",
+            name=_name,
+            label=_label,
             better="higher",
             of="model",
-            compute=Apart("gqa_convert.evaluate.recall"),
+            compute=Apart(f"gqa_convert.evaluate.{_module}"),
             show=percent,
             meaning=_counted,
-            compared=Compared(how="difference", label=f"recall: {_kind}, change", places=frozenset(("eval", "page"))),
+            compared=Compared(how="difference", label=f"{_label}, change", places=frozenset(("eval", "page"))),
             places=frozenset(("eval", "page", "card")),
         )
     )

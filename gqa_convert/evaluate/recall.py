@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,7 @@ from gqa_convert.data import reading
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import models, text
 from gqa_convert.evaluate.evaluation import EvalSettings
-from gqa_convert.evaluate.intervals import mean_per_token
-from gqa_convert.evaluate.metric import Figure, Figures
+from gqa_convert.evaluate.figures import with_means
 from gqa_convert.evaluate.metrics import RECALL
 from gqa_convert.evaluate.results import Evaluation, Recall
 
@@ -189,11 +188,7 @@ def with_recall(
     if len(set(names)) < len(names):
         raise UsageError(f"--recall: two models are called {max(names, key=names.count)}: rename a folder.")
     tokenizer = subjects[0].source.tokenizer()
-    documents = reading.read_documents(settings.data, field=settings.field, separator=settings.separator)
-    plain = [document for document in documents if isinstance(document, str)]
-    if not plain:
-        raise UsageError(f"--recall: {settings.data} holds conversations alone; give plain text by --data.")
-    text_ids = text.encode(plain, tokenizer, special=False, eos=False).ids
+    text_ids = text.encode(plain_documents(settings, "--recall"), tokenizer, special=False, eos=False).ids
     recall: list[Recall] = []
     for subject in subjects:
         model = models.load(subject, dtype=settings.dtype, device=settings.device)
@@ -202,36 +197,29 @@ def with_recall(
     return with_figures(evaluation, recall)
 
 
+def usual_contexts(base: str | Path, *, trust_remote_code: bool = False) -> str:
+    """The contexts that are asked at where the user names none: 1k and 2k, as far as a model is made for them."""
+    longest = models.subject(str(base), trust_remote_code=trust_remote_code).max_context
+    return ",".join(str(context) for context in (1024, 2048) if longest is None or context <= longest)
+
+
+def plain_documents(settings: EvalSettings, flag: str) -> list[str]:
+    """The plain texts of an evaluation's data.
+
+    Raises:
+        UsageError: if it holds conversations alone.
+    """
+    documents = reading.read_documents(settings.data, field=settings.field, separator=settings.separator)
+    plain = [document for document in documents if isinstance(document, str)]
+    if not plain:
+        raise UsageError(f"{flag}: {settings.data} holds conversations alone; give plain text by --data.")
+    return plain
+
+
 def with_figures(evaluation: Evaluation, recall: Sequence[Recall]) -> Evaluation:
     """Add recall to an evaluation: each answer, and as figures of every model the shares over all contexts."""
-    by_model: dict[str, dict[str, list[float]]] = {}
+    own: dict[str, dict[str, list[float]]] = {}
     for result in recall:
-        kinds = by_model.setdefault(result.model, {})
-        kinds.setdefault(result.kind, []).extend(float(x) for x in result.right)
-
-    def own(name: str) -> Figures:
-        return {f"recall_{kind}": _share(answers) for kind, answers in by_model[name].items()}
-
-    def pair(name: str) -> Figures:
-        before = by_model[evaluation.base.name]
-        return {
-            f"recall_{kind}_difference": _share([a - b for a, b in zip(answers, before[kind], strict=True)])
-            for kind, answers in by_model[name].items()
-        }
-
-    base = replace(evaluation.base, figures=evaluation.base.figures | own(evaluation.base.name))
-    converted = tuple(
-        replace(
-            comparison,
-            model=replace(comparison.model, figures=comparison.model.figures | own(comparison.model.name)),
-            figures=comparison.figures | pair(comparison.model.name),
-        )
-        for comparison in evaluation.converted
-    )
-    return replace(evaluation, base=base, converted=converted, recall=tuple(recall))
-
-
-def _share(values: Sequence[float]) -> Figure:
-    """A mean over items with its bootstrap interval; items are drawn, of pairs both answers together."""
-    estimate = mean_per_token(values, [1] * len(values))
-    return Figure(estimate.value, (estimate.low, estimate.high))
+        kinds = own.setdefault(result.model, {})
+        kinds.setdefault(f"recall_{result.kind}", []).extend(float(x) for x in result.right)
+    return with_means(evaluation, own, recall=tuple(recall))

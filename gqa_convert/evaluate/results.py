@@ -190,6 +190,23 @@ class Recall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuiteResult:
+    """What one model scored in one kind of task; see `gqa_convert.evaluate.suite`.
+
+    Attributes:
+        model: its name.
+        kind: of `metrics.SUITE`, or `agreement`.
+        scores: of each item, 1 where it is right, of `agreement` the tokens; the items of all models are the same.
+        written: the beginning of each answer, where it was generated.
+    """
+
+    model: str
+    kind: str
+    scores: tuple[float, ...]
+    written: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(Outcome):
     """An original, its conversions, and how they were measured.
 
@@ -210,6 +227,7 @@ class Evaluation(Outcome):
         tasks: results of lm-eval by model name, where asked for.
         quantised: original and conversions with caches in fewer bits, each beside the original with its whole cache.
         recall: by model, kind and context, where asked for.
+        suite: by model and kind, where asked for.
         date: the day it was measured on (UTC), as 2026-01-31; empty in files written before it was recorded.
     """
 
@@ -230,6 +248,7 @@ class Evaluation(Outcome):
     date: str = ""
     quantised: tuple[Comparison, ...] = ()
     recall: tuple[Recall, ...] = ()
+    suite: tuple[SuiteResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The evaluation as JSON values."""

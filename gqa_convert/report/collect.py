@@ -147,7 +147,7 @@ def inside(folder: Path, path: Path) -> Path:
     return path
 
 
-_TOLD = ("converted", "quantised", "recall")
+_TOLD = ("converted", "quantised", "recall", "suite")
 """What there is to tell of an evaluation: the loss of an original alone says nothing."""
 
 

@@ -53,9 +53,14 @@ def _bench(timed: Timed) -> str:
     points = timed.bench.points
     names = dict.fromkeys(model.name for point in points for model in point.models)
     words = ["gqa", "bench", *map(_named, names), "--batch", _list(point.batch for point in points)]
-    words += ["--cache-context", _list(point.context for point in points), f"--cache={_list(p.cache for p in points)}"]
+    words += ["--cache-context", _list(point.context for point in points)]
+    words.append(
+        f"--engine={timed.bench.engine}" if timed.bench.engine else f"--cache={_list(p.cache for p in points)}"
+    )
+    memories = [each.memory_bytes for each in timed.bench.throughputs]
+    words += ["--cache-memory", str(memories[0])] if memories else []
     words += ["--steps", str(timed.bench.steps), "--rounds", str(timed.bench.rounds)]
-    return shlex.join([*words, f"--dtype={timed.bench.dtype}"])
+    return shlex.join(words if timed.bench.engine else [*words, f"--dtype={timed.bench.dtype}"])
 
 
 def _data(evaluation: Evaluation) -> list[str]:
@@ -69,6 +74,11 @@ def _data(evaluation: Evaluation) -> list[str]:
     words += [f"--no-{name}" for name in ("special", "eos") if settings.get(name) is False]
     if evaluation.quantised:
         words.append(f"--quantised-cache={_list(comparison.model.cache for comparison in evaluation.quantised)}")
+    if evaluation.suite:
+        kinds = [each.kind for each in evaluation.suite if each.kind != "continuations_by_length"]
+        most = max(len(each.scores) for each in evaluation.suite)
+        words += ["--suite", f"--suite-kinds={_list(kinds)}", "--suite-items", str(most)]
+        words += ["--suite-seed", str(settings.get("suite_seed", 0))]
     if evaluation.recall:
         words.append(f"--recall={_list(result.context for result in evaluation.recall)}")
         words += ["--recall-items", str(len(evaluation.recall[0].right))]

@@ -154,6 +154,8 @@ def decoding(timed: Timed, name: str = "") -> Decoding:
         rows += [_decode_row(where, model) for model in point.models]
     head = ("cache", "model", "ms/token", "of original", "tokens/s", "cache held", "near floor", "peak", "verdict")
     versions = "".join(f"; {name} {version}" for name, version in bench.versions.items())
+    if bench.engine:
+        versions = f"; {bench.engine_version}; bytes of the cache {bench.cache_source}"
     note = (
         f"{bench.dtype} on {bench.device}{versions}; medians of {bench.rounds} interleaved rounds of "
         f"{bench.steps} tokens, quartiles in brackets; memory read at {bench.bandwidth / 1e9:.1f} GB/s. "

@@ -16,7 +16,7 @@ from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.decode.contender import Contender
 from gqa_convert.evaluate.decode.decoder import Decoder, prefill_seconds
 from gqa_convert.evaluate.decode.device import available_memory, describe, peak_memory, read_bandwidth
-from gqa_convert.evaluate.decode.results import Bench, Capacity, DecodeResult, Point, Spread, verdict
+from gqa_convert.evaluate.decode.results import Bench, Capacity, DecodeResult, Point, Spread, ratios, verdict
 from gqa_convert.evaluate.decode.settings import BenchSettings
 from gqa_convert.evaluate.models import dtype_name
 
@@ -190,7 +190,7 @@ def _result(
     caches = [sum(both) for both in held]
     floors = [(c.weight_bytes_read + cache) / bandwidth for c, cache in zip(contenders, caches, strict=True)]
     own = Spread.of(seconds[i])
-    ratio = _ratios(seconds, i)
+    ratio = ratios(seconds, i)
     return DecodeResult(
         name=contenders[i].name,
         query_heads=contenders[i].query_heads,
@@ -209,16 +209,9 @@ def _result(
         time_ratio=ratio,
         floor_ratio=floors[i] / floors[0],
         prefill_seconds=Spread.of(prefills[i]) if prefills else None,
-        prefill_ratio=_ratios(prefills, i) if prefills else None,
+        prefill_ratio=ratios(prefills, i) if prefills else None,
         verdict="base" if ratio is None else verdict(ratio),
     )
-
-
-def _ratios(seconds: list[list[float]], i: int) -> Spread | None:
-    """Time of model i over the base's, round by round; None for the base itself."""
-    if i == 0:
-        return None
-    return Spread.of([own / base for own, base in zip(seconds[i], seconds[0], strict=True)])
 
 
 def _capacities(contenders: Sequence[Contender], settings: BenchSettings) -> tuple[Capacity, ...]:

@@ -117,8 +117,36 @@ class Capacity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Requests of `context` tokens that fixed memory for the cache holds at a time, and their tokens per second.
+
+    Attributes:
+        name: of the model; empty where the engine failed.
+        context: tokens of each request when decoding starts.
+        memory_bytes: for the cache alone.
+        requests: that fit.
+        run: that were decoded together, at most `requests`.
+        seconds: per step of all of them; None where none fits.
+        tokens_per_second: over all of them, from the median; None likewise.
+        skipped: why nothing was measured.
+    """
+
+    name: str
+    context: int
+    memory_bytes: int
+    requests: int
+    run: int
+    seconds: Spread | None = None
+    tokens_per_second: float | None = None
+    skipped: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench(Outcome):
-    """A whole benchmark; `weights` are bytes of each model, `bandwidth` bytes per second as measured."""
+    """A whole benchmark; `weights` are bytes of each model, `bandwidth` bytes per second as measured.
+
+    `engine` is empty for transformers in this process; else `cache_source` says where the bytes of caches come from.
+    """
 
     device: str
     dtype: str
@@ -130,6 +158,10 @@ class Bench(Outcome):
     weights_read: dict[str, int]
     points: tuple[Point, ...]
     capacities: tuple[Capacity, ...] = ()
+    engine: str = ""
+    engine_version: str = ""
+    cache_source: str = ""
+    throughputs: tuple[Throughput, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The benchmark as JSON values, with its conclusions in words."""
@@ -150,6 +182,13 @@ def lengths(context: int, source_tokens: int | None) -> str:
     return f"context {context}" + ("" if source_tokens is None else f", source {source_tokens}")
 
 
+def ratios(seconds: Sequence[Sequence[float]], i: int) -> Spread | None:
+    """Time of model i over the base's, round by round; None for the base itself."""
+    if i == 0:
+        return None
+    return Spread.of([own / base for own, base in zip(seconds[i], seconds[0], strict=True)])
+
+
 def verdict(ratio: Spread) -> str:
     """Name a time ratio: a difference counts only where the quartiles lie clear of 1."""
     if ratio.high < 1 - NO_DIFFERENCE:
@@ -164,7 +203,7 @@ def conclusions(bench: Bench) -> list[str]:
     for name in names:
         for kind in dict.fromkeys((point.cache, point.mode) for point in bench.points):
             lines += _of_one(bench, name, *kind)
-    return lines + _of_formats(bench)
+    return lines + _of_formats(bench) + _of_throughput(bench)
 
 
 def _of_formats(bench: Bench) -> list[str]:
@@ -183,6 +222,24 @@ def _of_formats(bench: Bench) -> list[str]:
         "cache at every step, which engines do as they read it)."
         for (name, kind), seen in ratios.items()
     ]
+
+
+def _of_throughput(bench: Bench) -> list[str]:
+    """What each conversion serves in the memory that the base's cache has, beside the base."""
+    lines = []
+    by_context: dict[int, list[Throughput]] = {}
+    for each in bench.throughputs:
+        by_context.setdefault(each.context, []).append(each)
+    for context, (base, *others) in by_context.items():
+        for other in others:
+            if base.tokens_per_second and other.tokens_per_second:
+                capped = " (no more were run)" if other.run < other.requests else ""
+                lines.append(
+                    f"{other.name}, {bench.engine}: in the same memory for the cache {other.run} requests of {context} "
+                    f"tokens at a time{capped} where {base.name} has {base.run}: "
+                    f"x {other.tokens_per_second / base.tokens_per_second:.2f} the tokens per second."
+                )
+    return lines
 
 
 def _of_one(bench: Bench, name: str, cache: str, mode: str) -> list[str]:

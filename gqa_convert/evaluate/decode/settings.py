@@ -26,6 +26,7 @@ class BenchSettings:
         prefill_tokens: leave prefill out where batch x context is more than this; 0: always.
         memory: bytes for which to say how many sequences fit; None: not.
         source_tokens: positions of the encoder's output, for models that have one; None: as many as the context.
+        cache_memory: bytes for the cache alone for which to time as many requests as it holds; in an engine only.
     """
 
     batches: tuple[int, ...] = (1, 8)
@@ -37,6 +38,7 @@ class BenchSettings:
     prefill_tokens: int = 4096
     memory: int | None = None
     source_tokens: int | None = None
+    cache_memory: int | None = None
 
     def __post_init__(self) -> None:
         wrong = [kind for kind in self.caches if kind not in CACHES]

@@ -1,0 +1,1 @@
+"""What generation loses: likelihood and generated tasks, made here, for an original and its conversions."""
