@@ -168,8 +168,25 @@ class CheckpointSection(Section):
     """auto: from the newest whole checkpoint of `output`; never; or a checkpoint folder."""
     average: Annotated[int, Field(ge=2)] | None = None
     """Make `final` of the mean of the last so many checkpoints' weights (at most `keep` are there)."""
+    asynchronous: bool = False
+    """Copy weights and optimiser state into the host's memory and write them while training goes on; the first, the
+    last and a best checkpoint are waited for. Costs as much host memory as a checkpoint has bytes."""
     failures_allowed: Annotated[int, Field(ge=0)] = 3
     """Saves in a row that may fail (disk full) before the run stops."""
+
+
+class AveragingSection(Section):
+    """An exponential average of the trained weights, beside them and in float32."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the average that an update keeps (0.999 looks back over about a thousand of them); null: no average."""
+    every_steps: Annotated[int, Field(ge=1)] = 1
+    """Steps between updates."""
+    warmup: bool = True
+    """Let the decay grow, as (1 + n) / (10 + n) over n updates, so that the weights at the start are soon forgotten."""
+    final: bool = True
+    """Make `final` of the average, and judge by it (best, patience, target); false: `gqa uptrain export --weights
+    averaged` gets it out of a checkpoint."""
 
 
 SetName = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/\s]+$")]
@@ -233,6 +250,7 @@ class UptrainConfig(Section):
     train: TrainSection
     guards: GuardSection = GuardSection()
     checkpoints: CheckpointSection = CheckpointSection()
+    averaging: AveragingSection = AveragingSection()
     evaluation: EvaluationSection = EvaluationSection()
     log: LogSection = LogSection()
     expect: ExpectSection = ExpectSection()
@@ -278,6 +296,8 @@ def _conflicts(config: UptrainConfig) -> list[str]:
         problems.append("checkpoints.average: more checkpoints than checkpoints.keep leaves. Raise keep.")
     if config.checkpoints.average and config.evaluation.best:
         problems.append("checkpoints.average, evaluation.best: each says what `final` is made of. Choose one.")
+    if config.checkpoints.average and config.averaging.decay and config.averaging.final:
+        problems.append("checkpoints.average, averaging.decay: each says what `final` is made of. Choose one.")
     told = config.objective.distillation
     if told and told.cache and told.hidden_weight:
         problems.append("objective.distillation: a cache holds no hidden states. Set hidden_weight to 0, or no cache.")

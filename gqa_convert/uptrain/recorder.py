@@ -76,18 +76,24 @@ class Recorder:
         left = (plan.horizon.steps - step) * plan.horizon.batch_tokens
         self._display.step(step, {**values, "tokens_left": left})
 
-    def evaluation(self, step: int, losses: dict[str, float], reference: dict[str, float]) -> None:
+    def evaluation(
+        self, step: int, losses: dict[str, float], reference: dict[str, float], *, weights: str | None = None
+    ) -> None:
         """Record a held-out loss, and those of single sets.
 
         Args:
             step: after which it was measured.
-            losses: see `gqa_convert.uptrain.evaluation.evaluate`.
+            losses: see `gqa_convert.uptrain.evaluation.evaluate`; with an average of the weights also `loss_trained`
+                and `loss_averaged`.
             reference: the original's, as `reference` and `reference/NAME`.
+            weights: whose losses these are, `trained` or `averaged`; None where there is no average.
         """
         values = {f"held_out_{name}": value for name, value in losses.items()}
         values |= {name.replace("reference", "reference_loss", 1): loss for name, loss in reference.items()}
-        self._write("evaluation", step, values)
-        self._display.say(f"step {step:,}: held-out loss {_beside(losses['loss'], reference.get('reference'))}")
+        self._write("evaluation", step, values, {} if weights is None else {"weights": weights})
+        other = "trained" if weights == "averaged" else "averaged"
+        whose = "" if weights is None else f" of the {weights} weights ({other}: {losses[f'loss_{other}']:.4f})"
+        self._display.say(f"step {step:,}: held-out loss{whose} {_beside(losses['loss'], reference.get('reference'))}")
         for name, loss in losses.items():
             if name.startswith("loss/"):
                 one = name.removeprefix("loss/")
@@ -98,10 +104,10 @@ class Recorder:
         if self._active:
             self._file.write("event", step, {"event": what, **values})
 
-    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def _write(self, kind: str, step: int, values: dict[str, float], words: dict[str, str] | None = None) -> None:
         if not self._active:
             return
-        self._file.write(kind, step, values)
+        self._file.write(kind, step, {**values, **(words or {})})
         prefix = "train" if kind == "train" else "held_out"
         named = {f"{prefix}/{name.removeprefix('held_out_')}": value for name, value in values.items()}
         self._trackers.log(named, step)
