@@ -39,6 +39,8 @@ class DistillationSection(Section):
     """Weight of 1 - cosine of the two models' hidden states, averaged over layers."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The teacher's weights."""
+    compile: bool = False
+    """torch.compile the teacher."""
     cache: Place | None = None
     """What the teacher says, computed before by `gqa uptrain cache-teacher`; the teacher is then not loaded."""
 
@@ -124,7 +126,11 @@ class TrainSection(Section):
     lora: LoraSection = LoraSection()
     """With `parameters: lora`."""
     attention: str = "sdpa"
-    """Attention implementation of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."""
+    """Attention implementation of transformers: sdpa, eager, flex_attention, flash_attention_2, ...; auto: flash
+    attention where it is installed and runs (no dense mask between documents), else sdpa."""
+    liger: bool | Literal["auto"] = False
+    """Norms, rotary embeddings and gated MLPs by liger-kernel's fused kernels; auto: where it is installed, on a GPU,
+    and knows the family. That logits stay as they are is tried on the model at start."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     fsdp_sync: Literal["micro_batch", "step"] = "micro_batch"
@@ -209,6 +215,12 @@ class EvaluationSection(Section):
     """Save whenever the held-out loss is the lowest so far, keep that checkpoint, and make `final` of it."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations in a row without a lower held-out loss; the learning rate is where it was."""
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tasks of lm-evaluation-harness (the `eval` extra) to score at start and end; names, or YAML files of your own."""
+    tasks_every_tokens: Count | None = None
+    """Score the tasks when this many more tokens were seen, too."""
+    tasks_limit: Annotated[int, Field(ge=1)] | None = None
+    """Examples of each task; null for all."""
     target: Positive | None = None
     """Stop as soon as an evaluation finds the held-out loss within so many nats per token of the reference's."""
 
@@ -254,6 +266,11 @@ class UptrainConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     log: LogSection = LogSection()
     expect: ExpectSection = ExpectSection()
+    push: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$", max_length=96)] | None = None
+    """Send `final` to this repository of the hub (`owner/name`) at the end; the token is HF_TOKEN's or the one that
+    `hf auth login` has left."""
+    push_private: bool = True
+    """Of a repository that is made for it."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings along (a converted T5 does)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ from gqa_convert.uptrain.folder import run_folder
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.plan import UptrainPlan, resolve
 from gqa_convert.uptrain.progress import Display
+from gqa_convert.uptrain.publish import check_push, push_final
 from gqa_convert.uptrain.recorder import Recorder
 from gqa_convert.uptrain.resume import check_same_run, checkpoint_state, unusable
 from gqa_convert.uptrain.saving import Saver
 from gqa_convert.uptrain.state import load_training_state
 from gqa_convert.uptrain.step import StepResult, train_step
 from gqa_convert.uptrain.stopping import StopRequest, stop_on_signals
+from gqa_convert.uptrain.task_scores import check_tasks, score_tasks
 
 _REACHED = "at target"
 """Under which the losses of a run keep that of the evaluation that met its target."""
@@ -106,7 +109,7 @@ class _Run:
             f"engine {self.engine.name}, {self.engine.processes} processes, {self.engine.device}; "
             f"{self.plan.horizon.steps:,} steps"
         )
-        self.engine.from_main(lambda: check_final(self.plan, self.output))
+        self.engine.from_main(self._check_end)
         self.weights = self.engine.from_main(lambda: sampled_digest(Checkpoint.open(self.plan.source)))
         saved = self._checkpoint()
         state = saved.state() if saved else None
@@ -140,6 +143,12 @@ class _Run:
             self.parts.batches.close()
             if hasattr(self, "recorder"):
                 self.recorder.close()
+
+    def _check_end(self) -> None:
+        """What would be found out in the end only, after days perhaps."""
+        check_final(self.plan, self.output)
+        check_tasks(self.config, self.engine)
+        check_push(self.config)
 
     def _checkpoint(self) -> SavedCheckpoint | None:
         """The checkpoint to go on from, the same on every process: one reads and checks it for all."""
@@ -199,6 +208,7 @@ class _Run:
         if self.config.averaging.decay is not None:
             self.average = WeightAverage(self.parts.model, self.config.averaging)
         self.losses["before"] = self._evaluate()
+        self._score_tasks()
         self._compare(self.losses["before"])
         self._note_best(self.losses["before"])
         # A run that cannot save should fail now and not in a week.
@@ -231,6 +241,14 @@ class _Run:
             teacher=self.parts.teacher,
         )
 
+    def _score_tasks(self) -> None:
+        """Score the tasks with the weights that `final` is to be made of."""
+        if not self.config.evaluation.tasks:
+            return
+        averaged = self.average is not None and self.config.averaging.final
+        with self.average.in_place() if self.average is not None and averaged else nullcontext():
+            self.recorder.tasks(self.step, score_tasks(self.parts))
+
     def _train(self) -> None:
         total = self.plan.horizon.steps
         self.display.start(total, self.step)
@@ -250,6 +268,8 @@ class _Run:
                     loss = self._evaluate()
                     self._compare(loss)
                     self._note_best(loss)
+                if self.step < total and self._passed(self.config.evaluation.tasks_every_tokens):
+                    self._score_tasks()
                 self._save_or_stop(result)
 
     def _ended(self) -> bool:
@@ -294,8 +314,12 @@ class _Run:
     def _evaluation_due(self) -> bool:
         settings, batch = self.config.evaluation, self.plan.horizon.batch_tokens
         before, now = (self.step - 1) * batch, self.step * batch
-        every = settings.every_tokens
-        return bool(every and now // every > before // every) or any(before < at <= now for at in settings.at_tokens)
+        return self._passed(settings.every_tokens) or any(before < at <= now for at in settings.at_tokens)
+
+    def _passed(self, every: int | None) -> bool:
+        """Whether the last step has come past a multiple of so many tokens."""
+        batch = self.plan.horizon.batch_tokens
+        return bool(every and self.step * batch // every > (self.step - 1) * batch // every)
 
     def _save_due(self) -> bool:
         settings, done = self.config.checkpoints, self.step + 1
@@ -383,8 +407,13 @@ class _Run:
     def _finish(self) -> UptrainResult:
         after = self._evaluate()
         after = self._settle_final(after)
+        if self.config.evaluation.tasks:
+            self.recorder.tasks(self.step, score_tasks(self.parts))
         self.display.stop()
         folder = finish(self.parts, self.output, losses={**self.losses, "after": after}, seconds=self.seconds)
+        address = self.engine.from_main(lambda: push_final(self.config, folder))
+        if address is not None:
+            self.display.say(f"sent to the hub: {address}")
         return UptrainResult(
             folder=folder,
             steps=self.step,
