@@ -28,6 +28,9 @@ transformers 5.23); on a GPU the CUDA context and the kernels that were loaded, 
 _CPU_HOLES = 192 << 20
 """What glibc's heap keeps of what was freed: arrays up to 32 MiB come from it, and later ones of other sizes do not
 fill their places. Larger ones are given back at once, so it does not grow with the model: 170 to 230 MB as measured."""
+_CPU_SCATTERED = 0.5
+"""Share of the activations that a CPU's heap gets anew where gradients stay from one forward pass to the next: they lie
+among what is freed, and cut it up."""
 
 
 def chunk_positions(vocabulary: int) -> int:
@@ -173,7 +176,9 @@ def training_memory(
     training = optimizer + computing + gradients + activations + logits
     # Before the first step the reference is beside the model, and only logits with them; no gradient is taken.
     process = _PROCESS_BYTES[setup.device]
-    allocator = _CPU_HOLES if setup.device == "cpu" else 0
+    allocator = 0
+    if setup.device == "cpu":
+        allocator = _CPU_HOLES + (round(_CPU_SCATTERED * activations) if setup.accumulation > 1 else 0)
     return TrainingMemory(
         engine=setup.engine,
         devices=setup.devices,

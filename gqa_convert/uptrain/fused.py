@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,7 +38,7 @@ def chosen_attention(settings: TrainSection, model_class: Any, device: torch.dev
 
 
 def _flash_is_there() -> bool:
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     return bool(is_flash_attn_2_available())
 
@@ -83,11 +84,11 @@ def put_liger_in(model: Any, *, wanted: bool, tried_on: Any | None = None) -> bo
     Raises:
         UsageError: if the logits are others with its kernels, or it was asked for and does not know the family.
     """
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 
+    known = import_module("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     family = str(getattr(model.config, "model_type", ""))
-    if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    if family not in known:
         if wanted:
             raise UsageError(f"train.liger=true: liger-kernel has no kernels for {family}. Set it to auto or false.")
         return False

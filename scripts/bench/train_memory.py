@@ -36,6 +36,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("13M", {"context": 512, "micro": 8, "whole": True}),
     ("13M", {"context": 512, "micro": 8, "distil": True, "accumulation": 2, "whole": True}),
     ("60M", {"context": 512, "micro": 4}),
+    ("60M", {"context": 512, "micro": 2, "accumulation": 2}),
     ("60M", {"context": 512, "micro": 4, "checkpointing": True}),
     ("60M", {"context": 512, "micro": 2, "parameters": "attention", "distil": True}),
     ("135M", {"context": 512, "micro": 2}),

@@ -17,7 +17,8 @@ from gqa_convert.uptrain.config import OptimizerSection
 from gqa_convert.uptrain.from_checkpoint import export_checkpoint
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
-from tests.uptrain.test_run import run, trained
+from gqa_convert.uptrain.state import copied_state
+from tests.uptrain.test_run import run, stop_after, trained
 
 BATCH = 4 * 32
 
@@ -218,9 +219,9 @@ def test_what_is_saved_beside_the_training_has_the_same_bytes(settings) -> None:
 
 def test_a_save_beside_the_training_that_fails_costs_the_save_alone(settings, monkeypatch) -> None:
     calls = []
-    real = saving.copied_state
+    real = copied_state
 
-    def copied_state(*args, **rest):
+    def second_fails(*args, **rest):
         calls.append(1)
         return full if len(calls) == 2 else real(*args, **rest)
 
@@ -228,7 +229,7 @@ def test_a_save_beside_the_training_that_fails_costs_the_save_alone(settings, mo
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "copied_state", copied_state)
+    monkeypatch.setattr(saving, "copied_state", second_fails)
     settings["checkpoints"] = {"every_steps": 5, "keep": 30, "asynchronous": True}
     assert run(settings).steps == 20
     folder = Path(settings["output"]) / "checkpoints"
@@ -240,7 +241,7 @@ def test_a_save_beside_the_training_that_fails_costs_the_save_alone(settings, mo
 
 def test_a_run_that_is_stopped_while_it_saves_waits_for_it(settings, monkeypatch) -> None:
     held = threading.Event()
-    real = saving.copied_state
+    real = copied_state
 
     def slow(*args, **rest):
         write = real(*args, **rest)
@@ -257,12 +258,3 @@ def test_a_run_that_is_stopped_while_it_saves_waits_for_it(settings, monkeypatch
     with pytest.raises(Preempted):
         run(settings)
     assert CheckpointStore(Path(settings["output"]) / "checkpoints", 2).steps() == [0, 6, 7]
-
-
-def stop_after(monkeypatch, step):
-    real = loop.train_step
-
-    def train_step(parts, guards, at, *, stop, save):
-        return real(parts, guards, at, stop=stop or at + 1 == step, save=save)
-
-    monkeypatch.setattr(loop, "train_step", train_step)

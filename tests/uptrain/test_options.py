@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_liger_is_refused_or_left_out_where_it_does_not_run(settings, monkeypatc
     with pytest.raises(UsageError, match=r"train\.liger=true: liger-kernel is not installed"):
         run(settings)
     assert nothing_was_trained(settings)
-    said = []
+    said: list[str] = []
     assert fused.uses_liger(section(liger="auto"), GPU, said.append) is False
     assert "not installed" in said[0]
     monkeypatch.setattr(fused, "find_spec", lambda _: object())
@@ -53,6 +53,8 @@ def liger(monkeypatch):
         for layer in model.model.layers:
             layer.input_layernorm.register_forward_hook(lambda *args: args[-1] * stub.factor)
 
+    package: Any
+    patches: Any
     package, patches = ModuleType("liger_kernel.transformers"), ModuleType("liger_kernel.transformers.monkey_patch")
     package._apply_liger_kernel_to_instance = apply
     patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}
@@ -129,6 +131,9 @@ def lm_eval(monkeypatch):
         seen.append((model.training, limit))
         return {"results": {task: {"acc,none": float(model.model.norm.weight.detach().mean())} for task in tasks}}
 
+    package: Any
+    tasks: Any
+    huggingface: Any
     package, tasks = ModuleType("lm_eval"), ModuleType("lm_eval.tasks")
     models, huggingface = ModuleType("lm_eval.models"), ModuleType("lm_eval.models.huggingface")
     package.simple_evaluate, tasks.TaskManager = simple_evaluate, Manager
