@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("anatomy",),
     ("calibrate",),
     ("conversion",),
+    ("evaluate.tasks", "evaluate.models"),
     ("contract", "evaluate", "uptrain"),
     ("demo", "report"),
     ("cli", "interface"),

@@ -1,8 +1,8 @@
 """What training holds on each device: weights, gradients, optimiser, teacher, activations, logits. No torch.
 
-Counted from sizes and from what the training loop keeps. `scripts/bench/train_memory.py` holds the count to measured
-runs. What is not counted: the framework itself (on a GPU its context, about half a gigabyte), fragmentation, buffers
-of the communication library.
+Counted from sizes and from what the training loop keeps, with what a process holds before there is a model and what an
+allocator keeps of what was freed. `scripts/bench/train_memory.py` holds the count to measured runs on a CPU. What is
+not counted: on a GPU fragmentation, and buffers of the communication library.
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ LONGEST_CHUNK = 1024
 _LOSS_ARRAYS, _DISTIL_ARRAYS = 3, 5
 """Arrays of the size of a chunk's logits that live at once, by cross-entropy and by distillation."""
 _SHARDED = ("fsdp2", "deepspeed")
+DEVICES = ("cuda", "cpu")
+_PROCESS_BYTES = {"cpu": 380 * 10**6, "cuda": 512 << 20}
+"""Held before there is a model. On a CPU Python, torch, transformers and their dependencies, as measured (torch 2.13,
+transformers 5.23); on a GPU the CUDA context and the kernels that were loaded, which torch's own counters leave out."""
+_CPU_HOLES = 192 << 20
+"""What glibc's heap keeps of what was freed: arrays up to 32 MiB come from it, and later ones of other sizes do not
+fill their places. Larger ones are given back at once, so it does not grow with the model: 170 to 230 MB as measured."""
+_CPU_SCATTERED = 0.5
+"""Share of the activations that a CPU's heap gets anew where gradients stay from one forward pass to the next: they lie
+among what is freed, and cut it up."""
 
 
 def chunk_positions(vocabulary: int) -> int:
@@ -47,6 +57,8 @@ class TrainingSetup:
         teacher_bytes: of a weight of the teacher.
         hidden: hidden states of all layers are compared.
         step_sync: FSDP2 sums gradients once a step, and keeps them whole until then.
+        averages: an average of the trained weights is kept, in float32.
+        device: one of `DEVICES`.
     """
 
     engine: str = "single"
@@ -63,12 +75,16 @@ class TrainingSetup:
     teacher_bytes: int = 2
     hidden: bool = False
     step_sync: bool = False
+    averages: bool = False
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UsageError(f"engine {self.engine!r}: choose one of {', '.join(ENGINES)}.")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}.")
+        if self.device not in DEVICES:
+            raise UsageError(f"device {self.device!r}: choose one of {', '.join(DEVICES)}.")
         if self.devices < 1 or self.micro_batch < 1 or self.context < 1:
             raise UsageError("memory: devices, micro_batch and context must be at least 1.")
 
@@ -85,6 +101,10 @@ class TrainingMemory:
         teacher: its weights, this device's share and what is gathered of it.
         activations: kept for the backward pass of one micro-batch.
         logits: of a chunk of positions, with the gradient of the output matrix.
+        average: of the weights, this device's share.
+        reference: the model whose loss is measured once before training, and is then let go.
+        process: what is held before there is a model.
+        allocator: what was freed and is not given back, where that is known.
         peak: the most that is held at once.
     """
 
@@ -97,6 +117,10 @@ class TrainingMemory:
     teacher: int
     activations: int
     logits: int
+    average: int
+    reference: int
+    process: int
+    allocator: int
     peak: int
 
     def to_json(self) -> dict[str, Any]:
@@ -104,13 +128,16 @@ class TrainingMemory:
         return asdict(self)
 
 
-def training_memory(shape: ModelShape, setup: TrainingSetup, teacher: ModelShape | None = None) -> TrainingMemory:
+def training_memory(
+    shape: ModelShape, setup: TrainingSetup, teacher: ModelShape | None = None, *, reference: ModelShape | None = None
+) -> TrainingMemory:
     """Count what a device holds.
 
     Args:
         shape: the model that is trained.
         setup: how.
         teacher: the original, when distilling.
+        reference: a further model, in float32, that is scored before training.
 
     Raises:
         UsageError: if the shape does not say how wide the model is.
@@ -143,12 +170,15 @@ def training_memory(shape: ModelShape, setup: TrainingSetup, teacher: ModelShape
     optimizer = trained * setup.state_bytes // share
     activations = _activations(shape, setup, narrow)
     logits = _logits(shape, setup, narrow, distil=teacher is not None)
-    held = weights + optimizer + taught + computing
-    if setup.accumulation > 1 or setup.engine == "ddp":
-        peak = held + gradients + activations + logits
-    else:
-        # Gradients grow while activations go; the two are never there in full together.
-        peak = held + max(gradients, activations + logits)
+    average = trained * 4 // share if setup.averages else 0
+    compared = 0 if reference is None else reference.parameters * 4 // (setup.devices if setup.engine == "fsdp2" else 1)
+    # Gradients appear while activations go, but what is freed is in pieces of other sizes: both are there in full.
+    training = optimizer + computing + gradients + activations + logits
+    # Before the first step the reference is beside the model, and only logits with them; no gradient is taken.
+    process = _PROCESS_BYTES[setup.device]
+    allocator = 0
+    if setup.device == "cpu":
+        allocator = _CPU_HOLES + (round(_CPU_SCATTERED * activations) if setup.accumulation > 1 else 0)
     return TrainingMemory(
         engine=setup.engine,
         devices=setup.devices,
@@ -159,7 +189,11 @@ def training_memory(shape: ModelShape, setup: TrainingSetup, teacher: ModelShape
         teacher=taught,
         activations=activations,
         logits=logits,
-        peak=peak,
+        average=average,
+        reference=compared,
+        process=process,
+        allocator=allocator,
+        peak=process + allocator + weights + taught + average + max(training, compared + computing + logits),
     )
 
 
@@ -172,7 +206,8 @@ def memory_rows(memory: TrainingMemory, capacity: int | None = None) -> list[tup
     """
     from gqa_convert.console import size
 
-    named = ("weights", "computing", "gradients", "optimizer", "teacher", "activations", "logits")
+    apart = {"engine", "devices", "peak"}
+    named = [name for name in memory.to_json() if name not in apart]
     parts = ", ".join(f"{name} {size(getattr(memory, name))}" for name in named if getattr(memory, name))
     beside = ""
     if capacity is not None:

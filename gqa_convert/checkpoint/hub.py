@@ -148,6 +148,56 @@ def _download(model: str, revision: str | None, cache_dir: Path | None) -> Path:
     return fetch(small + weights)
 
 
+def check_upload(repo: str, *, setting: str) -> None:
+    """Make sure that a model could be sent to the hub: online, and with a token that the hub knows.
+
+    Args:
+        repo: `owner/name`.
+        setting: what messages call it.
+
+    Raises:
+        UsageError: offline, or without a token.
+        HubError: if the hub does not know the token, or cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise UsageError(f"{setting}={repo}: HF_HUB_OFFLINE is set, so nothing can be sent. Unset it, or leave it out.")
+    if get_token() is None:
+        raise UsageError(f"{setting}={repo}: no token for the hub. Set HF_TOKEN, or log in with `hf auth login`.")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # of the hub, its client, or the network
+        raise HubError(f"{setting}={repo}: the hub cannot be asked ({_line(error)}). Is the token right?") from error
+
+
+def upload_model(folder: Path, repo: str, *, private: bool, message: str) -> str:
+    """Send a folder to the hub, into a repository that is made if it is missing; returns the commit's address.
+
+    Args:
+        folder: the model.
+        repo: `owner/name`.
+        private: of a repository that is made.
+        message: of the commit.
+
+    Raises:
+        HubError: if the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(f"{repo}: could not be uploaded ({_line(error)}). {folder} is there as it was.") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _weights(folder: Path, files: list[str]) -> list[str]:
     """Choose the weight files of a repository in the order of `resolve_weights`."""
     explicit = read_object(folder / CONFIG, MAX_CONFIG_BYTES).get("transformers_weights")

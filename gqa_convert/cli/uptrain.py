@@ -59,6 +59,9 @@ def export_command(
     model: Annotated[
         str | None, typer.Option(help="The converted model that the run started from, if it was moved.")
     ] = None,
+    weights: Annotated[
+        str, typer.Option(help="trained, averaged (averaging.decay), or final: what the run would end with.")
+    ] = "final",
     force: Force = False,
     json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -72,6 +75,7 @@ def export_command(
         out,
         step=step,
         model=model,
+        weights=weights,
         force=force,
         trust_remote_code=trust_remote_code,
         tell=lambda text: typer.echo(text, err=True),

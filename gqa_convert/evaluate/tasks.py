@@ -36,39 +36,48 @@ def run_tasks(
     Raises:
         UsageError: if lm-eval is not installed, or a task is unknown or cannot be loaded.
     """
-    tasks, manager = _find(names)
+    tasks, manager = find_tasks(names)
     return {subject.name: _run(subject, tasks, manager, limit, batch_size, dtype, device) for subject in subjects}
 
 
-def _find(names: Sequence[str]) -> tuple[list[str], Any]:
+def find_tasks(names: Sequence[str], *, option: str = "--tasks") -> tuple[list[str], Any]:
+    """The tasks' names, and lm-eval's manager that knows them.
+
+    Args:
+        names: as for `run_tasks`.
+        option: what messages call them.
+
+    Raises:
+        UsageError: if lm-eval is not installed, or there is no such task.
+    """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UsageError("--tasks runs lm-evaluation-harness: pip install 'gqa-convert[eval]'.") from error
+        raise UsageError(f"{option} runs lm-evaluation-harness: pip install 'gqa-convert[eval]'.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise UsageError(f"--tasks {missing[0]}: no such file.")
+        raise UsageError(f"{option} {missing[0]}: no such file.")
     manager = TaskManager(include_path=[str(file.parent) for file in files] or None)
-    task_names = [_task_name(Path(name)) if Path(name) in files else name for name in names]
+    task_names = [_task_name(Path(name), option) if Path(name) in files else name for name in names]
     unknown = [name for name in task_names if name not in manager.all_tasks]
     if unknown:
         raise UsageError(
-            f"--tasks {unknown[0]}: lm-eval knows no such task. `lm-eval ls tasks` lists them; a task of your own is a "
-            "path that ends in .yaml."
+            f"{option} {unknown[0]}: lm-eval knows no such task. `lm-eval ls tasks` lists them; a task of your own is "
+            "a path that ends in .yaml."
         )
     return task_names, manager
 
 
-def _task_name(file: Path) -> str:
+def _task_name(file: Path, option: str) -> str:
     import yaml
 
     # Tasks may use tags of lm-eval's own (`!function`), which a plain loader refuses; only the name is wanted here.
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("task:"):
             return str(yaml.safe_load(line)["task"])
-    raise UsageError(f"--tasks {file}: has no `task:` line with the task's name.")
+    raise UsageError(f"{option} {file}: has no `task:` line with the task's name.")
 
 
 def _run(
@@ -80,11 +89,28 @@ def _run(
     dtype: str,
     device: str,
 ) -> Scores:
+    model = models.load(subject, dtype=dtype, device=device)
+    return run_on_model(model, subject.source.tokenizer(), tasks, manager, limit=limit, batch_size=batch_size)
+
+
+def run_on_model(
+    model: Any,
+    tokenizer: Any,
+    tasks: list[str],
+    manager: Any,
+    *,
+    limit: int | None,
+    batch_size: int,
+    option: str = "--tasks",
+) -> Scores:
+    """Run tasks that `find_tasks` has found on a model that is in memory.
+
+    Raises:
+        UsageError: if a task cannot be run.
+    """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    model = models.load(subject, dtype=dtype, device=device)
-    tokenizer = subject.source.tokenizer()
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         outcome = lm_eval.simple_evaluate(
@@ -93,7 +119,7 @@ def _run(
     except (FileNotFoundError, ConnectionError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"--tasks {','.join(tasks)}: lm-eval could not run them ({type(error).__name__}: {why})."
+            f"{option} {','.join(tasks)}: lm-eval could not run them ({type(error).__name__}: {why})."
         ) from error
     return {task: _numbers(metrics) for task, metrics in outcome["results"].items()}
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.errors import HubError, UsageError
+from gqa_convert.checkpoint.hub import upload_model
+from gqa_convert.errors import UsageError
 from gqa_convert.evaluate.files import write_text
 from gqa_convert.outcome import Outcome
 from gqa_convert.report.card import card, may_write
@@ -96,15 +97,6 @@ def push(folder: Path, repo: str, *, point: str = "", private: bool = True) -> s
 
 
 def _upload(run: Run, model: Path, repo: str, private: bool) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     if not model.is_dir():
         raise UsageError(f"--push-to-hub: {model} was not kept. Sweep again with --keep-models.")
-    try:
-        api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo, folder_path=model, commit_message="Converted by gqa-convert")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise HubError(f"{repo}: could not be uploaded ({' '.join(str(error).split())[:300]}).") from error
-    return str(commit)
+    return upload_model(model, repo, private=private, message="Converted by gqa-convert")

@@ -20,6 +20,7 @@ from gqa_convert.uptrain import optim, parameters
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.engine import Engine
+from gqa_convert.uptrain.fused import chosen_attention, put_liger_in, uses_liger
 from gqa_convert.uptrain.model import (
     ScoredModel,
     Teacher,
@@ -134,15 +135,21 @@ def build(
     )
     dtype = torch.bfloat16 if config.train.precision == "pure_bf16" else torch.float32
     twin = _twin(source, config, engine)
+    attention = chosen_attention(config.train, source.model_class, engine.device)
+    if config.train.attention == "auto":
+        tell(f"attention by {attention}")
+    liger = uses_liger(config.train, engine.device, tell)
     if twin is None:
-        model = load_model(source, dtype=dtype, attention=config.train.attention)
-        if engine.name != "fsdp2" or "flash" in config.train.attention:
+        model = load_model(source, dtype=dtype, attention=attention)
+        if engine.name != "fsdp2" or "flash" in attention or liger:
             model.to(engine.device)
         check_finite(model, str(plan.source))
         if engine.name == "fsdp2":
             tell("each process loads the model whole: no small one can be made of its kind to try things on")
     else:
-        model = engine.load_sharded(source, dtype=dtype, attention=config.train.attention)
+        model = engine.load_sharded(source, dtype=dtype, attention=attention)
+    if liger and put_liger_in(model, wanted=config.train.liger is True, tried_on=twin):
+        tell("norms, rotary embeddings and gated MLPs by liger's kernels")
     if config.separate_documents:
         share = check_isolation(model if twin is None else twin)
         tell(f"documents are kept apart: logits change by {share:.1e} of their size beside another document")
@@ -191,7 +198,7 @@ def _twin(source: Source, config: UptrainConfig, engine: Engine) -> Any | None:
     """A tiny model to try things on, where the real one is never whole in any process; None where it is."""
     if engine.name != "fsdp2" or config.train.parameters == "lora":
         return None
-    twin = tiny_twin(source, config.train.attention)
+    twin = tiny_twin(source, chosen_attention(config.train, source.model_class, engine.device))
     return None if twin is None else twin.to(engine.device)
 
 
@@ -224,6 +231,8 @@ def _teacher(plan: UptrainPlan, engine: Engine, student: Any) -> Teacher:
     skips_head = None if twin is None else can_skip_head(twin)
     teacher = Teacher(model, layers=settings.hidden_weight > 0, skips_head=skips_head)
     vocabulary = int(student.config.get_text_config(decoder=True).vocab_size)
+    if settings.compile:
+        model.compile()
     if teacher.vocabulary != vocabulary:
         raise UsageError(
             f"objective.distillation.teacher={settings.teacher}: its vocabulary has {teacher.vocabulary} tokens, the "
@@ -237,10 +246,11 @@ def _frozen(
 ) -> tuple[Any, Any | None]:
     """A model that is not trained: sharded under FSDP2, with a tiny one to try things on; else whole."""
     twin = _twin(original, config, engine)
+    attention = chosen_attention(config.train, original.model_class, engine.device)
     if twin is not None:
-        model = engine.load_sharded(original, dtype=dtype, attention=config.train.attention)
+        model = engine.load_sharded(original, dtype=dtype, attention=attention)
         return engine.shard_rest(model.requires_grad_(False)), twin
-    model = load_model(original, dtype=dtype, attention=config.train.attention, device=engine.device)
+    model = load_model(original, dtype=dtype, attention=attention, device=engine.device)
     check_finite(model, name)
     return model, None
 

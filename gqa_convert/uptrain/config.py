@@ -39,6 +39,8 @@ class DistillationSection(Section):
     """Weight of 1 - cosine of the two models' hidden states, averaged over layers."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The teacher's weights."""
+    compile: bool = False
+    """torch.compile the teacher."""
     cache: Place | None = None
     """What the teacher says, computed before by `gqa uptrain cache-teacher`; the teacher is then not loaded."""
 
@@ -124,7 +126,11 @@ class TrainSection(Section):
     lora: LoraSection = LoraSection()
     """With `parameters: lora`."""
     attention: str = "sdpa"
-    """Attention implementation of transformers: sdpa, eager, flex_attention, flash_attention_2, ..."""
+    """Attention implementation of transformers: sdpa, eager, flex_attention, flash_attention_2, ...; auto: flash
+    attention where it is installed and runs (no dense mask between documents), else sdpa."""
+    liger: bool | Literal["auto"] = False
+    """Norms, rotary embeddings and gated MLPs by liger-kernel's fused kernels; auto: where it is installed, on a GPU,
+    and knows the family. That logits stay as they are is tried on the model at start."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     fsdp_sync: Literal["micro_batch", "step"] = "micro_batch"
@@ -168,8 +174,25 @@ class CheckpointSection(Section):
     """auto: from the newest whole checkpoint of `output`; never; or a checkpoint folder."""
     average: Annotated[int, Field(ge=2)] | None = None
     """Make `final` of the mean of the last so many checkpoints' weights (at most `keep` are there)."""
+    asynchronous: bool = False
+    """Copy weights and optimiser state into the host's memory and write them while training goes on; the first, the
+    last and a best checkpoint are waited for. Costs as much host memory as a checkpoint has bytes."""
     failures_allowed: Annotated[int, Field(ge=0)] = 3
     """Saves in a row that may fail (disk full) before the run stops."""
+
+
+class AveragingSection(Section):
+    """An exponential average of the trained weights, beside them and in float32."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the average that an update keeps (0.999 looks back over about a thousand of them); null: no average."""
+    every_steps: Annotated[int, Field(ge=1)] = 1
+    """Steps between updates."""
+    warmup: bool = True
+    """Let the decay grow, as (1 + n) / (10 + n) over n updates, so that the weights at the start are soon forgotten."""
+    final: bool = True
+    """Make `final` of the average, and judge by it (best, patience, target); false: `gqa uptrain export --weights
+    averaged` gets it out of a checkpoint."""
 
 
 SetName = Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[^/\s]+$")]
@@ -192,6 +215,12 @@ class EvaluationSection(Section):
     """Save whenever the held-out loss is the lowest so far, keep that checkpoint, and make `final` of it."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after so many evaluations in a row without a lower held-out loss; the learning rate is where it was."""
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Tasks of lm-evaluation-harness (the `eval` extra) to score at start and end; names, or YAML files of your own."""
+    tasks_every_tokens: Count | None = None
+    """Score the tasks when this many more tokens were seen, too."""
+    tasks_limit: Annotated[int, Field(ge=1)] | None = None
+    """Examples of each task; null for all."""
     target: Positive | None = None
     """Stop as soon as an evaluation finds the held-out loss within so many nats per token of the reference's."""
 
@@ -233,9 +262,15 @@ class UptrainConfig(Section):
     train: TrainSection
     guards: GuardSection = GuardSection()
     checkpoints: CheckpointSection = CheckpointSection()
+    averaging: AveragingSection = AveragingSection()
     evaluation: EvaluationSection = EvaluationSection()
     log: LogSection = LogSection()
     expect: ExpectSection = ExpectSection()
+    push: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$", max_length=96)] | None = None
+    """Send `final` to this repository of the hub (`owner/name`) at the end; the token is HF_TOKEN's or the one that
+    `hf auth login` has left."""
+    push_private: bool = True
+    """Of a repository that is made for it."""
     trust_remote_code: bool = False
     """Run Python code that the model folder brings along (a converted T5 does)."""
 
@@ -278,6 +313,8 @@ def _conflicts(config: UptrainConfig) -> list[str]:
         problems.append("checkpoints.average: more checkpoints than checkpoints.keep leaves. Raise keep.")
     if config.checkpoints.average and config.evaluation.best:
         problems.append("checkpoints.average, evaluation.best: each says what `final` is made of. Choose one.")
+    if config.checkpoints.average and config.averaging.decay and config.averaging.final:
+        problems.append("checkpoints.average, averaging.decay: each says what `final` is made of. Choose one.")
     told = config.objective.distillation
     if told and told.cache and told.hidden_weight:
         problems.append("objective.distillation: a cache holds no hidden states. Set hidden_weight to 0, or no cache.")

@@ -289,7 +289,7 @@ def told_config(run: UptrainConfig) -> dict[str, Any]:
         config["data"]["sources"] = [
             {"name": name, "weight": weight, "source": _told_source(source)} for name, source, weight in run.data.named
         ]
-    for key in ("model", "output", "expect", "checkpoints", "log", "evaluation"):
+    for key in ("model", "output", "expect", "checkpoints", "log", "evaluation", "push", "push_private"):
         config.pop(key, None)
     distillation = config["objective"].get("distillation")
     if distillation:

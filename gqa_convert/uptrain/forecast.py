@@ -77,6 +77,8 @@ def training_setup(config: UptrainConfig, *, processes: int = 1, trained: int | 
         processes: that share the work.
         trained: parameters that change, where that was counted.
     """
+    import torch
+
     train, distillation = config.train, config.objective.distillation
     engine = config.expect.engine or ("single" if processes == 1 else "ddp")
     each = train.micro_batch * processes
@@ -95,6 +97,8 @@ def training_setup(config: UptrainConfig, *, processes: int = 1, trained: int | 
         teacher_bytes=2 if distillation and distillation.dtype == "bfloat16" else 4,
         hidden=bool(distillation and distillation.hidden_weight),
         step_sync=train.fsdp_sync == "step",
+        averages=config.averaging.decay is not None,
+        device="cuda" if train.device == "auto" and torch.cuda.is_available() else "cpu",
     )
 
 

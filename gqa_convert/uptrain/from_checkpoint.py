@@ -21,8 +21,11 @@ from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore, SavedCheckp
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.export import told_config, write_final
 from gqa_convert.uptrain.resume import unusable
-from gqa_convert.uptrain.state import load_training_state
+from gqa_convert.uptrain.state import has_average, load_average, load_training_state
+from gqa_convert.uptrain.whole import trained_parameters
 
+WEIGHTS = ("final", "trained", "averaged")
+"""Which of a checkpoint's weights are wanted."""
 _ATTENTION = "eager"
 """Nothing is computed: the implementation that every model and machine has will do."""
 
@@ -33,6 +36,7 @@ def export_checkpoint(
     *,
     step: int | None = None,
     model: str | None = None,
+    weights: str = "final",
     force: bool = False,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = lambda _: None,
@@ -44,6 +48,7 @@ def export_checkpoint(
         out: folder to make.
         step: of the checkpoint; the newest whole one by default.
         model: the converted model that the run started from, if it lies elsewhere now.
+        weights: `trained`, `averaged` (see `averaging.decay`), or `final`: what the run would make its result of.
         force: replace an earlier result at `out`.
         trust_remote_code: allow the model folder's own code to run.
         tell: told of damaged checkpoints that are passed over.
@@ -52,13 +57,19 @@ def export_checkpoint(
         The folder, and the step of the checkpoint.
 
     Raises:
-        UsageError: if there is no such checkpoint, or nothing says what the run started from.
+        UsageError: if there is no such checkpoint, it holds no average that was asked for, or nothing says what the run
+            started from.
         CheckpointError: if the checkpoint is damaged, or the model is not the one that the run started from.
         OutputError: if the folder cannot be written.
     """
+    if weights not in WEIGHTS:
+        raise UsageError(f"weights {weights!r}: choose one of {', '.join(WEIGHTS)}.")
     saved = _chosen(run, step, tell)
     state = saved.state()
     config = _config(saved, state)
+    averaged = weights == "averaged" or (weights == "final" and _ends_averaged(config))
+    if averaged and (state.get("averaged") is None or not has_average(saved.folder)):
+        raise UsageError(f"{saved.folder}: holds no average of the weights (the run was without averaging.decay).")
     name = model or (config.model if config else None)
     if config is None or name is None:
         raise UsageError(f"{saved.folder}: was written by a version that did not keep the run's settings in it.")
@@ -73,12 +84,12 @@ def export_checkpoint(
         Source.of(checkpoint, trust_remote_code=trust_remote_code), dtype=torch.float32, attention=_ATTENTION
     )
     plain = parameters.choose_parameters(plain, config.train)
-    _load(saved.folder, plain)
+    _load(saved.folder, plain, averaged=averaged)
     plain = parameters.merged_model(plain)
-    weights = {name: value.detach() for name, value in plain.state_dict().items()}
+    tensors = {name: value.detach() for name, value in plain.state_dict().items()}
     write_final(
         plain,
-        weights,
+        tensors,
         source=source,
         target=out.absolute(),
         uptraining=_told(config, state),
@@ -86,6 +97,10 @@ def export_checkpoint(
         force=force,
     )
     return out, saved.step
+
+
+def _ends_averaged(config: UptrainConfig | None) -> bool:
+    return config is not None and config.averaging.decay is not None and config.averaging.final
 
 
 def _chosen(run: Path, step: int | None, tell: Callable[[str], None]) -> SavedCheckpoint:
@@ -118,12 +133,15 @@ def _config(saved: SavedCheckpoint, state: dict[str, Any]) -> UptrainConfig | No
         raise CheckpointError(f"{saved.folder}: its settings cannot be used ({where}: {first['msg']}).") from error
 
 
-def _load(folder: Path, plain: Any) -> None:
+def _load(folder: Path, plain: Any, *, averaged: bool) -> None:
     """Put a checkpoint's weights into the model; what was not trained stays as it is."""
     wrapped = nn.Module()
     wrapped.model = plain  # parameters have the names that they had in training
     if not (folder / zero.FOLDER).is_dir():
         load_training_state(folder, wrapped, None)
+        if averaged:
+            with torch.no_grad():
+                load_average(folder, {name: value.detach() for name, value in trained_parameters(wrapped).items()})
         return
     named = dict(wrapped.named_parameters())
     with torch.no_grad():

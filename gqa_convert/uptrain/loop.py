@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 
 from gqa_convert.checkpoint.fingerprint import sampled_digest
 from gqa_convert.checkpoint.reader import Checkpoint
-from gqa_convert.data.strided import merged
-from gqa_convert.errors import CheckpointError, OutputError, Preempted, UsageError
+from gqa_convert.errors import CheckpointError, Preempted, TrainingAborted, UsageError
 from gqa_convert.outcome import Outcome
+from gqa_convert.uptrain.averaging import WeightAverage
 from gqa_convert.uptrain.build import build, load_reference
-from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, disk_problem, open_checkpoint
+from gqa_convert.uptrain.checkpoints import CheckpointStore, SavedCheckpoint, open_checkpoint
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.engine import Engine
 from gqa_convert.uptrain.evaluation import evaluate, evaluate_plain
@@ -27,11 +28,14 @@ from gqa_convert.uptrain.folder import run_folder
 from gqa_convert.uptrain.guards import Guards
 from gqa_convert.uptrain.plan import UptrainPlan, resolve
 from gqa_convert.uptrain.progress import Display
+from gqa_convert.uptrain.publish import check_push, push_final
 from gqa_convert.uptrain.recorder import Recorder
 from gqa_convert.uptrain.resume import check_same_run, checkpoint_state, unusable
-from gqa_convert.uptrain.state import load_training_state, save_training_state
+from gqa_convert.uptrain.saving import Saver
+from gqa_convert.uptrain.state import load_training_state
 from gqa_convert.uptrain.step import StepResult, train_step
 from gqa_convert.uptrain.stopping import StopRequest, stop_on_signals
+from gqa_convert.uptrain.task_scores import check_tasks, score_tasks
 
 _REACHED = "at target"
 """Under which the losses of a run keep that of the evaluation that met its target."""
@@ -94,20 +98,18 @@ class _Run:
         self.output = Path(self.config.output)
         self.store = CheckpointStore(self.output / "checkpoints", self.config.checkpoints.keep)
         self.guards = Guards(self.config.guards)
+        self.average: WeightAverage | None = None
         self.step = 0
         self.seconds = 0.0
         self.losses: dict[str, float] = {}
-        self._failed_saves = 0
         self._started = time.monotonic()
-        self._saved_at = time.monotonic()
-        self._saved_step = -1
 
     def go(self) -> UptrainResult:
         self.display.say(
             f"engine {self.engine.name}, {self.engine.processes} processes, {self.engine.device}; "
             f"{self.plan.horizon.steps:,} steps"
         )
-        self.engine.from_main(lambda: check_final(self.plan, self.output))
+        self.engine.from_main(self._check_end)
         self.weights = self.engine.from_main(lambda: sampled_digest(Checkpoint.open(self.plan.source)))
         saved = self._checkpoint()
         state = saved.state() if saved else None
@@ -124,16 +126,29 @@ class _Run:
             self.recorder = Recorder(
                 self.parts, self.output, self.display, resumed=int(state["step"]) if state else None
             )
+            self.saver = Saver(self.parts, self.store, tell=self.display.say, event=self.recorder.event)
             if saved and state:
                 self._resume(saved, state)
             else:
                 self._start()
-            self._train()
+            try:
+                self._train()
+            except TrainingAborted:
+                self.saver.settle()
+                raise
             return self._finish()
         finally:
+            if hasattr(self, "saver"):
+                self.saver.close()
             self.parts.batches.close()
             if hasattr(self, "recorder"):
                 self.recorder.close()
+
+    def _check_end(self) -> None:
+        """What would be found out in the end only, after days perhaps."""
+        check_final(self.plan, self.output)
+        check_tasks(self.config, self.engine)
+        check_push(self.config)
 
     def _checkpoint(self) -> SavedCheckpoint | None:
         """The checkpoint to go on from, the same on every process: one reads and checks it for all."""
@@ -161,9 +176,13 @@ class _Run:
 
     def _resume(self, saved: SavedCheckpoint, state: dict[str, Any]) -> None:
         load_training_state(saved.folder, self.parts.model, self.parts.optimizer)
+        if self.config.averaging.decay is not None:
+            self.average = WeightAverage(self.parts.model, self.config.averaging)
+            if not self.average.resume(saved.folder, state.get("averaged")):
+                self.display.say(f"{saved.folder.name} holds no average of the weights: one begins with it")
         self.guards.restore(state["guards"])
         self.step, self.seconds, self.losses = int(state["step"]), float(state["seconds"]), dict(state["losses"])
-        self._saved_step = self.step
+        self.saver.saved_step = self.step
         if self.config.evaluation.best and _BEST_STEP in self.losses:
             self.store.pinned = int(self.losses[_BEST_STEP])
         self.recorder.rewind(self.step)
@@ -186,24 +205,49 @@ class _Run:
             self.losses |= {name.replace("loss/", "reference/"): loss for name, loss in named.items()}
             self.display.say(f"held-out loss of the original: {self.losses['reference']:.4f}")
         del reference
+        if self.config.averaging.decay is not None:
+            self.average = WeightAverage(self.parts.model, self.config.averaging)
         self.losses["before"] = self._evaluate()
+        self._score_tasks()
         self._compare(self.losses["before"])
         self._note_best(self.losses["before"])
         # A run that cannot save should fail now and not in a week.
         self._save(required=True)
 
     def _evaluate(self) -> float:
-        losses = evaluate(
+        """Score the weights that `final` is to be made of, and the others too where there is an average."""
+        losses = self._score()
+        weights = None
+        if self.average is not None:
+            with self.average.in_place():
+                averaged = self._score()
+            trained, weights = losses, "averaged" if self.config.averaging.final else "trained"
+            losses = averaged if self.config.averaging.final else trained
+            losses = losses | {"loss_trained": trained["loss"], "loss_averaged": averaged["loss"]}
+        self.recorder.evaluation(
+            self.step,
+            losses,
+            {name: loss for name, loss in self.losses.items() if name.startswith("reference")},
+            weights=weights,
+        )
+        return losses["loss"]
+
+    def _score(self) -> dict[str, float]:
+        return evaluate(
             self.parts.scoring_model(),
             self.parts.data,
             self.engine,
             micro=self.config.train.micro_batch,
             teacher=self.parts.teacher,
         )
-        self.recorder.evaluation(
-            self.step, losses, {name: loss for name, loss in self.losses.items() if name.startswith("reference")}
-        )
-        return losses["loss"]
+
+    def _score_tasks(self) -> None:
+        """Score the tasks with the weights that `final` is to be made of."""
+        if not self.config.evaluation.tasks:
+            return
+        averaged = self.average is not None and self.config.averaging.final
+        with self.average.in_place() if self.average is not None and averaged else nullcontext():
+            self.recorder.tasks(self.step, score_tasks(self.parts))
 
     def _train(self) -> None:
         total = self.plan.horizon.steps
@@ -216,12 +260,16 @@ class _Run:
                 spent = time.perf_counter() - started
                 self.step += 1
                 self.seconds += spent
+                if self.average is not None:
+                    self.average.update(self.step)
                 self.recorder.step(self.step, result, spent)
                 tick()
                 if self.step < total and self._evaluation_due():
                     loss = self._evaluate()
                     self._compare(loss)
                     self._note_best(loss)
+                if self.step < total and self._passed(self.config.evaluation.tasks_every_tokens):
+                    self._score_tasks()
                 self._save_or_stop(result)
 
     def _ended(self) -> bool:
@@ -244,7 +292,7 @@ class _Run:
             if settings.best and self.step:
                 before, self.store.pinned = self.store.pinned, self.step
                 self._save(required=False)
-                if self._saved_step != self.step:
+                if self.saver.saved_step != self.step:
                     self.store.pinned = before
             return
         self.losses[_WORSE] = self.losses.get(_WORSE, 0.0) + 1
@@ -266,14 +314,18 @@ class _Run:
     def _evaluation_due(self) -> bool:
         settings, batch = self.config.evaluation, self.plan.horizon.batch_tokens
         before, now = (self.step - 1) * batch, self.step * batch
-        every = settings.every_tokens
-        return bool(every and now // every > before // every) or any(before < at <= now for at in settings.at_tokens)
+        return self._passed(settings.every_tokens) or any(before < at <= now for at in settings.at_tokens)
+
+    def _passed(self, every: int | None) -> bool:
+        """Whether the last step has come past a multiple of so many tokens."""
+        batch = self.plan.horizon.batch_tokens
+        return bool(every and self.step * batch // every > (self.step - 1) * batch // every)
 
     def _save_due(self) -> bool:
         settings, done = self.config.checkpoints, self.step + 1
         if settings.every_steps and done % settings.every_steps == 0:
             return True
-        waited = time.monotonic() - self._saved_at
+        waited = time.monotonic() - self.saver.saved_at
         return bool(settings.every_minutes and waited >= 60 * settings.every_minutes)
 
     def _save_or_stop(self, result: StepResult) -> None:
@@ -284,47 +336,19 @@ class _Run:
             name = self.stop.signal.name if self.stop.signal else by_clock
             raise Preempted(f"stopped by {name} after step {self.step:,}, saved. Run the same command again to go on.")
         if result.save or finished:
-            self._save(required=False)
+            self._save(required=False, beside=self.config.checkpoints.asynchronous and not finished)
+        else:
+            self.saver.look()
 
-    def _save(self, *, required: bool) -> None:
-        """Save; a failure is survived a few times unless it is `required` that this one succeeds."""
-        if self._saved_step == self.step:
-            return
-        self._saved_at = time.monotonic()
-        problem = self._try_save()
-        if problem is None:
-            self._failed_saves, self._saved_step = 0, self.step
-            return
-        if self.engine.is_main:
-            self.store.abandon(self.step)
-        self._failed_saves += 1
-        self.recorder.event(self.step, "save failed", reason=str(problem))
-        self.display.say(f"step {self.step:,}: the checkpoint could not be saved ({problem}); going on without")
-        if required or self._failed_saves > self.config.checkpoints.failures_allowed:
-            cause = problem if isinstance(problem, OSError) else OSError(str(problem))
-            raise disk_problem(cause, self.store.folder)
+    def _save(self, *, required: bool, beside: bool = False) -> None:
+        """Save; a failure is survived a few times unless it is `required` that this one succeeds.
 
-    def _try_save(self) -> Exception | None:
-        """Save on all processes; returns what went wrong (on any of them) instead of raising it."""
-        stage = self.store.stage(self.step)
-        main = self.engine.is_main
-        self.parts.batches.settle()
-        block = self.step * self.config.train.batch_sequences
-        data = merged(self.engine.gather(self.parts.data.state(block)))
-        phases = (
-            lambda: self.store.begin(self.step) if main else None,
-            lambda: save_training_state(stage, self.parts.model, self.parts.optimizer, is_main=main),
-            lambda: self.store.commit(self.step, self._state(data)) if main else None,
-        )
-        for phase in phases:
-            problem: Exception | None = None
-            try:
-                phase()
-            except Exception as error:  # a full disk shows as OSError, RuntimeError (torch) or SafetensorError
-                problem = error
-            if self.engine.sum_of(float(problem is not None)):
-                return problem or OutputError("another process could not write")
-        return None
+        Args:
+            required: stop if it fails.
+            beside: write while training goes on.
+        """
+        values = None if self.average is None else self.average.values
+        self.saver.save(self.step, self._state, required=required, beside=beside, average=values)
 
     def _state(self, data: dict[str, Any]) -> dict[str, Any]:
         return checkpoint_state(
@@ -336,6 +360,7 @@ class _Run:
             losses=self.losses,
             seconds=self.seconds,
             engine=self.engine,
+            averaged=None if self.average is None else self.average.updates,
         )
 
     def _settle_final(self, after: float) -> float:
@@ -348,12 +373,21 @@ class _Run:
             return self._evaluate()
         best = self.losses.get(_BEST, math.inf)
         if not self.config.evaluation.best or after <= best:
+            self._put_average_in()
             return after
         step = int(self.losses[_BEST_STEP])
         saved = self.engine.from_main(lambda: open_checkpoint(self.store.path(step), fault=unusable))
         load_training_state(saved.folder, self.parts.model, None)
+        if self.average is not None:
+            self.average.resume(saved.folder, saved.state().get("averaged"))
+        self._put_average_in()
         self.display.say(f"final is the checkpoint of step {step:,}, whose held-out loss was the lowest ({best:.4f})")
         return best
+
+    def _put_average_in(self) -> None:
+        if self.average is not None and self.config.averaging.final:
+            self.average.put_in()
+            self.display.say(f"final is made of the averaged weights ({self.average.updates:,} updates)")
 
     def _load_mean(self, steps: Sequence[int]) -> None:
         """Fill the trained parameters with their mean over checkpoints, one of them in memory at a time."""
@@ -373,8 +407,13 @@ class _Run:
     def _finish(self) -> UptrainResult:
         after = self._evaluate()
         after = self._settle_final(after)
+        if self.config.evaluation.tasks:
+            self.recorder.tasks(self.step, score_tasks(self.parts))
         self.display.stop()
         folder = finish(self.parts, self.output, losses={**self.losses, "after": after}, seconds=self.seconds)
+        address = self.engine.from_main(lambda: push_final(self.config, folder))
+        if address is not None:
+            self.display.say(f"sent to the hub: {address}")
         return UptrainResult(
             folder=folder,
             steps=self.step,

@@ -50,7 +50,7 @@ class MetricsFile:
             or (
                 record["step"] == step
                 and record.get("event") not in again
-                and not (finishing and record.get("kind") == "evaluation")
+                and not (finishing and record.get("kind") in ("evaluation", "tasks"))
             )
         ]
         stage = self._path.with_suffix(".tmp")

@@ -112,7 +112,9 @@ def _memory(config: UptrainConfig, shape: ModelShape, teacher: ModelShape | None
     processes = config.expect.processes or int(os.environ.get("WORLD_SIZE", "1"))
     if not shape.hidden_size or not shape.vocab_size:
         return None
-    return training_memory(shape, training_setup(config, processes=processes), teacher)
+    reference = config.evaluation.reference
+    compared = shape_of_folder(resolve_model(reference)) if reference else None
+    return training_memory(shape, training_setup(config, processes=processes), teacher, reference=compared)
 
 
 def device_memory() -> int | None:

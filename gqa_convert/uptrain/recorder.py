@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ class Recorder:
         self._file = MetricsFile(output / "metrics.jsonl")
         self._every = parts.plan.config.log.every_steps
         self._pending_seconds, self._pending_steps = 0.0, 0
+        self._last = time.perf_counter()
         self._flops = parts.plan.shape.training_flops_per_token(parts.plan.config.data.context)
         peak = peak_flops(torch.cuda.get_device_name()) if parts.engine.device.type == "cuda" else None
         self._peak = peak * parts.engine.processes if peak else None
@@ -57,7 +59,9 @@ class Recorder:
         if step % self._every and step != plan.horizon.steps and result.taken:
             return
         rate = self._pending_steps * plan.horizon.batch_tokens / max(self._pending_seconds, 1e-9)
-        self._pending_seconds, self._pending_steps = 0.0, 0
+        now = time.perf_counter()
+        overall = self._pending_steps * plan.horizon.batch_tokens / max(now - self._last, 1e-9)
+        self._pending_seconds, self._pending_steps, self._last = 0.0, 0, now
         values: dict[str, float] = {
             "tokens": step * plan.horizon.batch_tokens,
             "loss": result.loss,
@@ -65,6 +69,7 @@ class Recorder:
             "lr": result.rate,
             "grad_norm": result.norm,
             "tokens_per_second": rate,
+            "tokens_per_second_overall": overall,
         }
         if self._peak:
             values["mfu"] = rate * self._flops / self._peak
@@ -76,33 +81,45 @@ class Recorder:
         left = (plan.horizon.steps - step) * plan.horizon.batch_tokens
         self._display.step(step, {**values, "tokens_left": left})
 
-    def evaluation(self, step: int, losses: dict[str, float], reference: dict[str, float]) -> None:
+    def evaluation(
+        self, step: int, losses: dict[str, float], reference: dict[str, float], *, weights: str | None = None
+    ) -> None:
         """Record a held-out loss, and those of single sets.
 
         Args:
             step: after which it was measured.
-            losses: see `gqa_convert.uptrain.evaluation.evaluate`.
+            losses: see `gqa_convert.uptrain.evaluation.evaluate`; with an average of the weights also `loss_trained`
+                and `loss_averaged`.
             reference: the original's, as `reference` and `reference/NAME`.
+            weights: whose losses these are, `trained` or `averaged`; None where there is no average.
         """
         values = {f"held_out_{name}": value for name, value in losses.items()}
         values |= {name.replace("reference", "reference_loss", 1): loss for name, loss in reference.items()}
-        self._write("evaluation", step, values)
-        self._display.say(f"step {step:,}: held-out loss {_beside(losses['loss'], reference.get('reference'))}")
+        self._write("evaluation", step, values, {} if weights is None else {"weights": weights})
+        other = "trained" if weights == "averaged" else "averaged"
+        whose = "" if weights is None else f" of the {weights} weights ({other}: {losses[f'loss_{other}']:.4f})"
+        self._display.say(f"step {step:,}: held-out loss{whose} {_beside(losses['loss'], reference.get('reference'))}")
         for name, loss in losses.items():
             if name.startswith("loss/"):
                 one = name.removeprefix("loss/")
                 self._display.say(f"  {one}: {_beside(loss, reference.get(f'reference/{one}'))}")
+
+    def tasks(self, step: int, scores: dict[str, float]) -> None:
+        """Record scores of tasks, by `TASK/METRIC`."""
+        self._write("tasks", step, scores)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if "stderr" not in name)
+        self._display.say(f"step {step:,}: {shown}")
 
     def event(self, step: int, what: str, **values: Any) -> None:
         """Record that something happened."""
         if self._active:
             self._file.write("event", step, {"event": what, **values})
 
-    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def _write(self, kind: str, step: int, values: dict[str, float], words: dict[str, str] | None = None) -> None:
         if not self._active:
             return
-        self._file.write(kind, step, values)
-        prefix = "train" if kind == "train" else "held_out"
+        self._file.write(kind, step, {**values, **(words or {})})
+        prefix = {"train": "train", "tasks": "tasks"}.get(kind, "held_out")
         named = {f"{prefix}/{name.removeprefix('held_out_')}": value for name, value in values.items()}
         self._trackers.log(named, step)
 

@@ -57,6 +57,7 @@ def checkpoint_state(
     losses: dict[str, float],
     seconds: float,
     engine: Engine,
+    averaged: int | None = None,
 ) -> dict[str, Any]:
     """`state.json` of a checkpoint: where the run is, in numbers."""
     return {
@@ -70,6 +71,7 @@ def checkpoint_state(
         "seconds": seconds,
         "engine": engine.name,
         "processes": engine.processes,
+        **({} if averaged is None else {"averaged": averaged}),
         "versions": versions("gqa-convert", "torch", "transformers", "accelerate"),
     }
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gqa_convert.errors import CheckpointError
 
@@ -84,24 +84,42 @@ def read_description(folder: Path) -> Any:
     return metadata
 
 
-def save_shards(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Write parameters and optimiser state; each process writes its part.
-
-    Raises:
-        Exception: whatever went wrong on the first process that failed; of a full disk OSError or RuntimeError.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
+def sharded_state(model: nn.Module, optimizer: Any, average: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """What `write_shards` writes: parameters, optimiser state, perhaps an average, as they are now."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-    from torch.distributed.checkpoint.state_dict_saver import save
 
     parts: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer.state:
         # Before the first step there is nothing to save, and asking would make torch take an empty step, which
         # Adam counts: every update after it would differ.
         parts["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    if average is not None:
+        parts["average"] = dict(average)
+    return parts
+
+
+def save_shards(folder: Path, model: nn.Module, optimizer: Any, average: Mapping[str, Tensor] | None = None) -> None:
+    """Write parameters, optimiser state, and an average if there is one. See `write_shards`."""
+    write_shards(folder, sharded_state(model, optimizer, average))
+
+
+def write_shards(folder: Path, parts: dict[str, Any], *, group: Any | None = None) -> None:
+    """Write a `sharded_state`; each process writes its part.
+
+    Args:
+        folder: the training checkpoint.
+        parts: this process's.
+        group: of processes to agree in; None for that of the training.
+
+    Raises:
+        Exception: whatever went wrong on the first process that failed; of a full disk OSError or RuntimeError.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     try:
         with _quiet():
-            save(parts, checkpoint_id=folder / FOLDER)
+            save(parts, checkpoint_id=folder / FOLDER, process_group=group)
     except CheckpointException as error:  # no Exception: it would pass by whoever survives a full disk
         raise _reason(error) from error
 
@@ -141,6 +159,40 @@ def load_shards(folder: Path, model: nn.Module, optimizer: Any | None, *, togeth
     except (Exception, CheckpointException) as error:
         words = " ".join(str(_reason(error)).split())[:200]
         raise CheckpointError(f"{folder}: its shards cannot be read into this model ({words}).") from error
+
+
+def has_sharded_average(folder: Path) -> bool:
+    """Whether shards hold an average of the weights.
+
+    Raises:
+        CheckpointError: if their description is damaged.
+    """
+    return bool(_averaged(folder))
+
+
+def _averaged(folder: Path) -> list[str]:
+    keys = read_description(folder / FOLDER).state_dict_metadata
+    return [key.removeprefix("average.") for key in keys if key.startswith("average.")]
+
+
+def load_sharded_average(folder: Path, values: Mapping[str, Tensor], *, together: bool) -> None:
+    """Read an average of weights into tensors that are there; for the rest see `load_shards`.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or of another model.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        parts = {"average": {name: values[name] for name in _averaged(folder)}}
+        with _quiet():
+            load(parts, storage_reader=_reader(folder / FOLDER), planner=_planner(), no_dist=not together)
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: averages {error}, which is no parameter of this model.") from error
+    except (Exception, CheckpointException) as error:
+        words = " ".join(str(_reason(error)).split())[:200]
+        raise CheckpointError(f"{folder}: its averaged weights cannot be read ({words}).") from error
 
 
 def _reason(error: BaseException) -> Exception:

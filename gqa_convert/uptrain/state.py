@@ -6,6 +6,7 @@ state: every step seeds them from (seed, step, process).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,26 @@ from torch import Tensor, nn
 from gqa_convert.checkpoint.safetensors_file import read_header
 from gqa_convert.errors import CheckpointError
 from gqa_convert.uptrain.shards import FOLDER as SHARDS
-from gqa_convert.uptrain.shards import load_shards, read_description, save_shards
-from gqa_convert.uptrain.whole import MODEL, OPTIMIZER, load_whole, read_optimizer, save_whole
+from gqa_convert.uptrain.shards import (
+    has_sharded_average,
+    load_sharded_average,
+    load_shards,
+    read_description,
+    save_shards,
+    sharded_state,
+    write_shards,
+)
+from gqa_convert.uptrain.whole import (
+    AVERAGE,
+    MODEL,
+    OPTIMIZER,
+    WholeState,
+    load_whole,
+    load_whole_average,
+    read_optimizer,
+    save_whole,
+    write_whole,
+)
 from gqa_convert.uptrain.zero import FOLDER as ZERO
 from gqa_convert.uptrain.zero import gather_zero, is_zero, load_zero, save_zero
 
@@ -28,8 +47,17 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def save_training_state(folder: Path, model: nn.Module, optimizer: Any, *, is_main: bool) -> None:
+def save_training_state(
+    folder: Path, model: nn.Module, optimizer: Any, *, is_main: bool, average: Mapping[str, Tensor] | None = None
+) -> None:
     """Write trained parameters and optimiser state. Called by every process; each writes what is its own.
+
+    Args:
+        folder: the training checkpoint.
+        model: as the engine has it.
+        optimizer: prepared.
+        is_main: whether this process writes what all have alike.
+        average: of the trained parameters, by plain names; not under DeepSpeed.
 
     Raises:
         OSError: if writing fails.
@@ -37,9 +65,65 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, *, is_ma
     if is_zero(model):
         save_zero(folder, model)
     elif is_sharded(model):
-        save_shards(folder, model, _plain(optimizer))
+        save_shards(folder, model, _plain(optimizer), average)
     elif is_main:
-        save_whole(folder, model, _plain(optimizer))
+        save_whole(folder, model, _plain(optimizer), average)
+
+
+def copied_state(
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    is_main: bool,
+    average: Mapping[str, Tensor] | None = None,
+    group: Any | None = None,
+) -> Callable[[Path], None]:
+    """Copy what `save_training_state` writes into the host's memory; what is returned writes it, in any thread.
+
+    Args:
+        model: as the engine has it; not DeepSpeed's.
+        optimizer: prepared.
+        is_main: whether this process writes what all have alike.
+        average: as for `save_training_state`.
+        group: of processes, for shards: that of the training is busy meanwhile.
+    """
+    if is_sharded(model):
+        parts = _on_host(sharded_state(model, _plain(optimizer), average))
+        return lambda folder: write_shards(folder, parts, group=group)
+    if not is_main:
+        return lambda _: None
+    now = WholeState.of(model, _plain(optimizer), average)
+    copy = WholeState(_on_host(now.parameters), _on_host(now.optimizer), _on_host(now.average))
+    return lambda folder: write_whole(folder, copy)
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(inner) for key, inner in value.items()}
+    return type(value)(_on_host(inner) for inner in value) if isinstance(value, (list, tuple)) else value
+
+
+def has_average(folder: Path) -> bool:
+    """Whether a training checkpoint holds an average of the weights.
+
+    Raises:
+        CheckpointError: if the description of its shards is damaged.
+    """
+    return (folder / AVERAGE).is_file() or ((folder / SHARDS).is_dir() and has_sharded_average(folder))
+
+
+def load_average(folder: Path, values: Mapping[str, Tensor]) -> None:
+    """Read a checkpoint's average into tensors that are there, by plain names, whichever engine wrote it.
+
+    Raises:
+        CheckpointError: if it is damaged, or of other parameters.
+    """
+    if (folder / AVERAGE).is_file():
+        load_whole_average(folder, values)
+    else:
+        load_sharded_average(folder, values, together=any(hasattr(value, "placements") for value in values.values()))
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: Any | None) -> None:
@@ -82,6 +166,8 @@ def training_state_problem(folder: Path) -> str | None:
                 return f"{missing[0]} is missing"
             read_header(folder / MODEL)
             read_optimizer(folder / OPTIMIZER)
+            if (folder / AVERAGE).is_file():
+                read_header(folder / AVERAGE)
     except CheckpointError as error:
         return str(error).rstrip(".")
     return None

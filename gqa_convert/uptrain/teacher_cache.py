@@ -23,6 +23,7 @@ from gqa_convert.errors import CheckpointError, OutputError, Preempted, UsageErr
 from gqa_convert.hf.loading import Source, load_model
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
+from gqa_convert.uptrain.fused import chosen_attention
 from gqa_convert.uptrain.model import ScoredModel, Teacher, check_finite, check_isolation
 from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, TopLogits
 from gqa_convert.uptrain.plan import UptrainPlan, resolve
@@ -184,7 +185,8 @@ def cache_teacher(
         raise UsageError(f"{out}: holds the cache of other text, or of another number of tokens. Choose another --out.")
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     original = Source.open(plan.teacher, trust_remote_code=config.trust_remote_code)
-    model = load_model(original, dtype=dtype, attention=config.train.attention, device=device)
+    attention = chosen_attention(config.train, original.model_class, device)
+    model = load_model(original, dtype=dtype, attention=attention, device=device)
     check_finite(model, f"objective.distillation.teacher={settings.teacher}")
     if config.separate_documents:
         check_isolation(model)

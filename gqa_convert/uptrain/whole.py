@@ -5,6 +5,8 @@ They are read into whole parameters, or into the shards of any number of process
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from gqa_convert.errors import CheckpointError
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
+AVERAGE = "average.safetensors"
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -25,21 +28,63 @@ def plain_name(name: str) -> str:
     return name.removeprefix("module.")
 
 
+@dataclass(frozen=True)
+class WholeState:
+    """What is written: trained parameters by plain names, an optimiser's state dictionary, perhaps an average."""
+
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    average: dict[str, Tensor] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: Any, average: Mapping[str, Tensor] | None = None) -> WholeState:
+        """The state as it is now; tensors are the model's own."""
+        parameters = {name: p.detach().contiguous() for name, p in trained_parameters(model).items()}
+        kept = None if average is None else {name: value.contiguous() for name, value in average.items()}
+        return cls(parameters, optimizer.state_dict(), kept)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that are trained, by their plain names."""
     return {plain_name(name): value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def save_whole(folder: Path, model: nn.Module, optimizer: Any) -> None:
-    """Write trained parameters and optimiser state.
+def save_whole(folder: Path, model: nn.Module, optimizer: Any, average: Mapping[str, Tensor] | None = None) -> None:
+    """Write trained parameters, optimiser state, and the average of the weights if there is one.
 
     Raises:
         OSError: if writing fails.
     """
+    write_whole(folder, WholeState.of(model, optimizer, average))
+
+
+def write_whole(folder: Path, state: WholeState) -> None:
+    """Write a state. See `save_whole`."""
     from safetensors.torch import save_file
 
-    save_file({name: p.detach().contiguous() for name, p in trained_parameters(model).items()}, folder / MODEL)
-    torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+    save_file(state.parameters, folder / MODEL)
+    torch.save(state.optimizer, folder / OPTIMIZER)
+    if state.average is not None:
+        save_file(state.average, folder / AVERAGE)
+
+
+def load_whole_average(folder: Path, values: Mapping[str, Tensor]) -> None:
+    """Read an average of weights into tensors that are there, sharded or whole; others than are saved stay as they are.
+
+    Raises:
+        CheckpointError: if it is of other parameters, or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / AVERAGE, "pt") as saved, torch.no_grad():
+            for name in saved.keys():  # noqa: SIM118 - no dictionary
+                value = saved.get_tensor(name)
+                if name not in values or values[name].shape != value.shape:
+                    raise CheckpointError(f"{folder / AVERAGE}: {name} is no parameter of this model.")
+                values[name].copy_(_like(value, values[name]))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / AVERAGE}: cannot be read ({error}).") from error
 
 
 def load_whole(folder: Path, model: nn.Module, optimizer: Any | None) -> None:

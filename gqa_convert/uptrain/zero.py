@@ -74,6 +74,10 @@ def _conflicts(config: UptrainConfig) -> Iterator[str]:
         yield "train.parameters=lora: adapters are small; use DDP for them"
     if train.precision == "pure_bf16":
         yield "train.precision=pure_bf16: use bf16 (float32 weights are spread over the processes)"
+    if config.checkpoints.asynchronous:
+        yield "checkpoints.asynchronous: DeepSpeed writes its own files; set it to false"
+    if config.averaging.decay is not None:
+        yield "averaging.decay: DeepSpeed's weights cannot be averaged here; use FSDP2 or DDP"
     if train.compile:
         yield "train.compile does not see weights that come and go; set it to false"
 

@@ -2,12 +2,16 @@
 """Kill a run with SIGKILL at random moments of its life until it ends, then another; look each time.
 
     python scripts/bench/kill_and_resume.py --kills 200 --out scripts/bench/results/uptrain_kills.json
+    python scripts/bench/kill_and_resume.py --kind shards|chat|mixture|cached|beside|averaged --kills 200
     python scripts/bench/kill_and_resume.py --config CONFIG --kills 30 [--set a.b=c ...]
 
 Without a configuration a run of tiny models is used, whose starts take a second: kills then fall everywhere, into
 tokenising, training, saving, and writing the result. After each kill every folder that counts as a checkpoint must be
-whole, none newer than the one before it may be lost, and `final` is whole or not there. Each run that ends at last must
-have the files of one that was never disturbed, byte for byte, and its metrics every line once.
+whole, none newer than the one before it may be lost, and `final` is whole or not there. Each run that ends at last
+must have the files of one that was never disturbed, byte for byte, and its metrics every line once. Of `--kind`:
+checkpoints in torch's distributed format, as FSDP2 writes them (by one process); conversations in a template; two
+sources mixed, one of them conversations; a teacher's cached words; checkpoints written beside the training; an average
+of the weights, the best checkpoint by it.
 """
 
 from __future__ import annotations
@@ -30,18 +34,49 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELIS
 import torch
 import transformers
 import yaml
-from tiny_run import make_model, make_text, settings
+from tiny_run import WORDS, make_model, make_text, settings
 from warm import import_all, in_fork, kill_after, start
 
 from gqa_convert.uptrain.checkpoints import MARKER, CheckpointStore, damage
 
 STEPS, EVERY = 30, 2
-MACHINES_OWN = ("tokens_per_second", "peak_memory_bytes")
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+CHAT = {"source": "data/chat.jsonl", "separate_documents": True, "held_out_fraction": 0.2}
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "shards": {},
+    "chat": {"data": CHAT},
+    "mixture": {
+        "data": {
+            "source": None,
+            "sources": [{"source": "data/text.jsonl", "weight": 0.7}, {"source": "data/chat.jsonl", "weight": 0.3}],
+            "held_out_fraction": 0.2,
+        }
+    },
+    "cached": {"objective": {"distillation": {"teacher": "teacher", "dtype": "float32", "cache": "cache"}}},
+    "beside": {"checkpoints": {"asynchronous": True}},
+    "averaged": {
+        "averaging": {"decay": 0.9, "every_steps": 2},
+        "evaluation": {"best": True},
+        "checkpoints": {"asynchronous": True},
+    },
+}
+"""What differs from the usual run; of `shards` the writer does."""
+MACHINES_OWN = ("tokens_per_second", "tokens_per_second_overall", "peak_memory_bytes")
 """What the machine and not the run decides, in its metrics."""
 
 
-def train(config: Path, output: Path, sets: list[str]) -> None:
+def train(config: Path, output: Path, sets: list[str], *, shards: bool = False) -> None:
     """The whole of one start."""
+    if shards:
+        from gqa_convert.uptrain import shards as sharded
+        from gqa_convert.uptrain import state
+
+        writers: Any = state
+        writers.save_whole = sharded.save_shards
     from gqa_convert.uptrain.loop import uptrain
     from gqa_convert.uptrain.read_config import load_config
 
@@ -110,17 +145,43 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[Path, list[str]]:
         return options.config.absolute(), [*options.set, f"checkpoints.every_steps={options.every}"]
     make_model(work / "model")
     make_text(work / "data")
+    make_chat(work)
     path = work / "run.yaml"
-    tiny = settings(
-        budget={"steps": STEPS}, checkpoints={"every_steps": options.every}, evaluation={"every_tokens": 640}
-    )
-    path.write_text(yaml.safe_dump(tiny))
+    changes = KINDS[options.kind]
+    usual = {"budget": {"steps": STEPS}, "checkpoints": {"every_steps": options.every},
+             "evaluation": {"every_tokens": 640}}  # fmt: skip
+    merged = {key: {**usual.get(key, {}), **changes.get(key, {})} for key in {*usual, *changes}}
+    path.write_text(yaml.safe_dump(settings(**merged)))
+    if options.kind == "cached":
+        make_model(work / "teacher", kv_heads=4, seed=1, sharpness=30.0)
+        in_fork(lambda: cache(path), seconds=600)
     return path, options.set
+
+
+def make_chat(work: Path) -> None:
+    """A template for the model, and conversations."""
+    (work / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    draw = random.Random(0)
+    with open(work / "data" / "chat.jsonl", "w") as file:
+        for _ in range(150):
+            said = draw.choice(WORDS)
+            turns = [{"role": "user", "content": said}, {"role": "assistant", "content": f"{said} {said}"}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def cache(config: Path) -> None:
+    """What the teacher says, written down before the run."""
+    from gqa_convert.uptrain.read_config import load_config
+    from gqa_convert.uptrain.teacher_cache import cache_teacher
+
+    os.chdir(config.parent)
+    cache_teacher(load_config(config, []), Path("cache"), top_k=8)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--kind", choices=list(KINDS), default="plain")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--every", type=int, default=EVERY)
@@ -135,17 +196,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         work = Path(name)
         config, sets = prepare(options, work)
+        shards = options.kind == "shards"
         undisturbed = work / "undisturbed"
 
         def undisturbed_run() -> list[str]:
-            train(config, undisturbed, sets)
+            train(config, undisturbed, sets, shards=shards)
             return sorted(sys.modules)
 
         outcome = in_fork(undisturbed_run, seconds=3600)
         if outcome.value is None:
             raise SystemExit("the undisturbed run fails")
         import_all(outcome.value)
-        life = in_fork(lambda: train(config, work / "again", sets), seconds=3600).seconds  # nothing left to import
+        life = in_fork(
+            lambda: train(config, work / "again", sets, shards=shards), seconds=3600
+        ).seconds  # nothing left to import
         problems = compare(work / "again", undisturbed)
         if problems:
             raise SystemExit(f"two undisturbed runs differ: {problems}")
@@ -154,7 +218,7 @@ def main() -> None:
         before, output = -1, work / "run-0"
         while len(kills) < options.kills or before >= 0:
             enough = len(kills) >= options.kills
-            child = start(lambda output=output: train(config, output, sets))  # type: ignore[misc]
+            child = start(lambda output=output: train(config, output, sets, shards=shards))  # type: ignore[misc]
             status = kill_after(child, None if enough else draw.uniform(0, life))
             if status == 0:
                 problems = compare(output, undisturbed)
@@ -171,7 +235,7 @@ def main() -> None:
             before = -1 if newest is None else newest
     result = {
         "what": "SIGKILL at random moments of a run's life; every start went on from a whole checkpoint",
-        "command": f"python scripts/bench/kill_and_resume.py --kills {options.kills} --seed {options.seed}",
+        "command": " ".join(["python", "scripts/bench/kill_and_resume.py", *sys.argv[1:]]),
         "kills": len(kills),
         "runs_that_ended": finished,
         "equal_byte_for_byte_to_an_undisturbed_run": whole,

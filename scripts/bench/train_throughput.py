@@ -3,12 +3,16 @@
 
     python scripts/bench/train_throughput.py MODEL TRAIN.jsonl --out results.json
     python scripts/bench/train_throughput.py MODEL TRAIN.jsonl --device auto --precision bf16 --distil ORIGINAL
+    python scripts/bench/train_throughput.py --sizes 13M 135M --vocabularies 32768 131072 --out results.json
 
 Each side runs in a process of its own, in turn, several times over (what else the machine does hits both alike); the
 first steps are left out of the time. On a CPU that other programs use too, compare tokens per second of processor time
 (`cpu_time_ratio`), which their load touches least. Both train on documents joined and cut every `context` tokens, with
 fused AdamW.
-With --distil, a run with distillation from that model is timed as well. MFU is given where the device's peak is known.
+With --distil, a run with distillation from that model is timed as well (`distilled_over_plain`: processor time per
+token beside that of cross-entropy). MFU is given where the device's peak is known. With --sizes, random models of
+these sizes and vocabularies are made, with a word for each token and text of such words, and each is timed with a
+teacher of as many KV heads as query heads.
 """
 
 from __future__ import annotations
@@ -134,8 +138,48 @@ def timed(marks: list[tuple[float, float]], options: argparse.Namespace) -> dict
     }
 
 
-def in_process(side: str) -> dict[str, float]:
-    done = subprocess.run([sys.executable, *sys.argv, "--side", side], capture_output=True, text=True)
+SIZES: dict[str, dict[str, Any]] = {
+    "13M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8,
+            "num_key_value_heads": 2},
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "tie_word_embeddings": True},
+}  # fmt: skip
+"""The second is SmolLM2's, but for the vocabulary."""
+
+
+def make(work: Path, size: str, vocabulary: int, tokens: int) -> tuple[Path, Path, Path]:
+    """A random model, its teacher, and text of so many tokens."""
+    import random
+
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(vocabulary - 3))]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    settings = {**SIZES[size], "vocab_size": vocabulary, "max_position_embeddings": 4096}
+    folders = work / "model", work / "teacher"
+    for number, folder in enumerate(folders):
+        torch.manual_seed(number)
+        heads = {"num_key_value_heads": settings["num_attention_heads"]} if folder.name == "teacher" else {}
+        LlamaForCausalLM(LlamaConfig(**{**settings, **heads})).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    draw = random.Random(0)
+    with open(work / "text.jsonl", "w") as file:
+        for _ in range(tokens // 500 + 40):
+            file.write(json.dumps({"text": " ".join(draw.choices(words[3:], k=500))}) + "\n")
+    return *folders, work / "text.jsonl"
+
+
+def in_process(options: argparse.Namespace, side: str) -> dict[str, float]:
+    given = {name: getattr(options, name) for name in ("context", "batch", "accumulation", "steps", "warmup")}
+    given |= {"precision": options.precision, "device": options.device}
+    given |= {"distil": options.distil} if options.distil else {}
+    command = [sys.executable, __file__, str(options.model), str(options.train), "--side", side]
+    command += [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -144,8 +188,10 @@ def in_process(side: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("train")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("train", nargs="?")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help="make random models of these sizes")
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=[32_768, 131_072], help="with --sizes")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -167,16 +213,42 @@ def main() -> None:
                 speed = ours(options, work, options.distil if options.side == "distilled" else None)
         print(json.dumps(speed))
         return
+    if not options.sizes:
+        if options.train is None:
+            parser.error("give MODEL and TRAIN.jsonl, or --sizes")
+        write(options.out, compared(options))
+        return
+    tokens = options.steps * options.batch * options.accumulation * options.context
+    cases = []
+    for size in options.sizes:
+        for vocabulary in options.vocabularies:
+            with tempfile.TemporaryDirectory() as name:
+                model, teacher, text = make(Path(name), size, vocabulary, tokens)
+                made = argparse.Namespace(**{**vars(options), "model": model, "distil": str(teacher), "train": text})
+                print(f"{size}, {vocabulary:,} tokens", flush=True)
+                cases.append({"size": size, "vocabulary": vocabulary, **compared(made)})
+            write(options.out, {"cases": cases})  # what is done is kept, however long the rest takes
+
+
+def write(out: Path | None, described: dict[str, Any]) -> None:
+    text = json.dumps(described, indent=2)
+    print(text)
+    if out:
+        out.write_text(text + "\n", encoding="utf-8")
+
+
+def compared(options: argparse.Namespace) -> dict[str, Any]:
+    """Time all sides in turn."""
     sides = ["ours", "theirs", *(["distilled"] if options.distil else [])]
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for number in range(options.repeats):
         for side in sides if number % 2 == 0 else reversed(sides):
-            runs[side].append(in_process(side))
+            runs[side].append(in_process(options, side))
             print(f"{side}: {runs[side][-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
-    report(options, runs)
+    return report(options, runs)
 
 
-def report(options: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> None:
+def report(options: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     import torch
 
     from gqa_convert.budget.shape import peak_flops, shape_of_folder
@@ -196,10 +268,10 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, float]]])
         if peak:
             sides[side]["mfu"] = rate * shape.training_flops_per_token(options.context) / peak
     pairs = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["ours"], runs["theirs"], strict=True)]
-    described = {
+    described: dict[str, Any] = {
         "what": "training throughput against transformers.Trainer",
         "model": {"name": Path(options.model).name, "parameters": shape.parameters},
-        "settings": {k: v for k, v in vars(options).items() if isinstance(v, int)} | {"precision": options.precision},
+        "settings": {k: v for k, v in vars(options).items() if type(v) is int} | {"precision": options.precision},
         "device": device,
         "versions": {n: version(n) for n in ("gqa-convert", "torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
@@ -209,10 +281,10 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, float]]])
         "cpu_time_ratio": round(sides["ours"]["tokens_per_cpu_second"] / sides["theirs"]["tokens_per_cpu_second"], 3),
         "memory_ratio": round(sides["ours"]["peak_bytes"] / sides["theirs"]["peak_bytes"], 3),
     }
-    text = json.dumps(described, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    if "distilled" in sides:
+        plain, distilled = (sides[side]["tokens_per_cpu_second"] for side in ("ours", "distilled"))
+        described["distilled_over_plain"] = round(plain / distilled, 3)
+    return described
 
 
 if __name__ == "__main__":

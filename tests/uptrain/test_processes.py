@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from gqa_convert.errors import Preempted
 from gqa_convert.uptrain import loop
+from gqa_convert.uptrain.checkpoints import damage
 from gqa_convert.uptrain.loop import UptrainResult
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
@@ -277,3 +278,32 @@ def test_sharded_bf16_attention_only_with_a_teacher_and_recomputed_activations(
     moved = {key for key in before if not torch.equal(before[key], ours[key])}
     assert moved == {key for key in before if "self_attn" in key}
     assert all(torch.allclose(ours[key], theirs[key], atol=0.05) for key in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("legs", [("fsdp2", "single", "ddp"), ("ddp", "fsdp2", "fsdp2")], ids="-".join)
+def test_an_average_and_saving_beside_the_training_go_on_with_any_engine(
+    settings, write_config, tmp_path, monkeypatch, legs
+) -> None:
+    settings["train"]["micro_batch"] = 1
+    settings["averaging"] = {"decay": 0.9, "every_steps": 2}
+    undisturbed = loop.uptrain(parse_config({**settings, "output": str(tmp_path / "single")}), quiet=True)
+    settings["checkpoints"] = {"every_steps": 3, "keep": 30, "asynchronous": True}
+    path = write_config(settings)
+    output = Path(settings["output"])
+    for engine, stop in zip(legs, (7, 14, 0), strict=True):
+        if engine == "single":
+            alone(settings, monkeypatch, stop)
+        else:
+            launch_sharded(path, stop, engine)
+    steps = sorted(int(folder.name[5:]) for folder in (output / "checkpoints").iterdir())
+    assert steps == [0, 3, 6, 7, 9, 12, 14, 15, 18, 20]
+    assert all(damage(output / "checkpoints" / f"step-{step:08d}") is None for step in steps)
+    found, right = final_weights(output), final_weights(undisturbed.folder.parent)
+    assert all(torch.allclose(found[key], right[key], atol=2e-4) for key in right)
+    ours, theirs = (
+        [r for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
+        for folder in (output, tmp_path / "single")
+    )
+    assert abs(ours["held_out_loss_averaged"] - theirs["held_out_loss_averaged"]) < 1e-5
+    assert ours["held_out_loss"] == ours["held_out_loss_averaged"]

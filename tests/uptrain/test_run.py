@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from gqa_convert.errors import OutputError, Preempted, TrainingAborted, UsageError
-from gqa_convert.uptrain import loop
+from gqa_convert.uptrain import loop, saving
 from gqa_convert.uptrain.checkpoints import CheckpointStore
 from gqa_convert.uptrain.loop import UptrainResult
 from gqa_convert.uptrain.metrics import read_metrics
@@ -351,7 +351,7 @@ def test_a_full_disk_is_survived_and_then_stops_clean(
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "save_training_state", full)
+    monkeypatch.setattr(saving, "save_training_state", full)
     assert run(settings, checkpoints={"every_steps": 5}).steps == 20
     events = [r for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if r["kind"] == "event"]
     assert [r["step"] for r in events if r["event"] == "save failed"] == [5, 10]
