@@ -189,7 +189,7 @@ def test_the_text_follows_the_model(saved) -> None:
 
 
 def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch) -> None:
-    monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, list(range(20, 128))))
+    monkeypatch.setattr(self_text, "document_marks", lambda model: (7, list(range(20, 128))))
     ids = self_text.self_tokens(saved("llama").source, sequences=4, length=20)
     after = ids[:, 1:][ids[:, :-1] >= 20]
     assert len(after) > 10
@@ -198,14 +198,14 @@ def test_an_ended_document_is_followed_by_a_new_one(saved, monkeypatch) -> None:
 
 def test_one_token_may_end_a_document_and_begin_the_next(saved, monkeypatch) -> None:
     """As `<|endoftext|>` does for GPT-2: it must not call for itself for ever."""
-    monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, [7]))
+    monkeypatch.setattr(self_text, "document_marks", lambda model: (7, [7]))
     ids = self_text.self_tokens(saved("llama").source, sequences=4, length=20)
     assert (ids[:, 0] == 7).all()
     assert len(set(ids[:, 1:].flatten().tolist())) > 20
 
 
 def test_without_a_beginning_the_first_tokens_are_drawn(saved, monkeypatch) -> None:
-    monkeypatch.setattr(self_text, "_document_marks", lambda model: (None, [2]))
+    monkeypatch.setattr(self_text, "document_marks", lambda model: (None, [2]))
     ids = self_text.self_tokens(saved("llama").source, sequences=8, length=3)
     assert len(set(ids[:, 0].tolist())) > 3
 
@@ -225,7 +225,7 @@ def test_an_encoder_decoder_answers_but_does_not_begin(saved, tokens) -> None:
 
 def test_an_answer_ends_where_the_model_ends_it(saved, tokens, monkeypatch) -> None:
     source = saved("t5").source
-    monkeypatch.setattr(self_text, "_document_marks", lambda model: (0, list(range(1, 60))))
+    monkeypatch.setattr(self_text, "document_marks", lambda model: (0, list(range(1, 60))))
     found = self_text.own_answers(source, [tokens])
     for parts in found:
         assert not torch.isin(parts["decoder_input_ids"], torch.arange(1, 60)).any()
