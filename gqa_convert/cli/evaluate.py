@@ -24,6 +24,7 @@ from gqa_convert.cli.options import (
     MaxWindows,
     QuantisedCache,
     Revision,
+    Samples,
     SaveTo,
     Separator,
     Special,
@@ -80,6 +81,7 @@ def eval_command(
     ] = "",
     suite_items: Annotated[int, typer.Option(help="Items of each kind.", min=1)] = 50,
     suite_seed: Annotated[int, typer.Option(help="Seed of the draw of items.")] = 0,
+    samples: Samples = 0,
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -111,6 +113,7 @@ def eval_command(
         device=device,
         trust_remote_code=trust_remote_code,
         caches=named_list(quantised_cache),
+        samples=samples,
     )
     asked = None
     if suite or suite_kinds:
@@ -280,6 +283,7 @@ def sweep_command(
     special: Special = True,
     eos: Eos = True,
     batch_size: BatchSize = 8,
+    samples: Samples = 2,
     quantised_cache: QuantisedCache = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -323,6 +327,7 @@ def sweep_command(
             device=device,
             trust_remote_code=trust_remote_code,
             caches=named_list(quantised_cache),
+            samples=samples,
         ),
         benchmark=timing if benchmark else None,
         tolerance=tolerance,
