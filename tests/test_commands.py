@@ -43,7 +43,7 @@ OTHER_WORDS = {
     "--work",
     "--batch",
 }
-OTHER_WORDS |= {"--refit", "--cache-context", "--steps"}
+OTHER_WORDS |= {"--engine", "--refit", "--cache-context", "--steps"}
 OTHER_KIND = {"--groups": "a list, where many are tried"}
 
 

@@ -88,7 +88,7 @@ class JsonRows:
 
 def opened(file: Path) -> BinaryIO:
     """Open a file for reading, compressed or not (told by its suffix)."""
-    import fsspec  # type: ignore[import-untyped]
+    import fsspec
 
     stream: BinaryIO = fsspec.open(str(file), "rb", compression="infer").open()
     return stream

@@ -125,6 +125,7 @@ def _wave(content: bytes, where: str) -> tuple[Samples, int]:
             "files of integers can: pip install soundfile, or convert it."
         ) from error
     raw = raw[: len(raw) // (width * channels) * width * channels]
+    values: np.ndarray[Any, Any]
     if width == 1:
         values = np.frombuffer(raw, np.uint8).astype(np.float32) / 128 - 1
     elif width == 3:

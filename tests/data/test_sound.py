@@ -136,7 +136,7 @@ def test_soundfile_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: py
         assert file.read() == b"fLaC"
         return np.ones((80, 2), np.float32), 8000
 
-    monkeypatch.setitem(sys.modules, "soundfile", types.SimpleNamespace(read=read))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "soundfile", types.SimpleNamespace(read=read))
     (tmp_path / "a.flac").write_bytes(b"fLaC")
     (seen,) = sounds(str(tmp_path / "a.flac"), rate=8000)
     assert seen.tolist() == [1.0] * 80

@@ -43,7 +43,7 @@ def test_a_forward_pass_that_computes_attention_by_itself_gets_copies(monkeypatc
 
 @pytest.mark.parametrize("file", FILES)
 def test_its_least_release_is_checked_when_it_is_imported(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(__version__="4.57.6"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(__version__="4.57.6"))
     path = Path(modeling_gqa.__file__).with_name(file)
     spec = importlib.util.spec_from_file_location("old", path)
     assert spec is not None

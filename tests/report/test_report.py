@@ -10,7 +10,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import gqa_convert.report
 from gqa_convert.cli.main import app
 from gqa_convert.errors import HubError, UsageError
 from gqa_convert.report import writing
@@ -57,7 +56,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
 
-SORTING = (Path(gqa_convert.report.__file__).parent / "templates" / "sort.js").read_text()
+SORTING = (Path(writing.__file__).parent / "templates" / "sort.js").read_text()
 
 
 def scripts(html: str) -> list[str]:
