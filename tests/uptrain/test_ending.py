@@ -113,10 +113,10 @@ def test_embeddings_are_decayed_only_if_that_is_asked_for(kind: str, decayed: bo
     assert (decay[id(model[1].weight)], decay[id(model[1].bias)]) == (0.1, 0.0)
 
 
-AVERAGING = {"decay": 0.9, "every_steps": 2}
+AVERAGING: dict[str, Any] = {"decay": 0.9, "every_steps": 2}
 
 
-def ema(settings, decay=0.9, every=2, warmup=True):
+def ema(settings: dict[str, Any], decay: float = 0.9, every: int = 2, warmup: bool = True) -> Any:
     """The average of a run that keeps a checkpoint of every step, made anew from these."""
     value, updates = saved(settings, 0), 0
     for step in range(1, settings["budget"]["steps"] + 1):
@@ -129,7 +129,7 @@ def ema(settings, decay=0.9, every=2, warmup=True):
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_the_result_is_the_average_of_the_weights(settings, warmup) -> None:
+def test_the_result_is_the_average_of_the_weights(settings: dict[str, Any], warmup: bool) -> None:
     settings["averaging"] = {**AVERAGING, "warmup": warmup}
     settings["checkpoints"] = {"every_steps": 1, "keep": 30}
     settings["budget"] = {"steps": 8}
@@ -142,7 +142,9 @@ def test_the_result_is_the_average_of_the_weights(settings, warmup) -> None:
     assert result.loss_after == last["held_out_loss"] == last["held_out_loss_averaged"] != last["held_out_loss_trained"]
 
 
-def test_an_average_goes_on_after_a_stop_to_the_same_bits(settings, monkeypatch) -> None:
+def test_an_average_goes_on_after_a_stop_to_the_same_bits(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings["averaging"] = AVERAGING
     run({**settings, "output": settings["output"] + "-straight"})
     stop_after(monkeypatch, 7)
@@ -154,7 +156,9 @@ def test_an_average_goes_on_after_a_stop_to_the_same_bits(settings, monkeypatch)
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
-def test_averaging_leaves_what_is_trained_alone_and_can_be_kept_out_of_the_result(settings, tmp_path) -> None:
+def test_averaging_leaves_what_is_trained_alone_and_can_be_kept_out_of_the_result(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     settings["budget"] = {"steps": 6}
     run({**settings, "output": settings["output"] + "-plain"})
     settings["averaging"] = {**AVERAGING, "final": False}
@@ -172,7 +176,9 @@ def test_averaging_leaves_what_is_trained_alone_and_can_be_kept_out_of_the_resul
         export_checkpoint(Path(settings["output"] + "-plain"), tmp_path / "none", weights="averaged")
 
 
-def test_an_average_begins_where_a_checkpoint_holds_none(settings, monkeypatch) -> None:
+def test_an_average_begins_where_a_checkpoint_holds_none(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings["train"]["batch_sequences"] = 2
     stop_after(monkeypatch, 5)
     with pytest.raises(Preempted):
@@ -187,7 +193,7 @@ def test_an_average_begins_where_a_checkpoint_holds_none(settings, monkeypatch) 
     assert all(torch.allclose(final[name], expected[name], atol=1e-6) for name in expected)
 
 
-def test_the_best_checkpoint_is_told_by_its_average(worsening) -> None:
+def test_the_best_checkpoint_is_told_by_its_average(worsening: dict[str, Any]) -> None:
     worsening["evaluation"]["best"] = True
     worsening["averaging"] = AVERAGING
     run(worsening)
@@ -199,12 +205,12 @@ def test_the_best_checkpoint_is_told_by_its_average(worsening) -> None:
     assert all(torch.equal(final[name], value) for name, value in averaged.items())
 
 
-def files_of(settings, step):
+def files_of(settings: dict[str, Any], step: int) -> Any:
     folder = Path(settings["output"]) / "checkpoints" / f"step-{step:08d}"
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".safetensors", ".pt")}
 
 
-def test_what_is_saved_beside_the_training_has_the_same_bytes(settings) -> None:
+def test_what_is_saved_beside_the_training_has_the_same_bytes(settings: dict[str, Any]) -> None:
     settings["checkpoints"] = {"every_steps": 3, "keep": 30}
     settings["averaging"] = AVERAGING
     run(settings)
@@ -217,15 +223,17 @@ def test_what_is_saved_beside_the_training_has_the_same_bytes(settings) -> None:
         assert one == two
 
 
-def test_a_save_beside_the_training_that_fails_costs_the_save_alone(settings, monkeypatch) -> None:
-    calls = []
+def test_a_save_beside_the_training_that_fails_costs_the_save_alone(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
     real = copied_state
 
-    def second_fails(*args, **rest):
+    def second_fails(*args: Any, **rest: Any) -> Any:
         calls.append(1)
         return full if len(calls) == 2 else real(*args, **rest)
 
-    def full(folder):
+    def full(folder: Any) -> Any:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -239,14 +247,16 @@ def test_a_save_beside_the_training_that_fails_costs_the_save_alone(settings, mo
     assert [r["step"] for r in events] == [10]
 
 
-def test_a_run_that_is_stopped_while_it_saves_waits_for_it(settings, monkeypatch) -> None:
+def test_a_run_that_is_stopped_while_it_saves_waits_for_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = threading.Event()
     real = copied_state
 
-    def slow(*args, **rest):
+    def slow(*args: Any, **rest: Any) -> Any:
         write = real(*args, **rest)
 
-        def later(folder):
+        def later(folder: Any) -> Any:
             held.wait(0.3)
             write(folder)
 

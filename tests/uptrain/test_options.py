@@ -20,15 +20,17 @@ from tests.uptrain.test_run import run
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def section(**values):
+def section(**values: Any) -> Any:
     return TrainSection(batch_sequences=1, **values)
 
 
-def nothing_was_trained(settings) -> bool:
+def nothing_was_trained(settings: dict[str, Any]) -> bool:
     return not (Path(settings["output"]) / "checkpoints").exists()
 
 
-def test_liger_is_refused_or_left_out_where_it_does_not_run(settings, monkeypatch) -> None:
+def test_liger_is_refused_or_left_out_where_it_does_not_run(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings["train"]["liger"] = True
     with pytest.raises(UsageError, match=r"train\.liger=true: liger-kernel is not installed"):
         run(settings)
@@ -44,11 +46,11 @@ def test_liger_is_refused_or_left_out_where_it_does_not_run(settings, monkeypatc
 
 
 @pytest.fixture
-def liger(monkeypatch):
+def liger(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands in for liger-kernel: knows llama, and lets each norm's output be multiplied by `factor`."""
     stub: SimpleNamespace = SimpleNamespace(factor=1.0, given=None)
 
-    def apply(model, **settings):
+    def apply(model: Any, **settings: dict[str, Any]) -> Any:
         stub.given = settings
         for layer in model.model.layers:
             layer.input_layernorm.register_forward_hook(lambda *args: args[-1] * stub.factor)
@@ -64,7 +66,7 @@ def liger(monkeypatch):
     return stub
 
 
-def small():
+def small() -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
@@ -72,7 +74,7 @@ def small():
     )  # fmt: skip
 
 
-def test_ligers_kernels_are_tried_on_the_model(liger) -> None:
+def test_ligers_kernels_are_tried_on_the_model(liger: Any) -> None:
     assert fused.put_liger_in(small(), wanted=True)
     assert liger.given == {"cross_entropy": False, "fused_linear_cross_entropy": False}
     liger.factor = 3.0
@@ -85,7 +87,9 @@ def test_ligers_kernels_are_tried_on_the_model(liger) -> None:
         fused.put_liger_in(other, wanted=True)
 
 
-def test_automatic_attention_is_flash_only_where_that_runs(settings, monkeypatch) -> None:
+def test_automatic_attention_is_flash_only_where_that_runs(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     auto = section(attention="auto")
     model = SimpleNamespace(_supports_flash_attn=True, _supports_sdpa=True)
     assert fused.chosen_attention(auto, model, GPU) == "sdpa"
@@ -99,14 +103,16 @@ def test_automatic_attention_is_flash_only_where_that_runs(settings, monkeypatch
     assert run(settings, budget={"steps": 1}).steps == 1
 
 
-def test_the_teacher_is_compiled_if_that_is_asked_for(settings, teacher_folder, monkeypatch) -> None:
-    compiled = []
+def test_the_teacher_is_compiled_if_that_is_asked_for(
+    settings: dict[str, Any], teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Any] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
     told = {"teacher": str(teacher_folder), "dtype": "float32"}
-    teachers = []
+    teachers: list[Any] = []
     real = Teacher.__init__
 
-    def init(self, model, **rest):
+    def init(self, model: Any, **rest: Any) -> Any:
         teachers.append(model)
         real(self, model, **rest)
 
@@ -118,16 +124,16 @@ def test_the_teacher_is_compiled_if_that_is_asked_for(settings, teacher_folder, 
 class Manager:
     all_tasks = ("reading",)
 
-    def __init__(self, include_path=None) -> None:
+    def __init__(self, include_path: Any = None) -> None:
         pass
 
 
 @pytest.fixture
-def lm_eval(monkeypatch):
+def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands in for lm-evaluation-harness: the score is the mean of the model's last norm."""
-    seen = []
+    seen: list[Any] = []
 
-    def simple_evaluate(*, model, tasks, limit, **_):
+    def simple_evaluate(*, model: Any, tasks: Any, limit: Any, **_: object) -> Any:
         seen.append((model.training, limit))
         return {"results": {task: {"acc,none": float(model.model.norm.weight.detach().mean())} for task in tasks}}
 
@@ -143,7 +149,7 @@ def lm_eval(monkeypatch):
     return seen
 
 
-def test_tasks_are_scored_while_a_model_is_trained(settings, lm_eval) -> None:
+def test_tasks_are_scored_while_a_model_is_trained(settings: dict[str, Any], lm_eval: list[Any]) -> None:
     settings["evaluation"] = {"tasks": ["reading"], "tasks_every_tokens": 5 * 4 * 32, "tasks_limit": 7}
     run(settings, averaging={"decay": 0.5})
     records = [r for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if r["kind"] == "tasks"]
@@ -155,7 +161,9 @@ def test_tasks_are_scored_while_a_model_is_trained(settings, lm_eval) -> None:
     assert again == records
 
 
-def test_tasks_that_cannot_be_scored_are_refused_before_training(settings, lm_eval, monkeypatch) -> None:
+def test_tasks_that_cannot_be_scored_are_refused_before_training(
+    settings: dict[str, Any], lm_eval: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings["evaluation"] = {"tasks": ["writing"]}
     with pytest.raises(UsageError, match=r"evaluation\.tasks writing: lm-eval knows no such task"):
         run(settings)
@@ -168,23 +176,23 @@ def test_tasks_that_cannot_be_scored_are_refused_before_training(settings, lm_ev
 class Hub:
     """Stands in for the hub's client; remembers what it was sent."""
 
-    sent: ClassVar[list] = []
+    sent: ClassVar[list[Any]] = []
     knows = True
 
-    def whoami(self):
+    def whoami(self) -> Any:
         if not self.knows:
             raise OSError("401: invalid token")
 
-    def create_repo(self, repo, *, private, exist_ok):
+    def create_repo(self, repo: Any, *, private: Any, exist_ok: Any) -> Any:
         self.sent.append((repo, private, exist_ok))
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
+    def upload_folder(self, *, repo_id: Any, folder_path: Any, commit_message: Any) -> Any:
         self.sent.append((repo_id, sorted(path.name for path in folder_path.iterdir()), commit_message))
         return f"https://hub/{repo_id}/commit/1"
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
@@ -192,7 +200,7 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_the_result_is_sent_to_the_hub_with_its_card(settings, hub) -> None:
+def test_the_result_is_sent_to_the_hub_with_its_card(settings: dict[str, Any], hub: Any) -> None:
     run({**settings, "push": "me/model"}, budget={"steps": 1})
     made, sent = hub.sent
     assert made == ("me/model", True, True)
@@ -200,7 +208,9 @@ def test_the_result_is_sent_to_the_hub_with_its_card(settings, hub) -> None:
     assert "push" not in (Path(settings["output"]) / "final" / "gqa_convert.json").read_text()
 
 
-def test_what_cannot_be_sent_is_said_before_training(settings, hub, monkeypatch) -> None:
+def test_what_cannot_be_sent_is_said_before_training(
+    settings: dict[str, Any], hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings["push"] = "me/model"
     monkeypatch.setattr(hub, "knows", False)
     with pytest.raises(HubError, match="Is the token right"):
@@ -217,8 +227,10 @@ def test_what_cannot_be_sent_is_said_before_training(settings, hub, monkeypatch)
         parse_config({**settings, "push": "no-owner"})
 
 
-def test_a_refusing_hub_leaves_the_result_where_it_is(settings, hub, monkeypatch) -> None:
-    def upload_folder(self, **_):
+def test_a_refusing_hub_leaves_the_result_where_it_is(
+    settings: dict[str, Any], hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def upload_folder(self, **_: object) -> Any:
         raise OSError("quota")
 
     monkeypatch.setattr(hub, "upload_folder", upload_folder)
