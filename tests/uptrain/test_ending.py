@@ -113,10 +113,10 @@ def test_embeddings_are_decayed_only_if_that_is_asked_for(kind: str, decayed: bo
     assert (decay[id(model[1].weight)], decay[id(model[1].bias)]) == (0.1, 0.0)
 
 
-AVERAGING = {"decay": 0.9, "every_steps": 2}
+AVERAGING: dict[str, Any] = {"decay": 0.9, "every_steps": 2}
 
 
-def ema(settings: dict[str, Any], decay: Any = 0.9, every: Any = 2, warmup: Any = True) -> Any:
+def ema(settings: dict[str, Any], decay: float = 0.9, every: int = 2, warmup: bool = True) -> Any:
     """The average of a run that keeps a checkpoint of every step, made anew from these."""
     value, updates = saved(settings, 0), 0
     for step in range(1, settings["budget"]["steps"] + 1):
@@ -129,7 +129,7 @@ def ema(settings: dict[str, Any], decay: Any = 0.9, every: Any = 2, warmup: Any 
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_the_result_is_the_average_of_the_weights(settings: dict[str, Any], warmup: Any) -> None:
+def test_the_result_is_the_average_of_the_weights(settings: dict[str, Any], warmup: bool) -> None:
     settings["averaging"] = {**AVERAGING, "warmup": warmup}
     settings["checkpoints"] = {"every_steps": 1, "keep": 30}
     settings["budget"] = {"steps": 8}
@@ -193,7 +193,7 @@ def test_an_average_begins_where_a_checkpoint_holds_none(
     assert all(torch.allclose(final[name], expected[name], atol=1e-6) for name in expected)
 
 
-def test_the_best_checkpoint_is_told_by_its_average(worsening: Any) -> None:
+def test_the_best_checkpoint_is_told_by_its_average(worsening: dict[str, Any]) -> None:
     worsening["evaluation"]["best"] = True
     worsening["averaging"] = AVERAGING
     run(worsening)
@@ -205,7 +205,7 @@ def test_the_best_checkpoint_is_told_by_its_average(worsening: Any) -> None:
     assert all(torch.equal(final[name], value) for name, value in averaged.items())
 
 
-def files_of(settings: dict[str, Any], step: Any) -> Any:
+def files_of(settings: dict[str, Any], step: int) -> Any:
     folder = Path(settings["output"]) / "checkpoints" / f"step-{step:08d}"
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".safetensors", ".pt")}
 
@@ -226,14 +226,14 @@ def test_what_is_saved_beside_the_training_has_the_same_bytes(settings: dict[str
 def test_a_save_beside_the_training_that_fails_costs_the_save_alone(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[int] = []
     real = copied_state
 
     def second_fails(*args: Any, **rest: Any) -> Any:
         calls.append(1)
         return full if len(calls) == 2 else real(*args, **rest)
 
-    def full(folder: Any) -> None:
+    def full(folder: Any) -> Any:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -256,7 +256,7 @@ def test_a_run_that_is_stopped_while_it_saves_waits_for_it(
     def slow(*args: Any, **rest: Any) -> Any:
         write = real(*args, **rest)
 
-        def later(folder: Any) -> None:
+        def later(folder: Any) -> Any:
             held.wait(0.3)
             write(folder)
 

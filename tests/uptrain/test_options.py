@@ -50,7 +50,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands in for liger-kernel: knows llama, and lets each norm's output be multiplied by `factor`."""
     stub: SimpleNamespace = SimpleNamespace(factor=1.0, given=None)
 
-    def apply(model: Any, **settings: dict[str, Any]) -> None:
+    def apply(model: Any, **settings: dict[str, Any]) -> Any:
         stub.given = settings
         for layer in model.model.layers:
             layer.input_layernorm.register_forward_hook(lambda *args: args[-1] * stub.factor)
@@ -104,15 +104,15 @@ def test_automatic_attention_is_flash_only_where_that_runs(
 
 
 def test_the_teacher_is_compiled_if_that_is_asked_for(
-    settings: dict[str, Any], teacher_folder: Any, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = []
+    compiled: list[Any] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
     told = {"teacher": str(teacher_folder), "dtype": "float32"}
-    teachers = []
+    teachers: list[Any] = []
     real = Teacher.__init__
 
-    def init(self: Any, model: Any, **rest: Any) -> None:
+    def init(self, model: Any, **rest: Any) -> Any:
         teachers.append(model)
         real(self, model, **rest)
 
@@ -131,9 +131,9 @@ class Manager:
 @pytest.fixture
 def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands in for lm-evaluation-harness: the score is the mean of the model's last norm."""
-    seen = []
+    seen: list[Any] = []
 
-    def simple_evaluate(*, model: Any, tasks: Any, limit: Any, **_: Any) -> Any:
+    def simple_evaluate(*, model: Any, tasks: Any, limit: Any, **_: object) -> Any:
         seen.append((model.training, limit))
         return {"results": {task: {"acc,none": float(model.model.norm.weight.detach().mean())} for task in tasks}}
 
@@ -149,7 +149,7 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Any:
     return seen
 
 
-def test_tasks_are_scored_while_a_model_is_trained(settings: dict[str, Any], lm_eval: Any) -> None:
+def test_tasks_are_scored_while_a_model_is_trained(settings: dict[str, Any], lm_eval: list[Any]) -> None:
     settings["evaluation"] = {"tasks": ["reading"], "tasks_every_tokens": 5 * 4 * 32, "tasks_limit": 7}
     run(settings, averaging={"decay": 0.5})
     records = [r for r in read_metrics(Path(settings["output"]) / "metrics.jsonl") if r["kind"] == "tasks"]
@@ -162,7 +162,7 @@ def test_tasks_are_scored_while_a_model_is_trained(settings: dict[str, Any], lm_
 
 
 def test_tasks_that_cannot_be_scored_are_refused_before_training(
-    settings: dict[str, Any], lm_eval: Any, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], lm_eval: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings["evaluation"] = {"tasks": ["writing"]}
     with pytest.raises(UsageError, match=r"evaluation\.tasks writing: lm-eval knows no such task"):
@@ -179,11 +179,11 @@ class Hub:
     sent: ClassVar[list[Any]] = []
     knows = True
 
-    def whoami(self) -> None:
+    def whoami(self) -> Any:
         if not self.knows:
             raise OSError("401: invalid token")
 
-    def create_repo(self, repo: Any, *, private: Any, exist_ok: Any) -> None:
+    def create_repo(self, repo: Any, *, private: Any, exist_ok: Any) -> Any:
         self.sent.append((repo, private, exist_ok))
 
     def upload_folder(self, *, repo_id: Any, folder_path: Any, commit_message: Any) -> Any:
@@ -230,7 +230,7 @@ def test_what_cannot_be_sent_is_said_before_training(
 def test_a_refusing_hub_leaves_the_result_where_it_is(
     settings: dict[str, Any], hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def upload_folder(self: Any, **_: Any) -> None:
+    def upload_folder(self, **_: object) -> Any:
         raise OSError("quota")
 
     monkeypatch.setattr(hub, "upload_folder", upload_folder)

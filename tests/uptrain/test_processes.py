@@ -283,7 +283,7 @@ def test_sharded_bf16_attention_only_with_a_teacher_and_recomputed_activations(
 @pytest.mark.slow
 @pytest.mark.parametrize("legs", [("fsdp2", "single", "ddp"), ("ddp", "fsdp2", "fsdp2")], ids="-".join)
 def test_an_average_and_saving_beside_the_training_go_on_with_any_engine(
-    settings: dict[str, Any], write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legs: Any
+    settings: dict[str, Any], write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legs: tuple[str, ...]
 ) -> None:
     settings["train"]["micro_batch"] = 1
     settings["averaging"] = {"decay": 0.9, "every_steps": 2}
