@@ -1,4 +1,4 @@
-"""The calibration inputs that a recipe asks for: text tokenised, or text that the source writes itself (kept)."""
+"""The calibration inputs that a recipe asks for: text or sound, or text that the source writes itself (kept)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from gqa_convert.calibrate.report import OnLayer
 from gqa_convert.calibrate.self_text import own_answers, self_tokens
 from gqa_convert.calibrate.store import LayerStore, identity
 from gqa_convert.calibrate.tokens import calibration_tokens, document_rows, token_hash, window_plan
-from gqa_convert.errors import UsageError
-from gqa_convert.hf.loading import max_positions
+from gqa_convert.errors import UnsupportedModelError, UsageError
+from gqa_convert.hf.loading import load_feature_extractor, max_positions
+from gqa_convert.modeling.shipping import TYPE_PREFIX
 from gqa_convert.progress import WRITING_TEXT
 
 if TYPE_CHECKING:
@@ -21,6 +22,57 @@ if TYPE_CHECKING:
 
 _CACHE_BYTES = 4 << 30  # of the KV cache while the source writes text
 _MOST_WINDOWS = 256  # written at a time
+_SOUND = ("input_features", "input_values")  # main inputs of models that listen
+HEARD = ("whisper",)
+"""Model types that listen and can be calibrated: others want more than features and a transcript, or were not tried."""
+
+
+def listens(source: Source) -> bool:
+    """True for an encoder-decoder whose encoder is given sound."""
+    return _reads(source) in _SOUND
+
+
+def _reads(source: Source) -> str:
+    """What an encoder-decoder's encoder is given, as transformers names it; empty for a decoder alone."""
+    if not getattr(source.config, "is_encoder_decoder", False):
+        return ""
+    return str(getattr(source.as_stored.meta_model, "main_input_name", "input_ids"))
+
+
+def check_calibration(recipe: Recipe, source: Source) -> None:
+    """Refuse what a source cannot be calibrated on, before anything long begins.
+
+    Raises:
+        UnsupportedModelError: if it can be calibrated on nothing.
+        UsageError: if it can, but not on what the recipe names.
+        CheckpointError: if what turns sound into features is not in the folder.
+    """
+    reads = _reads(source)
+    if recipe.calibrate is None or not reads:
+        return
+    model_type = source.model_type.removeprefix(TYPE_PREFIX)
+    if reads not in (*_SOUND, "input_ids"):
+        raise UnsupportedModelError(
+            f"{model_type}: its encoder is given {reads}, not text or sound, so there is nothing to calibrate it on. "
+            "Convert it with --preset paper and train it afterwards."
+        )
+    if reads in _SOUND and model_type not in HEARD:
+        raise UnsupportedModelError(
+            f"{model_type}: it listens, and of such models only {', '.join(HEARD)} can be calibrated. Convert it with "
+            "--preset paper and train it afterwards."
+        )
+    if reads in _SOUND:
+        from gqa_convert.data.sound import SOUND_FORMS, local_files
+
+        if recipe.self_written:
+            raise UsageError(f"--calibrate {recipe.calibrate}: {model_type} listens. Name {SOUND_FORMS}.")
+        local_files(str(recipe.calibrate))
+        load_feature_extractor(source.folder, trust_remote_code=source.trust_remote_code)
+    elif recipe.self_written:
+        raise UsageError(
+            f"--calibrate {recipe.calibrate}: {model_type} is an encoder-decoder and cannot write text from "
+            "nothing. Name a file, a folder or a hub dataset with texts such as it is used on."
+        )
 
 
 def calibration_inputs(
@@ -33,34 +85,34 @@ def calibration_inputs(
 ) -> list[dict[str, Tensor]] | None:
     """Return the arguments of the forward passes that a recipe calibrates on; None if it calibrates on nothing.
 
-    For a decoder, windows as long as the recipe says or the model's context allows; where that is shorter there are
+    For a model that listens, windows of sound with its own transcripts. For a decoder, windows as long as the recipe says or the model's context allows; where that is shorter there are
     more of them, so that the number of tokens stays. For an encoder-decoder, documents one by one, as many tokens of
     them in all, and its own answers. What the source writes is kept in `work`.
 
     Returns:
-        One entry a shape: `input_ids` (N, T); for an encoder-decoder `input_ids` (N, S), `decoder_input_ids` (N, T).
+        One entry a shape: `input_ids` (N, T); for an encoder-decoder `input_ids` (N, S), or a listener's features,
+        and `decoder_input_ids` (N, T).
 
     Raises:
-        UsageError: if the text does not fill one window, or an encoder-decoder is to write its own.
+        UsageError: if the text does not fill one window.
         HubError: if a hub dataset cannot be read.
+        GQAConvertError: as `check_calibration`.
     """
     if recipe.calibrate is None:
         return None
+    check_calibration(recipe, source)
     # Text is read and written by the model as it is stored, also where a view in another family's terms is merged.
     stored = source.as_stored
     config = source.config
     sequences, length = window_plan(max_positions(config), sequences=recipe.sequences, length=recipe.length)
     answers = bool(getattr(config, "is_encoder_decoder", False))
-    if recipe.self_written and answers:
-        raise UsageError(
-            f"--calibrate {recipe.calibrate}: {config.model_type} is an encoder-decoder and cannot write text from "
-            "nothing. Name a file, a folder or a hub dataset with texts such as it is used on."
-        )
     if not recipe.self_written and not answers:
         tokens = calibration_tokens(
             recipe.calibrate, stored.tokenizer(), sequences=sequences, length=length, seed=recipe.seed
         )
         return [{"input_ids": tokens}]
+    if answers and listens(source):
+        return _heard_inputs(recipe, source, sequences * length, work=work, device=device, on_layer=on_layer)
     rows = None
     if answers:
         rows = document_rows(
@@ -86,6 +138,31 @@ def calibration_inputs(
     for number, parts in enumerate(batches):
         store.write(number, parts, {"shapes": len(batches)})
     return batches
+
+
+def _heard_inputs(
+    recipe: Recipe, source: Source, tokens: int, *, work: Path, device: str, on_layer: OnLayer | None
+) -> list[dict[str, Tensor]]:
+    from gqa_convert.calibrate.heard import own_transcripts, recordings
+
+    extractor = load_feature_extractor(source.folder, trust_remote_code=source.trust_remote_code)
+    heard = recordings(
+        str(recipe.calibrate), extractor, tokens=tokens, positions=sound_positions(source.config), seed=recipe.seed
+    )
+    key = {"source": identity(source.checkpoint), "heard": token_hash(heard)}
+    store = LayerStore(work, "text", key)
+    kept = _kept(store)
+    if kept:
+        return kept
+    parts = own_transcripts(source, heard, device=device, progress=_windows(on_layer, len(heard)))
+    for number, each in enumerate(parts):
+        store.write(number, each, {"shapes": len(parts)})
+    return parts
+
+
+def sound_positions(config: Any) -> int:
+    """Positions of the encoder that a window of sound fills."""
+    return int(getattr(config, "max_source_positions", None) or 1500)
 
 
 def _kept(store: LayerStore) -> list[dict[str, Tensor]] | None:

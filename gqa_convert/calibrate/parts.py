@@ -64,13 +64,13 @@ def streaming_fault(cls: type[nn.Module], config: Any) -> str | None:
     import torch
 
     from gqa_convert.tiny.forward import difference, logits
-    from gqa_convert.tiny.model import text_inputs, tiny_model
+    from gqa_convert.tiny.model import heard_inputs, text_inputs, tiny_model
     from gqa_convert.tiny.shrink import shrink
 
     try:
         tiny = shrink(config)
         model = tiny_model(tiny, cls=cls)
-        inputs = [text_inputs(model, seed=seed) for seed in (0, 1)]
+        inputs = [heard_inputs(model, seed) or text_inputs(model, seed=seed) for seed in (0, 1)]
         with tempfile.TemporaryDirectory() as folder, api.quiet():
             model.save_pretrained(folder)
             written = Source(checkpoint=Checkpoint.open(Path(folder)), config=tiny, given_class=cls)

@@ -60,7 +60,7 @@ def self_tokens(
         raise UnsupportedModelError(
             f"{source.folder}: an encoder-decoder cannot write text from nothing. Name a text to calibrate on."
         )
-    begin, ends = _document_marks(model)
+    begin, ends = document_marks(model)
     written = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -103,7 +103,7 @@ def own_answers(
     import torch
 
     model = load_model(source, device=device)
-    begin, ends = _document_marks(model)
+    begin, ends = document_marks(model)
     by_lengths: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -112,7 +112,7 @@ def own_answers(
             inputs = {"input_ids": part.to(device)}
             written = _sample(model, inputs, longest, temperature, begin, ends, renew=False).cpu()
             for question, answer in zip(part, written, strict=True):
-                read = answer[: shorter(_answer_length(answer, ends))]
+                read = answer[: shorter(tokens_read(answer, ends))]
                 by_lengths.setdefault((len(question), len(read)), []).append((question, read))
             if progress:
                 progress(len(part))
@@ -120,7 +120,7 @@ def own_answers(
     return [{"input_ids": questions, "decoder_input_ids": answers} for questions, answers in pairs]
 
 
-def _answer_length(answer: Tensor, ends: list[int]) -> int:
+def tokens_read(answer: Tensor, ends: list[int]) -> int:
     """Tokens that the decoder reads to write an answer: all before the one that ends it, at least the start token."""
     import torch
 
@@ -128,7 +128,7 @@ def _answer_length(answer: Tensor, ends: list[int]) -> int:
     return int(over[0]) + 1 if len(over) else len(answer)
 
 
-def _document_marks(model: Any) -> tuple[int | None, list[int]]:
+def document_marks(model: Any) -> tuple[int | None, list[int]]:
     """The token that begins a document (None if there is none) and those that end one."""
     text = model.config.get_text_config(decoder=True)
     settings = model.generation_config

@@ -60,6 +60,10 @@ class Session:
         self.checkpoint, self.anatomy, self.recipe, self.work = checkpoint, anatomy, recipe, work
         self.dtype, self.device = dtype, torch.device(device)
         self.batches = [] if inputs is None else batches(inputs, lambda parts: batch_size(parts, recipe.refit_tokens))
+        self.batches = [
+            {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in parts.items()}
+            for parts in self.batches
+        ]
         self.refit = refit_options(recipe) if inputs is not None else None
         self.layers = blocks_by_layer(anatomy.difference.source, blocks)
         self.spill_limit: int | None = None
@@ -253,7 +257,9 @@ def _with_refit(report: BlockReport, seen: RefitReport) -> BlockReport:
 
 def batch_size(inputs: Mapping[str, Tensor], tokens: int) -> int:
     """Return the windows of one call, which is also one step of a refit of `tokens` tokens."""
-    decoded = list(inputs.values())[-1]
+    decoded = inputs.get("decoder_input_ids", next(iter(inputs.values())))
+    if len(inputs) > 1 and "input_ids" not in inputs:
+        return 1  # of sound: the encoder has work enough with one window
     return max(1, round(tokens / decoded.shape[1]))
 
 

@@ -60,11 +60,14 @@ def plan_blocks(checkpoint: Checkpoint, anatomy: Anatomy, recipe: Recipe) -> Blo
 
     Raises:
         UnsupportedModelError: if the architecture does not allow what the recipe asks for.
+        UsageError: if it cannot be calibrated on what the recipe names.
     """
     if not recipe.uses_blocks or anatomy.difference is None:
         return None
     from gqa_convert.anatomy.freedom import prove_freedom
+    from gqa_convert.calibrate.inputs import check_calibration
 
+    check_calibration(recipe, anatomy.source)
     try:
         blocks = find_blocks(anatomy.difference)
         freedom = prove_freedom(anatomy.config, anatomy.source.model_class)

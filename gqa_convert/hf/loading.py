@@ -220,6 +220,27 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def load_feature_extractor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load what turns a sound into the features that a checkpoint's model reads.
+
+    Raises:
+        CheckpointError: if the folder has none that transformers can read.
+    """
+    from transformers import AutoFeatureExtractor
+
+    try:
+        with api.quiet():
+            return AutoFeatureExtractor.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except Exception as error:  # OSError, ValueError, ImportError of a library that one needs
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(
+            f"{folder}: no feature extractor could be loaded from it ({text}). Put the original model's "
+            "preprocessor_config.json beside the weights."
+        ) from error
+
+
 def max_positions(config: Any) -> int | None:
     """The model's context in tokens; None where its configuration states none."""
     text = config.get_text_config(decoder=True)

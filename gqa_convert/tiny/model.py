@@ -121,6 +121,19 @@ def text_inputs(
     return {"encoder_hidden": features, "decoder_input_ids": ids(*shape)}
 
 
+def heard_inputs(model: Any, seed: int = 0, batch: int = 2, length: int = 12) -> dict[str, Tensor] | None:
+    """Return random features of sound with decoder ids, for a Whisper; None for models that take something else."""
+    import torch
+
+    config = model.config
+    bins, positions = (getattr(config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+    if model.main_input_name != "input_features" or not bins or not positions:
+        return None
+    ids = text_inputs(model, batch, length, seed)["decoder_input_ids"]
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_features": torch.randn(batch, bins, 2 * positions, generator=generator), "decoder_input_ids": ids}
+
+
 def _code_channels(config: Any) -> tuple[int, ...]:
     """Return the trailing axes of the decoder's ids: some speech models read several codes a step."""
     if config.model_type == "dia":

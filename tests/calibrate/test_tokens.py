@@ -195,7 +195,7 @@ def test_the_text_follows_the_model(saved: Callable[..., Saved]) -> None:
 def test_an_ended_document_is_followed_by_a_new_one(
     saved: Callable[..., Saved], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, list(range(20, 128))))
+    monkeypatch.setattr(self_text, "document_marks", lambda model: (7, list(range(20, 128))))
     ids = self_text.self_tokens(saved("llama").source, sequences=4, length=20)
     after = ids[:, 1:][ids[:, :-1] >= 20]
     assert len(after) > 10
@@ -206,7 +206,7 @@ def test_one_token_may_end_a_document_and_begin_the_next(
     saved: Callable[..., Saved], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `<|endoftext|>` does for GPT-2: it must not call for itself for ever."""
-    monkeypatch.setattr(self_text, "_document_marks", lambda model: (7, [7]))
+    monkeypatch.setattr(self_text, "document_marks", lambda model: (7, [7]))
     ids = self_text.self_tokens(saved("llama").source, sequences=4, length=20)
     assert (ids[:, 0] == 7).all()
     assert len(set(ids[:, 1:].flatten().tolist())) > 20
@@ -215,7 +215,7 @@ def test_one_token_may_end_a_document_and_begin_the_next(
 def test_without_a_beginning_the_first_tokens_are_drawn(
     saved: Callable[..., Saved], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(self_text, "_document_marks", lambda model: (None, [2]))
+    monkeypatch.setattr(self_text, "document_marks", lambda model: (None, [2]))
     ids = self_text.self_tokens(saved("llama").source, sequences=8, length=3)
     assert len(set(ids[:, 0].tolist())) > 3
 
@@ -237,7 +237,7 @@ def test_an_answer_ends_where_the_model_ends_it(
     saved: Callable[..., Saved], tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = saved("t5").source
-    monkeypatch.setattr(self_text, "_document_marks", lambda model: (0, list(range(1, 60))))
+    monkeypatch.setattr(self_text, "document_marks", lambda model: (0, list(range(1, 60))))
     answers = self_text.own_answers(source, [tokens])
     for parts in answers:
         assert not torch.isin(parts["decoder_input_ids"], torch.arange(1, 60)).any()

@@ -1,0 +1,123 @@
+"""Calibration on sound, for encoder-decoders that listen: the features of recordings and the model's own transcripts.
+
+Shape suffixes: N windows, T tokens of the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gqa_convert.calibrate.self_text import Progress, document_marks, tokens_read
+from gqa_convert.calibrate.tokens import shorter
+from gqa_convert.data.sound import sounds
+from gqa_convert.errors import UsageError
+from gqa_convert.hf import api
+from gqa_convert.hf.loading import Source, load_feature_extractor, load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gqa_convert.data.sound import Samples
+
+_SECONDS = 30  # of a window, where the extractor names no length of its own
+_LEAST_SECONDS = 0.5  # shorter ends of recordings say too little
+_TOKENS_A_SECOND, _LEAST_TOKENS = 8, 16  # longest transcript of a window; people say three or four words a second
+
+
+def recordings(data: str, extractor: Any, *, tokens: int, positions: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Read recordings and cut them into windows such as the model is given: 30 seconds for Whisper, the last padded.
+
+    Args:
+        data: a file, a folder or a hub dataset; see `gqa_convert.data.sound.sounds`.
+        extractor: the model's (`gqa_convert.hf.loading.load_feature_extractor`).
+        tokens: positions of the encoder wanted in all; a smaller source gives fewer.
+        positions: of the encoder in one window.
+        seed: for the order of recordings.
+
+    Returns:
+        The extractor's outputs, float32, (1, ...) each: an entry a window, in the order read.
+
+    Raises:
+        UsageError: if there is no recording of half a second.
+        HubError: if a hub dataset cannot be read.
+    """
+    rate = int(extractor.sampling_rate)
+    samples = int(getattr(extractor, "n_samples", 0) or _SECONDS * rate)
+    wanted = max(1, round(tokens / positions))
+    heard: list[dict[str, Tensor]] = []
+    for recording in sounds(data, rate=rate, seed=seed):
+        for window in _windows(recording, samples, round(_LEAST_SECONDS * rate)):
+            with api.quiet():
+                features = extractor(window, sampling_rate=rate, return_tensors="pt")
+            heard.append({name: tensor for name, tensor in features.items() if tensor.is_floating_point()})
+            if len(heard) == wanted:
+                return heard
+    if not heard:
+        raise UsageError(f"{data}: no recording is as long as {_LEAST_SECONDS} s. Use other sound.")
+    return heard
+
+
+def _windows(recording: Samples, samples: int, least: int) -> Iterator[Samples]:
+    for start in range(0, len(recording), samples):
+        window = recording[start : start + samples]
+        if len(window) >= least:
+            yield np.ascontiguousarray(window)
+
+
+def own_transcripts(
+    source: Source,
+    heard: Sequence[dict[str, Tensor]],
+    *,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> list[dict[str, Tensor]]:
+    """Let a model that listens write down each window, and return both sides as calibration inputs.
+
+    Transcripts are those of its own `generate`, greedy, with all that it puts before them. They are cut to few lengths,
+    and what has one shape comes back together.
+
+    Args:
+        source: the checkpoint.
+        heard: features of windows, as `recordings` gives them.
+        device: where to run.
+        progress: called with the number of windows transcribed since the last call.
+
+    Returns:
+        The features by name, (N, ...), and `decoder_input_ids` (N, T), the latter starting with the start token.
+    """
+    import inspect
+
+    import torch
+
+    model = load_model(source, device=device, dtype=torch.float32 if device == "cpu" else "auto")
+    begin, ends = document_marks(model)
+    assert begin is not None
+    whole = "force_unique_generate_call" in inspect.signature(model.generate).parameters
+    choices = {"force_unique_generate_call": True} if whole else {}  # Whisper's own leaves out what it put before
+    by_shape: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
+    for window in heard:
+        with torch.no_grad(), api.quiet():
+            given = {name: tensor.to(device, model.dtype) for name, tensor in window.items()}
+            written = model.generate(**given, do_sample=False, max_new_tokens=_longest(source), **choices)
+        answer = written[0].cpu()
+        if int(answer[0]) != begin:
+            answer = torch.cat([torch.tensor([begin]), answer])
+        read = answer[: shorter(tokens_read(answer, ends))]
+        shape = (len(read), *(tuple(tensor.shape) for tensor in window.values()))
+        by_shape.setdefault(shape, []).append({**window, "decoder_input_ids": read[None]})
+        if progress:
+            progress(1)
+    return [
+        {name: torch.cat([window[name] for window in by_shape[shape]]) for name in by_shape[shape][0]}
+        for shape in sorted(by_shape)
+    ]
+
+
+def _longest(source: Source) -> int:
+    from gqa_convert.hf.loading import max_positions
+
+    most = _SECONDS * _TOKENS_A_SECOND
+    return max(_LEAST_TOKENS, min(most, (max_positions(source.config) or most) // 2))
