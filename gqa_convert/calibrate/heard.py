@@ -15,7 +15,7 @@ from gqa_convert.calibrate.tokens import shorter
 from gqa_convert.data.sound import sounds
 from gqa_convert.errors import UsageError
 from gqa_convert.hf import api
-from gqa_convert.hf.loading import Source, load_feature_extractor, load_model
+from gqa_convert.hf.loading import Source, load_model, max_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,14 +27,13 @@ _LEAST_SECONDS = 0.5  # shorter ends of recordings say too little
 _TOKENS_A_SECOND, _LEAST_TOKENS = 8, 16  # longest transcript of a window; people say three or four words a second
 
 
-def recordings(data: str, extractor: Any, *, tokens: int, positions: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def recordings(data: str, extractor: Any, *, windows: int, seed: int = 0) -> list[dict[str, Tensor]]:
     """Read recordings and cut them into windows such as the model is given: 30 seconds for Whisper, the last padded.
 
     Args:
         data: a file, a folder or a hub dataset; see `gqa_convert.data.sound.sounds`.
         extractor: the model's (`gqa_convert.hf.loading.load_feature_extractor`).
-        tokens: positions of the encoder wanted in all; a smaller source gives fewer.
-        positions: of the encoder in one window.
+        windows: wanted in all; a smaller source gives fewer.
         seed: for the order of recordings.
 
     Returns:
@@ -46,14 +45,13 @@ def recordings(data: str, extractor: Any, *, tokens: int, positions: int, seed: 
     """
     rate = int(extractor.sampling_rate)
     samples = int(getattr(extractor, "n_samples", 0) or _SECONDS * rate)
-    wanted = max(1, round(tokens / positions))
     heard: list[dict[str, Tensor]] = []
     for recording in sounds(data, rate=rate, seed=seed):
         for window in _windows(recording, samples, round(_LEAST_SECONDS * rate)):
             with api.quiet():
                 features = extractor(window, sampling_rate=rate, return_tensors="pt")
             heard.append({name: tensor for name, tensor in features.items() if tensor.is_floating_point()})
-            if len(heard) == wanted:
+            if len(heard) == windows:
                 return heard
     if not heard:
         raise UsageError(f"{data}: no recording is as long as {_LEAST_SECONDS} s. Use other sound.")
@@ -117,7 +115,5 @@ def own_transcripts(
 
 
 def _longest(source: Source) -> int:
-    from gqa_convert.hf.loading import max_positions
-
     most = _SECONDS * _TOKENS_A_SECOND
     return max(_LEAST_TOKENS, min(most, (max_positions(source.config) or most) // 2))

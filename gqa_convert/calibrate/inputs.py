@@ -85,9 +85,10 @@ def calibration_inputs(
 ) -> list[dict[str, Tensor]] | None:
     """Return the arguments of the forward passes that a recipe calibrates on; None if it calibrates on nothing.
 
-    For a model that listens, windows of sound with its own transcripts. For a decoder, windows as long as the recipe says or the model's context allows; where that is shorter there are
+    For a decoder, windows as long as the recipe says or the model's context allows; where that is shorter there are
     more of them, so that the number of tokens stays. For an encoder-decoder, documents one by one, as many tokens of
-    them in all, and its own answers. What the source writes is kept in `work`.
+    them in all, and its own answers; for one that listens, windows of sound and its own transcripts. What the source
+    writes is kept in `work`.
 
     Returns:
         One entry a shape: `input_ids` (N, T); for an encoder-decoder `input_ids` (N, S), or a listener's features,
@@ -112,7 +113,7 @@ def calibration_inputs(
         )
         return [{"input_ids": tokens}]
     if answers and listens(source):
-        return _heard_inputs(recipe, source, sequences * length, work=work, device=device, on_layer=on_layer)
+        return _heard_inputs(recipe, source, work=work, device=device, on_layer=on_layer)
     rows = None
     if answers:
         rows = document_rows(
@@ -141,14 +142,13 @@ def calibration_inputs(
 
 
 def _heard_inputs(
-    recipe: Recipe, source: Source, tokens: int, *, work: Path, device: str, on_layer: OnLayer | None
+    recipe: Recipe, source: Source, *, work: Path, device: str, on_layer: OnLayer | None
 ) -> list[dict[str, Tensor]]:
     from gqa_convert.calibrate.heard import own_transcripts, recordings
 
     extractor = load_feature_extractor(source.folder, trust_remote_code=source.trust_remote_code)
-    heard = recordings(
-        str(recipe.calibrate), extractor, tokens=tokens, positions=sound_positions(source.config), seed=recipe.seed
-    )
+    windows = sound_windows(recipe, source.config)
+    heard = recordings(str(recipe.calibrate), extractor, windows=windows, seed=recipe.seed)
     key = {"source": identity(source.checkpoint), "heard": token_hash(heard)}
     store = LayerStore(work, "text", key)
     kept = _kept(store)
@@ -160,9 +160,22 @@ def _heard_inputs(
     return parts
 
 
+_POSITIONS_A_SECOND = 50  # of Whisper's encoder
+
+
 def sound_positions(config: Any) -> int:
     """Positions of the encoder that a window of sound fills."""
     return int(getattr(config, "max_source_positions", None) or 1500)
+
+
+def sound_seconds(config: Any) -> float:
+    """How long a window of sound is."""
+    return sound_positions(config) / _POSITIONS_A_SECOND
+
+
+def sound_windows(recipe: Recipe, config: Any) -> int:
+    """How many windows of sound a recipe takes at most: as many positions of the encoder as it wants tokens."""
+    return max(1, round(recipe.sequences * recipe.length / sound_positions(config)))
 
 
 def _kept(store: LayerStore) -> list[dict[str, Tensor]] | None:

@@ -74,7 +74,8 @@ class Merger:
             started = time.monotonic()
             rotary = layout_for(names, self.difference.source, self.layouts)
             block = read_block(tensors.get, names, self.freedom, rotary)
-            merged, report = self._merge(names, block, statistics.get(names.module))
+            seen = statistics.get(names.module)
+            merged, report = self._merge(names, block, None if seen is None else seen.steadied)
             state |= {name: tensor.float() for name, tensor in block_state(names, merged).items()}
             if self.recipe.grouping == "search":
                 grouping = Grouping(report.grouping)

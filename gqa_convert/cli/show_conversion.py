@@ -63,12 +63,22 @@ def recipe_words(planned: ConvertPlan) -> str:
     recipe = planned.recipe
     words = recipe.method + (" of searched groups" if recipe.grouping == "search" else "")
     if recipe.calibrate is not None:
-        words += f", calibrated on {recipe.calibrate} ({recipe.sequences} x {recipe.length} tokens)"
+        words += f", calibrated on {recipe.calibrate} ({_calibration_size(planned)})"
     if recipe.fold:
         words += ", folded" + (f" for {recipe.max_context} tokens" if recipe.max_context else "")
     if recipe.refit:
         words += ", refitted" + (f" in {recipe.refit_steps} steps" if recipe.refit_steps else " by least squares")
     return words
+
+
+def _calibration_size(planned: ConvertPlan) -> str:
+    from gqa_convert.calibrate.inputs import listens, sound_seconds, sound_windows
+
+    recipe = planned.recipe
+    if not listens(planned.anatomy.source):
+        return f"{recipe.sequences} x {recipe.length} tokens"
+    windows = sound_windows(recipe, planned.anatomy.config)
+    return f"up to {windows} windows of {sound_seconds(planned.anatomy.config):g} s"
 
 
 def usual_loss(recipe: Recipe) -> str:

@@ -5,13 +5,18 @@ Keys, values and queries are linear in the input, so this is all that the closed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+ENOUGH = 4
+"""Tokens per dimension of the input from which moments stand for themselves."""
+NOISE = 0.01
+"""Variance that is added to moments of hardly any tokens, as a share of the input's; less with more tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,21 @@ class Statistics:
         """Moments of N tokens given at once."""
         x = x_NX.double()
         return cls.from_sums(x.T @ x, x.sum(0), len(x))
+
+    @property
+    def steadied(self) -> Statistics:
+        """The same with a little white noise, where fewer than four tokens for each dimension of the input were seen.
+
+        A direction that no token took would count for nothing, and heads that are alike would not be told from others.
+        """
+        width = self.mean.shape[0]
+        lacking = max(0.0, 1 - self.count / (ENOUGH * width)) if self.count else 0.0
+        kv = None if self.kv is None else self.kv.steadied
+        if not lacking:
+            return replace(self, kv=kv)
+        power = float(self.covariance.diagonal().mean())
+        noise = NOISE * lacking * power * torch.eye(width, dtype=torch.float64, device=self.moment.device)
+        return replace(self, moment=self.moment.double() + noise, kv=kv)
 
     @property
     def covariance(self) -> Tensor:

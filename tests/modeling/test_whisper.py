@@ -11,35 +11,14 @@ import torch
 import transformers
 
 from gqa_convert import convert
-from gqa_convert.contract.kv_axes import KVAxes
-from gqa_convert.tiny.model import tiny_model
-from gqa_convert.tiny.shrink import tiny_config
-
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-END = 127
-
-
-def tiny_whisper(kv_heads: int, seed: int) -> Any:
-    config = tiny_config("whisper", num_kv_heads=kv_heads)
-    config.max_source_positions = 1500  # 30 seconds, which the pipeline pads to
-    return tiny_model(config, seed)
+from tests import listening
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A Whisper whose heads are tied, with its processor, and its conversion, which is the same function."""
     root = tmp_path_factory.mktemp("whisper")
-    grouped, model = tiny_whisper(2, 0), tiny_whisper(8, 1)
-    model.load_state_dict(KVAxes(model, grouped, 8, 2).expand(grouped.state_dict()))
-    settings = model.generation_config
-    settings.decoder_start_token_id, settings.eos_token_id, settings.pad_token_id = 60, END, END
-    settings.no_timestamps_token_id = 61
-    model.save_pretrained(root / "source")
-    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
-    vocabulary |= {f"<|{i}|>": i for i in range(len(LETTERS), END)} | {"<|endoftext|>": END}
-    extractor = transformers.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
-    tokenizer = transformers.WhisperTokenizer(vocab=vocabulary, merges=[])
-    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(root / "source")
+    listening.save_tied_whisper(root / "source", groups=2)
     convert(root / "source", groups=2, out=root / "converted")
     return root / "source", root / "converted"
 

@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Show what converting a Whisper costs: word error on recordings, and loss on the original's own transcripts.
+
+    python scripts/bench/whisper_quality.py WHISPER --clips CLIPS --calibration SOUND --groups 3,2 --out RESULT.json
+
+CLIPS is a folder of .wav files, each with its words in a .txt of the same name (punctuation and case do not count).
+Recordings longer than 28 seconds are cut where they are quietest. Loss is teacher-forced: every model reads the
+original's greedy transcript of each piece, and scores it token by token, its end included. SOUND calibrates `fast` and
+`best`; it should be other recordings than CLIPS. The figures are written as they come, and an interrupted run goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS: dict[str, dict[str, Any]] = {"mean": {}, "fast": {"preset": "fast"}, "best": {"preset": "best"}}
+"""Row -> what is chosen about the merge; presets get the calibration sound."""
+RATE = 16000
+LONGEST, SHORTEST = 28 * RATE, 14 * RATE  # samples of a piece, where a recording is cut
+QUIET = RATE // 5  # samples over which loudness is judged
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a recording: `features` (1, bins, frames) and the original's transcript, ids (1, T)."""
+
+    clip: str
+    features: Tensor
+    transcript: Tensor
+
+
+def main() -> None:
+    """Run everything and print it."""
+    args = parse_arguments()
+    original = load(args.model)
+    pieces = heard(args, original)
+    words = {file.stem: spoken(file.read_text()) for file in sorted(args.clips.glob("*.txt"))}
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
+    result.setdefault("rows", {})
+    if "original" not in result:
+        result["original"] = point(args, original, pieces, words)
+    show("original", "", result["original"])
+    with tempfile.TemporaryDirectory() as work:
+        for name in args.rows or ROWS:
+            for groups in args.groups:
+                row = result["rows"].setdefault(name, {})
+                if str(groups) not in row:
+                    started = time.perf_counter()
+                    out = convert_one(args, name, groups, Path(work))
+                    seconds = round(time.perf_counter() - started, 1)
+                    row[str(groups)] = {"seconds": seconds, **point(args, load(out), pieces, words)}
+                show(name, groups, row[str(groups)])
+                if args.out:
+                    args.out.write_text(json.dumps(described(args, pieces, words, result), indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--clips", type=Path, required=True, help="folder of .wav files with their words in .txt")
+    parser.add_argument("--calibration", required=True, help="as for --calibrate: a file, a folder, a hub dataset")
+    parser.add_argument("--groups", type=lambda text: [int(part) for part in text.split(",")], required=True)
+    parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    return parser.parse_args()
+
+
+def load(folder: Path) -> Any:
+    """Load a model as any user of the package does, in float32."""
+    import torch
+    import transformers
+
+    import gqa_convert  # noqa: F401  (tells the Auto classes about converted models)
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers.AutoModelForSpeechSeq2Seq.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def heard(args: argparse.Namespace, original: Any) -> list[Piece]:
+    """Cut every clip into pieces and let the original transcribe them."""
+    import torch
+    from transformers import AutoFeatureExtractor
+
+    from gqa_convert.data.sound import sounds
+
+    extractor = AutoFeatureExtractor.from_pretrained(args.model)
+    pieces = []
+    for file in sorted(args.clips.glob("*.wav")):
+        for recording in sounds(str(file), rate=RATE):
+            for stretch in stretches(recording):
+                features = extractor(stretch, sampling_rate=RATE, return_tensors="pt")["input_features"]
+                with torch.no_grad():
+                    ids = original.generate(features, do_sample=False, force_unique_generate_call=True)
+                pieces.append(Piece(clip=file.stem, features=features, transcript=ids))
+    return pieces
+
+
+def stretches(recording: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Cut (samples,) into pieces of at most 28 seconds, where it is quietest."""
+    pieces = []
+    while len(recording) > LONGEST:
+        energy = np.convolve(recording[SHORTEST:LONGEST].astype(np.float64) ** 2, np.ones(QUIET), mode="valid")
+        cut = SHORTEST + int(energy.argmin()) + QUIET // 2
+        pieces.append(recording[:cut])
+        recording = recording[cut:]
+    return [*pieces, recording]
+
+
+def convert_one(args: argparse.Namespace, name: str, groups: int, work: Path) -> Path:
+    """Convert by one row; transcripts and moments are made once for all."""
+    from gqa_convert import convert
+    from gqa_convert.conversion.recipe import make_recipe
+
+    chosen = dict(ROWS[name])
+    if chosen:
+        chosen["calibrate"] = args.calibration
+    out = work / f"{name}-{groups}"
+    convert(
+        args.model, groups=groups, out=out, recipe=make_recipe(chosen.pop("preset", None), **chosen), work=work / "w"
+    )
+    return out
+
+
+def point(args: argparse.Namespace, model: Any, pieces: list[Piece], words: dict[str, list[str]]) -> dict[str, Any]:
+    """Word errors of each clip, loss on the original's transcripts in nats per token, and what it wrote."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    wrote: dict[str, str] = {}
+    losses: list[Tensor] = []
+    for piece in pieces:
+        ids = model.generate(piece.features, do_sample=False, max_new_tokens=200)
+        said = tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+        wrote[piece.clip] = f"{wrote.get(piece.clip, '')} {said}".strip()
+        losses.append(token_losses(model, piece))
+    clips = {}
+    for clip, text in wrote.items():
+        errors = word_errors(words[clip], spoken(text))
+        clips[clip] = {"word_errors": errors, "words": len(words[clip]), "text": text}
+    every = [float(loss) for piece in losses for loss in piece]
+    return {"loss": sum(every) / len(every), "tokens": len(every), "clips": clips}
+
+
+def token_losses(model: Any, piece: Piece) -> Tensor:
+    """Nats of each token of the original's transcript, (T - 1,), but for what stands before its first word."""
+    import torch
+
+    read, due = piece.transcript[:, :-1], piece.transcript[0, 1:]
+    with torch.no_grad():
+        logits = model(piece.features, decoder_input_ids=read, use_cache=False).logits[0]
+    losses = -logits.log_softmax(-1).gather(1, due[:, None])[:, 0]
+    return losses[due != model.generation_config.no_timestamps_token_id]
+
+
+def spoken(text: str) -> list[str]:
+    """The words of a text, without case and punctuation."""
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def word_errors(wanted: list[str], seen: list[str]) -> int:
+    """The least number of words to change, leave out or put in."""
+    costs = list(range(len(seen) + 1))
+    for i, word in enumerate(wanted, 1):
+        before, costs[0] = costs[0], i
+        for j, other in enumerate(seen, 1):
+            before, costs[j] = costs[j], min(before + (word != other), costs[j] + 1, costs[j - 1] + 1)
+    return costs[-1]
+
+
+def show(name: str, groups: int | str, seen: dict[str, Any]) -> None:
+    """Print one line."""
+    clips = "  ".join(f"{clip} {found['word_errors']}/{found['words']}" for clip, found in seen["clips"].items())
+    print(f"{name:10s} {groups!s:3s} loss {seen['loss']:.3f} nats per token  wrong words: {clips}", flush=True)
+
+
+def described(
+    args: argparse.Namespace, pieces: list[Piece], words: dict[str, list[str]], result: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures with what they were made of; names only, no paths."""
+    return {
+        "model": args.model.name,
+        "clips": {clip: len(said) for clip, said in words.items()},
+        "pieces": len(pieces),
+        "calibration": Path(args.calibration).name,
+        "machine": {"processor": processor(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
+        "command": "python scripts/bench/whisper_quality.py MODEL --clips CLIPS --calibration SOUND --groups "
+        + ",".join(map(str, args.groups)),
+        "original": result["original"],
+        "rows": result["rows"],
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.*)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main()
