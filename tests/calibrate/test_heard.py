@@ -49,7 +49,7 @@ def test_windows_are_padded_and_transcribed_by_the_model(whisper: Path, clips: P
     assert sum(len(each["input_features"]) for each in parts) == 6
     for each in parts:
         assert each["input_features"].shape[1:] == (80, 2 * POSITIONS)
-        assert each["decoder_input_ids"][:, :2].unique(dim=0).tolist() == [[60, 61]]  # what its own generate puts first
+        assert each["decoder_input_ids"][:, 0].unique().tolist() == [60]  # the start token
     again = calibration_inputs(recipe("fast", clips), source, work=tmp_path) or []
     assert token_hash(again) == token_hash(parts)
 
