@@ -24,6 +24,7 @@ from gqa_convert.cli.options import (
     MaxWindows,
     QuantisedCache,
     Revision,
+    Samples,
     SaveTo,
     Separator,
     Special,
@@ -60,6 +61,7 @@ def eval_command(
         str, typer.Option(help="Also ask for what was told in texts of so many tokens: 512,1k,2k, a list.")
     ] = "",
     recall_items: Annotated[int, typer.Option(help="Questions of each kind at each length.", min=1)] = 20,
+    samples: Samples = 0,
     tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks: names or .yaml files, a list.")] = "",
     tasks_limit: Annotated[int | None, typer.Option(help="Examples of each task.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -90,6 +92,7 @@ def eval_command(
         device=device,
         trust_remote_code=trust_remote_code,
         caches=named_list(quantised_cache),
+        samples=samples,
     )
     base = located(base, revision)
     with Counter("windows", quiet=json) as progress:
@@ -208,6 +211,7 @@ def sweep_command(
     special: Special = True,
     eos: Eos = True,
     batch_size: BatchSize = 8,
+    samples: Samples = 2,
     quantised_cache: QuantisedCache = "",
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -251,6 +255,7 @@ def sweep_command(
             device=device,
             trust_remote_code=trust_remote_code,
             caches=named_list(quantised_cache),
+            samples=samples,
         ),
         benchmark=timing if benchmark else None,
         tolerance=tolerance,

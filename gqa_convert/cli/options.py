@@ -131,6 +131,12 @@ Calibrate = Annotated[
         metavar="DATA",
     ),
 ]
+Samples = Annotated[
+    int,
+    typer.Option(
+        help="Let every model go on from so many beginnings of the text, side by side.", min=0
+    ),
+]
 Measure = Annotated[
     bool | None,
     typer.Option(

@@ -32,6 +32,10 @@ def show_evaluation(evaluation: Evaluation) -> None:
     )
     if evaluation.recall:
         out.print(_recall(evaluation))
+    for sample in evaluation.samples:
+        out.print(f"... {' '.join(sample.prompt.split())}", style="dim", highlight=False, markup=False)
+        for name, text in sample.texts:
+            out.print(f"{name}: {' '.join(text.split())}", highlight=False, markup=False)
     for line in conclusions(evaluation):
         out.print(line, highlight=False, markup=False)
     for name, scores in evaluation.tasks.items():

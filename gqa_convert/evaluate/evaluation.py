@@ -18,6 +18,7 @@ from gqa_convert.evaluate.cache_formats import WithCache
 from gqa_convert.evaluate.decode.settings import QUANTISED
 from gqa_convert.evaluate.figures import model_figures, pair_figures
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
+from gqa_convert.evaluate.samples import chosen, side_by_side, written
 from gqa_convert.evaluate.scoring import WindowSums, score
 
 DEFAULT_CONTEXT = 2048
@@ -29,10 +30,11 @@ class EvalSettings:
     """How to measure. `None` for context and stride: the model's own context, and half of it.
 
     `loss_on` is for conversations: score what the `assistant` says, or `all`. `caches`: also measure every model with
-    its cache in these formats (`fp8`, `int8`, `int4`).
+    its cache in these formats (`fp8`, `int8`, `int4`). `samples`: let every model go on from so many beginnings of the
+    text.
 
     Raises:
-        UsageError: if `loss_on` is neither, or there is no such format.
+        UsageError: if `loss_on` is neither, or there is no such format, or samples are fewer than none.
     """
 
     data: str
@@ -49,10 +51,13 @@ class EvalSettings:
     device: str = "auto"
     trust_remote_code: bool = False
     caches: tuple[str, ...] = ()
+    samples: int = 0
 
     def __post_init__(self) -> None:
         if self.loss_on not in LOSSES:
             raise UsageError(f"--loss-on {self.loss_on}: choose one of {', '.join(LOSSES)}.")
+        if self.samples < 0:
+            raise UsageError(f"--samples {self.samples}: must not be negative.")
         unknown = [name for name in self.caches if name not in QUANTISED]
         if unknown:
             raise UsageError(f"--quantised-cache {unknown[0]}: choose from {', '.join(QUANTISED)}.")
@@ -109,6 +114,8 @@ def evaluate(
         pairs = len(others) + len(settings.caches) * (1 + len(others))
         on_total(len(task.examples) * max(1, pairs))
     original = models.load(first, dtype=settings.dtype, device=settings.device)
+    begun = chosen(task.examples, settings.samples)
+    said = [(first.name, written(original, tokenizer, begun))]
     sums: WindowSums | None = None
     original_result: ModelResult | None = None
 
@@ -129,6 +136,7 @@ def evaluate(
     for other in others:
         model = models.load(other, dtype=settings.dtype, device=settings.device)
         comparisons.append(compared(other, model))
+        said.append((other.name, written(model, tokenizer, begun)))
         quantised += [compared(other, model, cache) for cache in settings.caches]
         del model
     if sums is None or original_result is None:
@@ -149,6 +157,7 @@ def evaluate(
         base=original_result,
         converted=tuple(comparisons),
         quantised=tuple(quantised),
+        samples=side_by_side(begun, tokenizer, said),
         date=datetime.now(timezone.utc).date().isoformat(),
     )
 

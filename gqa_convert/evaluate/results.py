@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, FromBench, Metric
 from gqa_convert.evaluate.metrics import from_json, rows, to_json
+from gqa_convert.evaluate.samples import Sample
 from gqa_convert.heads import kv_heads_words
 from gqa_convert.outcome import Outcome
 
@@ -210,6 +211,7 @@ class Evaluation(Outcome):
         tasks: results of lm-eval by model name, where asked for.
         quantised: original and conversions with caches in fewer bits, each beside the original with its whole cache.
         recall: by model, kind and context, where asked for.
+        samples: what the models write after the same beginnings, where asked for.
         date: the day it was measured on (UTC), as 2026-01-31; empty in files written before it was recorded.
     """
 
@@ -230,6 +232,7 @@ class Evaluation(Outcome):
     date: str = ""
     quantised: tuple[Comparison, ...] = ()
     recall: tuple[Recall, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The evaluation as JSON values."""

@@ -12,7 +12,7 @@ from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
 from gqa_convert.report.commands import commands
 from gqa_convert.report.drawings import CAPTIONS, TITLES
-from gqa_convert.report.tables import decoding, measured_on, points_metrics, points_table, quality
+from gqa_convert.report.tables import decoding, measured_on, points_metrics, points_table, quality, samples
 from gqa_convert.report.words import verdict, written_by
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def page(run: Run, plots: dict[str, str]) -> str:
         chosen_decoding=decoding(timed, chosen.name) if timed is not None and chosen is not None else None,
         evaluations=[quality(evaluation) for evaluation in run.evaluations],
         benches=[decoding(timed) for timed in run.benches],
+        samples=samples(run),
         commands=commands(run),
         written_by=written_by(run),
     )

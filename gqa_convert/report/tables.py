@@ -11,8 +11,11 @@ from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.decode.results import DecodeResult, lengths
 from gqa_convert.evaluate.metric import Figures, Metric
 from gqa_convert.evaluate.results import Evaluation, Tasks, recall_rows
+from gqa_convert.evaluate.samples import Sample
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run, Timed
+
+_BESIDE = 5  # conversions whose samples stand beside the original's
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,20 @@ def tasks_table(tasks: Tasks) -> Table | None:
     )
     head = (Column("task"), *(Column(name) for name in tasks))
     return Table(caption="lm-eval", head=head, rows=rows, caption_shown=True) if rows else None
+
+
+def samples(run: Run) -> list[Sample]:
+    """What the models of a run write, a sample per beginning: of a sweep the original and its points, best first."""
+    if not run.points:
+        return [sample for evaluation in run.evaluations for sample in evaluation.samples]
+    ranked = sorted(run.done, key=lambda point: (point is not run.recommended, point.loss_difference or 0.0))
+    together: dict[str, tuple[tuple[str, str], ...]] = {}
+    for point in ranked:
+        evaluation = run.details[point.name].evaluation
+        for sample in evaluation.samples if evaluation is not None else ():
+            present = together.get(sample.prompt)
+            together[sample.prompt] = sample.texts if present is None else (*present, *sample.texts[1:])
+    return [Sample(prompt=prompt, texts=texts[: 1 + _BESIDE]) for prompt, texts in together.items()]
 
 
 def _number(value: float | None) -> str:

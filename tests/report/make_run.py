@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread
 from gqa_convert.evaluate.metric import Figure
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
+from gqa_convert.evaluate.samples import Sample
 from gqa_convert.evaluate.sweep.points import SweepPoint, recommend
 
 HOSTILE = '<script>alert("x")</script>'
@@ -42,6 +44,14 @@ def comparison(name: str, kv_heads: int, rise: float) -> Comparison:
     return Comparison(model=model(name, kv_heads, 4.0 + rise), figures=figures, seconds=1.0)
 
 
+def samples(name: str) -> tuple[Sample, ...]:
+    """Two beginnings, continued by the original and by one conversion."""
+    return tuple(
+        Sample(prompt=prompt, texts=tuple((who, f"{who} goes on") for who in ("tiny", name)))
+        for prompt in ("<b>once</b>", "long ago")
+    )
+
+
 def bench(name: str, ratio: float) -> Bench:
     def one(who: str, heads: int, times: Spread | None, word: str) -> DecodeResult:
         return DecodeResult(
@@ -71,7 +81,8 @@ def write_run(folder: Path, *, tolerance: float = 0.05, failed: bool = True) -> 
         point = SweepPoint(name=name, variant=variant, groups=groups, status="done", figures=figures)
         points.append(point)
         recipe = {"method": variant, "fold": False}
-        detail = {"point": point.to_json(), "evaluation": evaluation(measured).to_json(), "recipe": recipe}
+        told = replace(evaluation(measured), samples=samples(name))
+        detail = {"point": point.to_json(), "evaluation": told.to_json(), "recipe": recipe}
         _write(folder / "points" / name / "point.json", detail | {"bench": bench(name, 0.5).to_json()})
         _write(folder / "points" / name / "model" / "config.json", {"model_type": "llama"})
         source = {"name": "tiny", "hub": {"repo_id": "someone/tiny"}}

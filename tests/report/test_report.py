@@ -10,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import gqa_convert.report
 from gqa_convert.cli.main import app
 from gqa_convert.errors import HubError, UsageError
 from gqa_convert.report import writing
@@ -56,6 +57,14 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
 
+SORTING = (Path(gqa_convert.report.__file__).parent / "templates" / "sort.js").read_text()
+
+
+def scripts(html: str) -> list[str]:
+    """What the page runs: our own sorting, and nothing that came from a run folder."""
+    return re.findall(r"<script[^>]*>(.*?)</script", html, re.DOTALL | re.IGNORECASE)
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("run"))
@@ -66,7 +75,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_needs_nothing_else(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text()
     outline = Outline(text)
-    assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
+    assert not {"link", "img", "iframe", "object"} & set(outline.tags)
+    assert scripts(text) == [SORTING]
     inside = ("#", "http://www.w3.org/")
     addresses = re.findall(r"(?:href|src)=\"([^\"]*)\"|url\(([^)]*)\)|@import\s+(\S+)", text)
     assert all(any(a) and next(x for x in a if x).startswith(inside) for a in addresses)
@@ -80,6 +90,16 @@ def test_what_came_from_outside_is_escaped(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text()
     assert HOSTILE not in text
     assert "&lt;script&gt;alert" in text
+
+
+def test_samples_stand_side_by_side_the_best_first(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text()
+    said = text[text.index("What they write") :]
+    places = [said.index(words) for words in ("tiny goes on", "pca-g2 goes on", "mean-g4 goes on", "mean-g2 goes on")]
+    assert places == sorted(places)
+    assert said.count("<blockquote>") == 2
+    assert said.count("tiny goes on") == 2, "the original's text is shown once for each beginning"
+    assert "&lt;b&gt;once&lt;/b&gt;" in said
 
 
 def test_every_plot_is_a_file_too(run_folder: Path) -> None:

@@ -32,6 +32,7 @@ from gqa_convert.evaluate.files import read_json, write_json
 from gqa_convert.evaluate.kv_budget import plan_within
 from gqa_convert.evaluate.metrics import bench_figures, rows
 from gqa_convert.evaluate.results import Comparison
+from gqa_convert.evaluate.samples import renamed
 from gqa_convert.evaluate.sensitivity import layer_costs
 from gqa_convert.evaluate.similarity import head_similarity
 from gqa_convert.evaluate.sweep.points import Recommendation, SweepPoint, from_json, frontiers, recommend
@@ -239,6 +240,7 @@ def _measure(
         base=replace(evaluation.base, name=subject.name),
         converted=(compared,),
         quantised=_named(evaluation.quantised, subject.name, name),
+        samples=renamed(evaluation.samples, [subject.name, name]),
     )
     measured = bench_json = None
     if settings.benchmark is not None:
