@@ -9,9 +9,10 @@ transformers' own: they read the number of KV heads off the tensors, and the att
 share them out by `num_key_value_groups`. The eager functions of these families do not, so they are given repeated
 heads.
 
-Some forward passes insist on as many KV heads as query heads (`SPREAD`). There the projections repeat the heads of new
-tokens, and the cache that the forward pass is handed drops the copies before it stores and returns them. Where such a
-pass computes attention by itself, the cache returns copies: it is as small, but decoding is no faster.
+Some forward passes insist on as many KV heads as query heads (`SPREAD`), and in early releases of transformers 5 those
+of T5 and its like, which compute attention by themselves. There the projections repeat the heads of new tokens, and the
+cache that the forward pass is handed drops the copies before it stores and returns them. Where such a pass computes
+attention by itself, the cache returns copies: it is as small, but decoding is no faster.
 
 Written by gqa-convert. Licence: Apache-2.0.
 """
@@ -25,6 +26,13 @@ import torch
 import transformers
 from torch import nn
 
+MINIMUM = 5  # the release of transformers whose classes this file stands on; tried: 5.0, 5.10, 5.23
+
+if int(transformers.__version__.partition(".")[0]) < MINIMUM:
+    raise ImportError(
+        f"This model's own code needs transformers {MINIMUM} or later; this is {transformers.__version__}. "
+        "pip install -U transformers"
+    )
 try:
     from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, conversion_mapping
     from transformers.cache_utils import EncoderDecoderCache
@@ -34,7 +42,8 @@ try:
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
     raise ImportError(
-        f"This model's own code needs transformers 5, best 5.23; this is {transformers.__version__}."
+        f"This model's own code finds {error.name or 'a module'} changed in transformers {transformers.__version__}: "
+        f"it was written against 5.23 and tried from {MINIMUM}.0 on."
     ) from error
 
 PREFIX = "GQA"
@@ -135,18 +144,23 @@ def _of_layer(counts: Any, path: str, field: str) -> int:
 
 
 def _share(module: Any, heads: int, groups: int, native_type: str) -> None:
-    spread = native_type in SPREAD
+    spread = native_type in SPREAD or not (_calls_functions(type(module)) or _is_fused(module))
     if _is_fused(module):
         _narrow_fused(module, heads, groups)
     for name in _projections(module):
         _narrow(getattr(module, name), heads, groups, fused=name in FUSED)
         if spread:
-            _spread(getattr(module, name), heads, groups, SPREAD[native_type] if name in FUSED else "")
+            _spread(getattr(module, name), heads, groups, SPREAD.get(native_type, "") if name in FUSED else "")
     module.num_key_value_groups = heads // groups
     if native_type in KEY_HEADS:
         setattr(module, SHARING, heads)
         setattr(module, KEY_HEADS[native_type], groups)
     module.__class__ = _grouped_class(type(module), folded=spread)
+
+
+def _calls_functions(native: type[nn.Module]) -> bool:
+    """Tell whether a forward pass leaves attention to transformers' functions: T5's does in 5.23 and did not in 5.10."""
+    return "eager_attention_forward" in native.forward.__globals__
 
 
 def _in_decoder(config: PreTrainedConfig, path: str, module: nn.Module) -> bool:

@@ -15,11 +15,19 @@ from typing import Any
 import transformers
 from torch import nn
 
+MINIMUM = 5  # the release of transformers whose classes this file stands on
+
+if int(transformers.__version__.partition(".")[0]) < MINIMUM:
+    raise ImportError(
+        f"This model's own code needs transformers {MINIMUM} or later; this is {transformers.__version__}. "
+        "pip install -U transformers"
+    )
 try:
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 except ImportError as error:
     raise ImportError(
-        f"This model's own code needs transformers 5, best 5.23; this is {transformers.__version__}."
+        f"This model's own code finds {error.name or 'a module'} changed in transformers {transformers.__version__}: "
+        "it was written against 5.23."
     ) from error
 
 

@@ -34,6 +34,13 @@ page.onload = () => {
     return {over: root.scrollWidth - root.clientWidth, moved: box.scrollLeft,
             key: key.left - box.getBoundingClientRect().left, share: key.width / box.clientWidth, drawn};
   });
+  const table = inner.querySelector("table"), column = 3;
+  const cells = () => [...table.tBodies[0].rows].map(row => row.cells[column].textContent.trim());
+  const button = table.tHead.rows[0].cells[column].querySelector("button");
+  seen.sorted = [0, 1].map(() => {
+    button.click();
+    return [button.parentElement.getAttribute("aria-sort"), cells()];
+  });
   result.textContent = JSON.stringify(seen);
 };
 </script>"""
@@ -69,6 +76,17 @@ def test_it_fits_every_screen_and_asks_for_nothing(run: Path) -> None:
         assert measured["share"] < 0.45
         assert all(0.5 * min(width, 500) < drawn <= width for drawn in measured["drawn"])
     assert seen["widths"][0]["moved"] > 0, "the table scrolls by itself on a phone"
+
+
+def test_a_heading_sorts_its_table_up_and_down(run: Path) -> None:
+    (up, rising), (down, falling) = look(run)[0]["sorted"]
+    assert (up, down) == ("ascending", "descending")
+    numbers = [float(cell.split()[0]) for cell in rising if cell]
+    assert len(set(numbers)) > 2
+    assert numbers == sorted(numbers)
+    assert [float(cell.split()[0]) for cell in falling if cell] == numbers[::-1]
+    assert all(rising[: len(numbers)])
+    assert all(falling[: len(numbers)])  # what has no figure stands last either way
 
 
 def brightness(color: str) -> float:
