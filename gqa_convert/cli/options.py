@@ -133,9 +133,7 @@ Calibrate = Annotated[
 ]
 Samples = Annotated[
     int,
-    typer.Option(
-        help="Let every model go on from so many beginnings of the text, side by side.", min=0
-    ),
+    typer.Option(help="Let every model go on from so many beginnings of the text, side by side.", min=0),
 ]
 Measure = Annotated[
     bool | None,

@@ -159,7 +159,7 @@ def _share(module: Any, heads: int, groups: int, native_type: str) -> None:
 
 
 def _calls_functions(native: type[nn.Module]) -> bool:
-    """Tell whether a forward pass leaves attention to transformers' functions: T5's does in 5.23 and did not in 5.10."""
+    """Tell whether a forward pass leaves attention to transformers' functions: T5's did not in 5.0 and 5.10."""
     return "eager_attention_forward" in native.forward.__globals__
 
 
