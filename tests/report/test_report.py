@@ -10,7 +10,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import gqa_convert.report
 from gqa_convert.cli.main import app
 from gqa_convert.errors import HubError, UsageError
 from gqa_convert.report import writing

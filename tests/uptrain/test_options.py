@@ -112,7 +112,7 @@ def test_the_teacher_is_compiled_if_that_is_asked_for(
     teachers: list[Any] = []
     real = Teacher.__init__
 
-    def init(self, model: Any, **rest: Any) -> Any:
+    def init(self: Any, model: Any, **rest: Any) -> Any:
         teachers.append(model)
         real(self, model, **rest)
 
