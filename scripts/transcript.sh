@@ -7,9 +7,9 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 if [ $# -lt 3 ]; then sed -n '2,6s/^# //p' "$0"; exit 2; fi
-absolute() { if [ -e "$1" ]; then (cd "$(dirname "$1")" && echo "$PWD/$(basename "$1")"); else echo "$1"; fi; }
+absolute() { if [ -e "$1" ] || [ -n "${2:-}" ]; then (cd "$(dirname "$1")" && echo "$PWD/$(basename "$1")"); else echo "$1"; fi; }
 model=$(absolute "$1"); calibration=$(absolute "$2"); held_out=$(absolute "$3")
-out=$(absolute "${4:-$root/docs/transcript.md}")
+out=$(absolute "${4:-$root/docs/transcript.md}" new)
 groups=${GROUPS_WANTED:-1}
 [ -z "${PYTHON_BIN:-}" ] || PATH="$PYTHON_BIN:$PATH"
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
@@ -23,7 +23,7 @@ export COLUMNS=110 NO_COLOR=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 {
   echo "# A new user's road, as it was printed"
   echo
-  echo "Written by \`bash scripts/transcript.sh MODEL CALIBRATION HELD_OUT\` on $(date -u +%Y-%m-%d): $(nproc) cores of"
+  echo "Written by \`bash scripts/transcript.sh MODEL CALIBRATION HELD_OUT\` on $(date -u +%Y-%m-%d): $(OMP_NUM_THREADS= nproc) cores of"
   echo "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), no GPU asked for;"
   python -c 'import sys; from importlib.metadata import version as v
 print("Python " + sys.version.split()[0] + ", " + ", ".join(f"{n} {v(n)}" for n in ("gqa-convert", "torch", "transformers")) + ".")'

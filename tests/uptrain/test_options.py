@@ -230,7 +230,7 @@ def test_what_cannot_be_sent_is_said_before_training(
 def test_a_refusing_hub_leaves_the_result_where_it_is(
     settings: dict[str, Any], hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def upload_folder(self, **_: object) -> Any:
+    def upload_folder(self: Any, **_: Any) -> Any:
         raise OSError("quota")
 
     monkeypatch.setattr(hub, "upload_folder", upload_folder)
