@@ -41,11 +41,15 @@ def test_best_preset_keeps_its_word_on_every_kind_of_attention(tmp_path: Path, m
 
 def test_presets_go_without_search_where_heads_cannot_move(tmp_path: Path) -> None:
     source = tiny_folder(tmp_path / "source", "t5")
-    planned = plan(source, groups=2, recipe=make_recipe("fast"))
+    with pytest.raises(UsageError, match="cannot write text from nothing"):
+        plan(source, groups=2, recipe=make_recipe("fast"))  # found when planning, not after it
+    (tmp_path / "text.txt").write_text("words to calibrate on\n" * 20)
+    text = str(tmp_path / "text.txt")
+    planned = plan(source, groups=2, recipe=make_recipe("fast", calibrate=text))
     assert planned.recipe.grouping == "contiguous"
     assert any("cannot change places" in note for note in planned.notes)
     with pytest.raises(UnsupportedModelError, match="--grouping search cannot be used on t5"):
-        plan(source, groups=2, recipe=make_recipe("fast", grouping="search"))
+        plan(source, groups=2, recipe=make_recipe("fast", grouping="search", calibrate=text))
 
 
 def test_solved_layers_are_reused_and_give_the_same_bytes(tmp_path: Path) -> None:
