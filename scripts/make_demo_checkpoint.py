@@ -44,7 +44,7 @@ from gqa_convert.demo.loss import encode_documents, model_loss, sample_windows
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "gqa_convert" / "demo" / "checkpoint"
 END = "<|endoftext|>"
-ROTARY: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "olmo2": Olmo2Config}
+ROTARY: dict[str, Any] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "olmo2": Olmo2Config}
 FAMILIES = (*ROTARY, "gpt2")
 SETTINGS = (
     "family",
@@ -104,7 +104,11 @@ def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Build the untrained model: as many KV heads as query heads."""
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     config: PreTrainedConfig
     if args.family == "gpt2":
         config = GPT2Config(
@@ -112,7 +116,7 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
             n_positions=args.context, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
         )  # fmt: skip
     else:
-        head_dim = {} if args.family == "olmo2" else {"head_dim": args.width // args.heads}
+        head_dim: dict[str, Any] = {} if args.family == "olmo2" else {"head_dim": args.width // args.heads}
         config = ROTARY[args.family](
             **ids, **head_dim,
             hidden_size=args.width, intermediate_size=args.mlp, num_hidden_layers=args.layers,

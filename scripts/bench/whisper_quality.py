@@ -148,7 +148,7 @@ def point(args: argparse.Namespace, model: Any, pieces: list[Piece], words: dict
     losses: list[Tensor] = []
     for piece in pieces:
         ids = model.generate(piece.features, do_sample=False, max_new_tokens=200)
-        said = tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+        said = str(tokenizer.decode(ids[0], skip_special_tokens=True)).strip()
         wrote[piece.clip] = f"{wrote.get(piece.clip, '')} {said}".strip()
         losses.append(token_losses(model, piece))
     clips = {}
@@ -166,7 +166,7 @@ def token_losses(model: Any, piece: Piece) -> Tensor:
     read, due = piece.transcript[:, :-1], piece.transcript[0, 1:]
     with torch.no_grad():
         logits = model(piece.features, decoder_input_ids=read, use_cache=False).logits[0]
-    losses = -logits.log_softmax(-1).gather(1, due[:, None])[:, 0]
+    losses: Tensor = -logits.log_softmax(-1).gather(1, due[:, None])[:, 0]
     return losses[due != model.generation_config.no_timestamps_token_id]
 
 
