@@ -101,22 +101,10 @@ def string(files: list[Path], seconds: float, rng: random.Random) -> Samples:
     """Recordings drawn and joined until they last `seconds`, half a second between them."""
     parts: list[Samples] = []
     while sum(map(len, parts)) < seconds * RATE:
-        command = [
-            "ffmpeg",
-            "-v",
-            "error",
-            "-i",
-            str(rng.choice(files)),
-            "-f",
-            "s16le",
-            "-ac",
-            "1",
-            "-ar",
-            str(RATE),
-            "-",
-        ]
+        to_raw = f"-f s16le -ac 1 -ar {RATE} -"
+        command = ["ffmpeg", "-v", "error", "-i", str(rng.choice(files)), *to_raw.split()]
         raw = subprocess.run(command, check=True, capture_output=True).stdout
-        sound = np.frombuffer(raw, np.int16).astype(np.float32) / 2**15
+        sound = (np.frombuffer(raw, np.int16) / 2**15).astype(np.float32)
         if len(sound) > RATE // 2:
             parts += [sound, np.zeros(RATE // 2, np.float32)]
     return np.concatenate(parts)

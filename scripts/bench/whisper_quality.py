@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from measure import processor
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -221,13 +222,6 @@ def command(args: argparse.Namespace) -> str:
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return " ".join(words)
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.*)", info.read_text()) if info.is_file() else []
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":
