@@ -12,7 +12,7 @@ from gqa_convert.budget.memory import TrainingSetup, training_memory
 from gqa_convert.budget.shape import shape_of_folder
 from gqa_convert.hf.loading import Source
 from gqa_convert.uptrain.model import attention_linears, attention_norms
-from gqa_convert.uptrain.optim import get_optimizer
+from gqa_convert.uptrain.optim import get_optimizer, vocabulary_weights
 
 if TYPE_CHECKING:
     from gqa_convert.uptrain.config import UptrainConfig
@@ -40,7 +40,7 @@ class Forecast:
 
 
 def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int, processes: int = 1) -> Forecast:
-    """Count and measure what a distillation of attention alone takes.
+    """Count and measure what a distillation takes, of attention alone or of all parameters.
 
     Args:
         config: the run.
@@ -54,9 +54,13 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     shape, taught = shape_of_folder(source), shape_of_folder(teacher)
     converted = Source.open(source, trust_remote_code=config.trust_remote_code)
     model = converted.meta_model
-    parts = (*attention_linears(model).values(), *attention_norms(model).values())
-    shapes = [tuple(p.shape) for part in parts for p in part.parameters()]
-    trained = sum(math.prod(shape) for shape in shapes)
+    parts = [model]
+    if config.train.parameters == "attention":
+        parts = [*attention_linears(model).values(), *attention_norms(model).values()]
+    chosen = [parameter for part in parts for parameter in part.parameters()]
+    trained = sum(math.prod(parameter.shape) for parameter in chosen)
+    outer = vocabulary_weights(model)
+    shapes = [tuple(parameter.shape) for parameter in chosen if id(parameter) not in outer]
     optimizer = get_optimizer(config.optimizer.kind)
     context = config.data.context
     backward_and_forward = shape.training_flops_per_token(context) * 2 / 3

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gqa_convert.conversion.recipe import SELF
 from gqa_convert.data.reading import DEMO
@@ -22,6 +22,8 @@ MOST = 4e-3
 """Highest peak learning rate."""
 HIDDEN_WEIGHT = 10.0
 """Weight of the distance between both models' hidden states (1 - cosine, mean over layers) beside the KL."""
+OUTSIDE_ATTENTION = 0.3
+"""Share of the rate for what is not attention, where all parameters are trained."""
 OWN_TOKENS = 131_072
 """Most tokens that the original writes; they are then met more than once."""
 USUAL_WIDTH = 1024
@@ -51,6 +53,8 @@ class HealOptions:
     """Peak learning rate; None for a rule by width."""
     context: int | None = None
     """Tokens of a sequence; None for 512, or what the model reads."""
+    parameters: Literal["attention", "all"] = "attention"
+    """What is trained; everything outside attention at a share of the rate, see `OUTSIDE_ATTENTION`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class HealOptions:
             problems.append(f"rate={self.rate}: must lie between 0 and 1")
         if self.context is not None and self.context < 2:
             problems.append(f"context={self.context}: must be at least 2")
+        if self.parameters not in ("attention", "all"):
+            problems.append(f"parameters={self.parameters!r}: attention or all")
         if problems:
             raise UsageError(f"heal: {'; '.join(problems)}.")
 
@@ -96,7 +102,7 @@ def heal_settings(
             "kind": "span_corruption" if encodes else "causal_lm",
             "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT},
         },
-        "optimizer": {"kind": heal_optimizer()},
+        "optimizer": {"kind": heal_optimizer(), "outside_attention": OUTSIDE_ATTENTION},
         "schedule": {
             "kind": "cosine",
             "peak": options.rate or heal_rate(int(getattr(text, "hidden_size", None) or USUAL_WIDTH)),
@@ -107,7 +113,7 @@ def heal_settings(
             "batch_sequences": micro_batch * processes(),
             "micro_batch": micro_batch,
             "precision": training_precision(),
-            "parameters": "attention",
+            "parameters": options.parameters,
             "dropout": 0.0,
             "seed": options.seed,
         },

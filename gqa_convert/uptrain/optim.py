@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 BY_ADAMW = "by_adamw"
 """Key of a group of parameters that Muon is not meant for."""
 
+RATE_SHARE = "rate_share"
+"""Key of a group of parameters that learns at this share of the schedule's rate."""
+
 ParameterGroups = list[dict[str, Any]]
 """Groups of parameters as torch's optimisers take them: `params`, `weight_decay`."""
 
@@ -89,12 +92,29 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
         {"params": [p for p in trained if p.ndim < 2 or id(p) in undecayed], "weight_decay": 0.0},
     ]
     if row.inner_matrices:
-        outer = _vocabulary_weights(model)
+        outer = vocabulary_weights(model)
         inner = [p for p in matrices if p.ndim == 2 and id(p) not in outer]
         others = [p for p in matrices if (p.ndim > 2 or id(p) in outer) and id(p) not in undecayed]
         rest = {"params": others, "weight_decay": settings.weight_decay}
         groups = [{**groups[0], "params": inner}, {**rest, BY_ADAMW: True}, {**groups[1], BY_ADAMW: True}]
+    if settings.outside_attention != 1:
+        groups = [part for group in groups for part in _by_place(group, _attention(model), settings.outside_attention)]
     return row.make([group for group in groups if group["params"]], settings)
+
+
+def _by_place(group: dict[str, Any], inside: set[int], share: float) -> ParameterGroups:
+    """A group in two: what lies in attention, and the rest at its share of the rate."""
+    within = [p for p in group["params"] if id(p) in inside]
+    rest = [p for p in group["params"] if id(p) not in inside]
+    return [{**group, "params": within}, {**group, "params": rest, RATE_SHARE: share}]
+
+
+def _attention(model: nn.Module) -> set[int]:
+    """Ids of the parameters of attention: its projections, and norms of queries and keys."""
+    from gqa_convert.uptrain.model import attention_linears, attention_norms
+
+    parts = (*attention_linears(model).values(), *attention_norms(model).values())
+    return {id(parameter) for part in parts for parameter in part.parameters()}
 
 
 def _embeddings(model: nn.Module) -> set[int]:
@@ -104,7 +124,7 @@ def _embeddings(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def _vocabulary_weights(model: nn.Module) -> set[int]:
+def vocabulary_weights(model: nn.Module) -> set[int]:
     """Ids of the embeddings and of the output matrix."""
     from torch import nn
 
@@ -113,9 +133,9 @@ def _vocabulary_weights(model: nn.Module) -> set[int]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` in the next step."""
+    """Use `rate` in the next step, in groups that have a share of it that share."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_SHARE, 1.0)
 
 
 def _adamw(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Optimizer:

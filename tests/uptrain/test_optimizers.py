@@ -103,3 +103,24 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tiny_folder: Path) ->
             optimizer.load_state_dict(kept)
     for name, value in model.named_parameters():
         assert torch.equal(value, named[name]), name
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_is_outside_attention_learns_at_its_share_of_the_rate(tiny_folder: Path, kind: str) -> None:
+    """A step of AdamW or Muon is as large as its rate, so shares of the rate are shares of the step."""
+    steps: list[dict[str, float]] = []
+    for share in (1.0, 0.25):
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        optimizer = make_optimizer(model, OptimizerSection.model_validate({"kind": kind, "outside_attention": share}))
+        kept = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(kept)
+        optim.set_learning_rate(optimizer, 0.01)
+        ids = torch.arange(24)[None] % 50
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        steps.append({name: float((value.detach() - before[name]).norm()) for name, value in model.named_parameters()})
+    for name, whole in steps[0].items():
+        assert whole > 0, name
+        expected = 1.0 if "self_attn" in name else 0.25
+        assert steps[1][name] / whole == pytest.approx(expected, rel=1e-3), name
