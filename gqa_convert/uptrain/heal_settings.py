@@ -20,6 +20,8 @@ RATE_TIMES_WIDTH = 0.9
 """Peak learning rate times hidden size; `docs/healing.md` has the trials."""
 MOST = 4e-3
 """Highest peak learning rate."""
+PER_HEAD_ABOVE = 1024
+"""Hidden size above which Muon takes attention head by head: whole, its products would outgrow the model's."""
 HIDDEN_WEIGHT = 10.0
 """Weight of the distance between both models' hidden states (1 - cosine, mean over layers) beside the KL."""
 OUTSIDE_ATTENTION = 0.3
@@ -82,6 +84,7 @@ def heal_settings(
 
     model = Source.open(source, trust_remote_code=trust_remote_code).config
     text = model.get_text_config(decoder=True)
+    width = int(getattr(text, "hidden_size", None) or USUAL_WIDTH)
     longest = max_positions(model)
     context = options.context or min(CONTEXT, longest or CONTEXT)
     encodes = bool(getattr(model, "is_encoder_decoder", False))
@@ -102,10 +105,14 @@ def heal_settings(
             "kind": "span_corruption" if encodes else "causal_lm",
             "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT},
         },
-        "optimizer": {"kind": heal_optimizer(), "outside_attention": OUTSIDE_ATTENTION},
+        "optimizer": {
+            "kind": heal_optimizer(),
+            "outside_attention": OUTSIDE_ATTENTION,
+            "per_head": width > PER_HEAD_ABOVE,
+        },
         "schedule": {
             "kind": "cosine",
-            "peak": options.rate or heal_rate(int(getattr(text, "hidden_size", None) or USUAL_WIDTH)),
+            "peak": options.rate or heal_rate(width),
             "final_fraction": 0.0,
             "warmup_fraction": 0.1,
         },
@@ -179,8 +186,5 @@ def heal_rate(width: int) -> float:
 
 
 def heal_optimizer() -> str:
-    """Muon where it can be had: older releases of torch have none, and ZeRO-3 cuts up the matrices it needs."""
-    import torch
-
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    return "adamw" if zero or not hasattr(torch.optim, "Muon") else "muon"
+    """Muon where it can be had: ZeRO-3 cuts up the matrices it needs."""
+    return "adamw" if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" else "muon"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.budget.solving import muon_flops
-from gqa_convert.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
 
 BY_ADAMW = "by_adamw"
 """Key of a group of parameters that Muon is not meant for."""
+
+HEADS = "heads"
+"""Key of a group of weights that hold their heads along one side: that side, and the width of a head."""
 
 RATE_SHARE = "rate_share"
 """Key of a group of parameters that learns at this share of the schedule's rate."""
@@ -83,6 +85,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
     A step moves the rows of an embedding whose tokens it met; decay would shrink the others at every step, rare tokens
     the more the rarer they are.
     """
+    from gqa_convert.uptrain.model import head_sides
+
     row = get_optimizer(settings.kind)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]
@@ -96,7 +100,15 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
         inner = [p for p in matrices if p.ndim == 2 and id(p) not in outer]
         others = [p for p in matrices if (p.ndim > 2 or id(p) in outer) and id(p) not in undecayed]
         rest = {"params": others, "weight_decay": settings.weight_decay}
-        groups = [{**groups[0], "params": inner}, {**rest, BY_ADAMW: True}, {**groups[1], BY_ADAMW: True}]
+        heads = head_sides(model) if settings.per_head else {}
+        apart: dict[tuple[int, int] | None, list[nn.Parameter]] = {}
+        for matrix in inner:
+            apart.setdefault(heads.get(id(matrix)), []).append(matrix)
+        groups = [
+            *({**groups[0], "params": each, HEADS: key} for key, each in apart.items()),
+            {**rest, BY_ADAMW: True},
+            {**groups[1], BY_ADAMW: True},
+        ]
     if settings.outside_attention != 1:
         groups = [part for group in groups for part in _by_place(group, _attention(model), settings.outside_attention)]
     return row.make([group for group in groups if group["params"]], settings)
@@ -156,10 +168,6 @@ def _adafactor(groups: ParameterGroups, settings: OptimizerSection) -> torch.opt
 
 def _muon(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Optimizer:
     """Matrices inside the model by Muon, everything else by AdamW, at the same learning rate."""
-    import torch
-
-    if not hasattr(torch.optim, "Muon"):
-        raise UsageError(f"optimizer.kind=muon: needs torch 2.9 or newer, and {torch.__version__} is installed.")
     from gqa_convert.uptrain.muon import MuonWithAdamW
 
     return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps)
