@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
+UNNAMED = "no such heading, or not by that name in both GitHub and mkdocs"
+ROW = re.compile(r"^\|.*$", re.MULTILINE)
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 
@@ -32,10 +34,10 @@ def links(text: str) -> Iterator[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    """The anchors of a page's headings, without those that GitHub and mkdocs make differently."""
     titles = re.findall(r"^#+ +(.+)$", FENCE.sub("", text), re.MULTILINE)
-    plain = (re.sub(r"[^\w\- ]", "", title.lower()).strip() for title in titles)
-    return {re.sub(r" +", "-", title) for title in plain}
+    plain = [re.sub(r"[^\w\- ]", "", title.lower()).strip() for title in titles]
+    return {title.replace(" ", "-") for title in plain} & {re.sub(r"[- ]+", "-", title) for title in plain}
 
 
 def dead_links() -> list[str]:
@@ -50,8 +52,13 @@ def dead_links() -> list[str]:
             if not target.exists():
                 dead.append(f"{page.relative_to(ROOT)}: {link}: no such file")
             elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text(encoding="utf-8")):
-                dead.append(f"{page.relative_to(ROOT)}: {link}: no such heading")
+                dead.append(f"{page.relative_to(ROOT)}: {link}: {UNNAMED}")
     return dead
+
+
+def bare_code(row: re.Match[str]) -> str:
+    """A table's row whose code has bare bars: GitHub needs them marked, mkdocs shows the mark."""
+    return re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), row[0])
 
 
 def stage(folder: Path, repository: str = "https://github.com/gqa-convert/gqa-convert/blob/main/") -> None:
@@ -73,6 +80,7 @@ def stage(folder: Path, repository: str = "https://github.com/gqa-convert/gqa-co
             return f"]({repository}{target.relative_to(ROOT)}{mark}{anchor})"
 
         text = LINK.sub(turned, page.read_text(encoding="utf-8"))
+        text = ROW.sub(bare_code, text)
         (folder / known[page.resolve()]).write_text(text, encoding="utf-8")
 
 

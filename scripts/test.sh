@@ -10,7 +10,7 @@ venv=${VENV:-.venv}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy" # the package and its tests
-for folder in anchors bench clients reproduce; do # each folder's files import one another by name
+for folder in anchors bench clients compat gpu reproduce; do # each folder's files import one another by name
   MYPYPATH="scripts/$folder" "$venv/bin/mypy" "scripts/$folder"
 done
 "$venv/bin/mypy" scripts/make_demo_checkpoint.py

@@ -17,13 +17,14 @@ cd "$work"
 # Short names, which stand in the page too.
 link() { if [ -e "$1" ]; then ln -s "$1" "$2"; echo "$2"; else echo "$1"; fi; }
 model=$(link "$model" model); calibration=$(link "$calibration" texts.jsonl); held_out=$(link "$held_out" held-out.jsonl)
+cores=$(OMP_NUM_THREADS='' nproc)
 page="$work/page.md"; total=$SECONDS
 export COLUMNS=110 NO_COLOR=1 HF_HUB_DISABLE_PROGRESS_BARS=1
 
 {
   echo "# A new user's road, as it was printed"
   echo
-  echo "Written by \`bash scripts/transcript.sh MODEL CALIBRATION HELD_OUT\` on $(date -u +%Y-%m-%d): $(OMP_NUM_THREADS= nproc) cores of"
+  echo "Written by \`bash scripts/transcript.sh MODEL CALIBRATION HELD_OUT\` on $(date -u +%Y-%m-%d): $cores core$([ "$cores" = 1 ] || echo s) of"
   echo "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), no GPU asked for;"
   python -c 'import sys; from importlib.metadata import version as v
 print("Python " + sys.version.split()[0] + ", " + ", ".join(f"{n} {v(n)}" for n in ("gqa-convert", "torch", "transformers")) + ".")'
@@ -37,7 +38,7 @@ step() {  # step NAME TITLE COMMAND...
   { echo; echo "## $title"; echo; echo '```console'; echo "\$ $*"; } >> "$page"
   echo "\$ $*" >&2
   "$@" < /dev/null > "$work/printed" 2>&1 || code=$?
-  sed "s|$work/||g; s|$root/||g" "$work/printed" >> "$page"
+  sed "s|$work/||g; s|$root/||g; s| *$||" "$work/printed" >> "$page"
   { echo '```'; echo; echo "$((SECONDS - started)) s$([ $code = 0 ] || echo ", exit code $code")"; } >> "$page"
   [ $code = 0 ] || { cat "$work/printed" >&2; failed=1; }
 }

@@ -26,7 +26,7 @@ def test_convert_for_people(tmp_path: Path, command: Command) -> None:
         "4 merged, 17 copied",
         "num_key_value_heads = 4",
         "1.0 KiB -> 512 B per token (0.5 of the source)",
-        "up to 4 without replicating KV heads",
+        "up to 4 devices without replicating KV heads",
         f"wrote {tmp_path / 'model-gqa4'}",
     ):
         assert part in " ".join(finished.out.split()), part
@@ -55,6 +55,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     finished = command(program, word, source, "--groups", 4)
     assert (finished.code, finished.err) == (0, "")
     assert f"target {tmp_path / 'model-gqa4'}" in " ".join(finished.out.split())
+    one = " ".join(command(program, word, source, "--groups", 1).out.split())
+    assert "1 KV head of 8)" in one
+    assert "tensor parallel KV heads are copied to every device" in one
     described = json.loads(command(program, word, source, "--groups", 4, "--json").out)
     assert described.pop("forecast") is None
     assert described.pop("schema_version") == 1
@@ -66,7 +69,8 @@ def test_inspect(tmp_path: Path, command: Command) -> None:
     source = factories.make(tmp_path / "model", "olmo2")
     finished = command("gqa", "inspect", source)
     assert (finished.code, finished.err) == (0, "")
-    assert "MHA (8 query heads, 8 KV heads of 8)" in finished.out
+    for part in ("MHA (8 query heads, 8 KV heads of 8)", "KV cache, 1 group ", "KV cache, 2 groups "):
+        assert part in finished.out
     inspected = json.loads(command("gqa", "inspect", source, "--json").out)
     assert inspected["model_type"] == "olmo2"
     assert inspected["class"] == "Olmo2ForCausalLM"

@@ -26,9 +26,14 @@ def test_dead_links_are_found(pages: ModuleType, tmp_path: Path, monkeypatch: py
     (tmp_path / "docs").mkdir()
     for name in pages.TOP:
         (tmp_path / name).write_text("# A title, here\n[ok](docs/a.md#part-b) [web](https://x.y) `[code](nowhere)`\n")
-    (tmp_path / "docs" / "a.md").write_text("## Part B\n[up](../README.md#a-title-here) [no](b.md) [no](#part-c)\n")
+    text = "## Part B\n## With `--flag`\n[up](../README.md#a-title-here) [no](b.md) [no](#part-c) [one](#with---flag)\n"
+    (tmp_path / "docs" / "a.md").write_text(text)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    assert pages.dead_links() == ["docs/a.md: b.md: no such file", "docs/a.md: #part-c: no such heading"]
+    assert pages.dead_links() == [
+        "docs/a.md: b.md: no such file",
+        f"docs/a.md: #part-c: {pages.UNNAMED}",
+        f"docs/a.md: #with---flag: {pages.UNNAMED}",
+    ]
 
 
 def test_the_site_has_every_page_and_its_links_fit(pages: ModuleType, tmp_path: Path) -> None:
@@ -38,6 +43,7 @@ def test_the_site_has_every_page_and_its_links_fit(pages: ModuleType, tmp_path: 
     entries = [entry for section in nav for entry in section.values()]
     listed = [page for entry in entries for page in ([entry] if isinstance(entry, str) else entry)]
     assert sorted(listed) == sorted(names)
+    assert "`--verify none|structure|logits`" in (tmp_path / "site" / "index.md").read_text("utf-8")
     for path in (tmp_path / "site").glob("*.md"):
         for link in pages.links(path.read_text("utf-8")):
             name = link.partition("#")[0]

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 def layout(heads: HeadLayout) -> str:
     """A head layout in words: `MHA (32 query heads, 32 KV heads of 128)`."""
-    return f"{heads.kind} ({heads.num_query_heads} query heads, {heads.kv_heads_words} KV heads of {heads.head_dim})"
+    kv_heads = f"{heads.kv_heads_words} KV head{'' if heads.kv_heads_words == '1' else 's'}"
+    return f"{heads.kind} ({heads.num_query_heads} query heads, {kv_heads} of {heads.head_dim})"
 
 
 def per_layer(heads: HeadLayout) -> str:
@@ -95,6 +96,12 @@ def solving_words(cost: Forecast) -> str:
     return f"about {duration(cost.seconds)} and {size(cost.memory_bytes)} on this machine"
 
 
+def _devices(most: int) -> str:
+    if most == 1:
+        return "KV heads are copied to every device"
+    return f"up to {most} devices without replicating KV heads"
+
+
 def plan_rows(planned: ConvertPlan, cost: Forecast | None = None) -> list[tuple[str, str]]:
     """The plan as label and value, for a table; with what solving it will take, where that was estimated."""
     rows = [
@@ -124,7 +131,7 @@ def plan_rows(planned: ConvertPlan, cost: Forecast | None = None) -> list[tuple[
             "KV cache",
             _cache(planned.kv_cache_bytes_per_token_before, planned.kv_cache_bytes_per_token_after),
         ),
-        ("tensor parallel", f"up to {planned.max_tensor_parallel} without replicating KV heads"),
+        ("tensor parallel", _devices(planned.max_tensor_parallel)),
         *([("solving", solving_words(cost))] if cost is not None else []),
         *([("usual loss", usual_loss(planned.recipe))] if planned.merges_heads else []),
         ("working memory", f"{size(planned.working_bytes)} at most beyond the libraries'"),
@@ -192,7 +199,10 @@ def show_inspection(inspection: Inspection) -> None:
         ("legal groups", ", ".join(map(str, inspection.legal_groups))),
     ]
     rows += [
-        (f"KV cache, {groups} groups", f"{size(cost)} per token" if cost is not None else f"refused: {reason}")
+        (
+            f"KV cache, {groups} group{'' if groups == 1 else 's'}",
+            f"{size(cost)} per token" if cost is not None else f"refused: {reason}",
+        )
         for groups, cost, reason in inspection.cache
     ]
     rows += [("note", note) for note in inspection.notes]

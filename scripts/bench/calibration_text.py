@@ -27,6 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from measure import processor
+
 PIECE = 256
 
 
@@ -56,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
         "--texts", type=lambda text: text.split(","), default=["self", "pieces", "sources", "docs", "both"]
     )
     parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a calibration sequence")
     parser.add_argument("--context", type=int, default=1024, help="tokens per held-out window")
     parser.add_argument("--max-windows", type=int, default=12, help="held-out windows of each text")
     parser.add_argument("--out", type=Path, required=True, help="figures as JSON")
@@ -70,7 +73,7 @@ def measure(name: str, args: argparse.Namespace, original: dict[str, float]) -> 
     with tempfile.TemporaryDirectory() as folder:
         started, worked = time.perf_counter(), time.process_time()
         calibrate = text_of(name, args, Path(folder))
-        recipe = make_recipe(args.preset, calibrate=calibrate, sequences=args.sequences)
+        recipe = make_recipe(args.preset, calibrate=calibrate, sequences=args.sequences, length=args.length)
         convert(args.model, groups=args.groups, out=Path(folder) / "converted", recipe=recipe)
         seconds, processor = time.perf_counter() - started, time.process_time() - worked
         losses = {Path(data).name: held_out_loss(Path(folder) / "converted", data, args) for data in args.data}
@@ -107,7 +110,7 @@ def pieces(args: argparse.Namespace) -> Iterable[str]:
     from gqa_convert.hf.loading import Source
 
     source = Source.open(Path(args.model))
-    ids = self_tokens(source, sequences=args.sequences * 2048 // PIECE, length=PIECE, batch=256)
+    ids = self_tokens(source, sequences=args.sequences * args.length // PIECE, length=PIECE, batch=256)
     texts: list[str] = source.tokenizer().batch_decode(ids, skip_special_tokens=True)
     return texts
 
@@ -127,9 +130,10 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
         "preset": args.preset,
         "groups": args.groups,
         "calibration_sequences": args.sequences,
+        "calibration_length": args.length,
         "context": args.context,
         "windows": args.max_windows,
-        "machine": {"processor": platform.machine(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
         "original": {},
         "texts": {},

@@ -1,12 +1,15 @@
-"""Run a command as a child process and measure it: wall time, processor time, peak memory."""
+"""Run a command as a child process and measure it: wall time, processor time, peak memory; name the processor."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,10 @@ def run(command: Sequence[str]) -> Measured:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}\n{errors[-2000:]}")
     return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6, output)
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.*)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.machine()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from measure import processor
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -56,13 +57,14 @@ def main() -> None:
     if "original" not in result:
         result["original"] = point(args, original, pieces, words)
     show("original", "", result["original"])
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as scratch:
+        work = args.work or Path(scratch)
         for name in args.rows or ROWS:
             for groups in args.groups:
                 row = result["rows"].setdefault(name, {})
                 if str(groups) not in row:
                     started = time.perf_counter()
-                    out = convert_one(args, name, groups, Path(work))
+                    out = convert_one(args, name, groups, work)
                     seconds = round(time.perf_counter() - started, 1)
                     row[str(groups)] = {"seconds": seconds, **point(args, load(out), pieces, words)}
                 show(name, groups, row[str(groups)])
@@ -78,6 +80,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", required=True, help="as for --calibrate: a file, a folder, a hub dataset")
     parser.add_argument("--groups", type=lambda text: [int(part) for part in text.split(",")], required=True)
     parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--calibration-sequences", type=int, help="as for gqa-convert")
+    parser.add_argument("--refit-steps", type=int, help="as for gqa-convert: steps of `best` per attention block")
+    parser.add_argument("--work", type=Path, help="keep transcripts, moments and models here, for the next call")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
 
@@ -131,11 +136,12 @@ def convert_one(args: argparse.Namespace, name: str, groups: int, work: Path) ->
 
     chosen = dict(ROWS[name])
     if chosen:
-        chosen["calibrate"] = args.calibration
+        chosen |= {"calibrate": args.calibration, "sequences": args.calibration_sequences}
+    if name == "best":
+        chosen["refit_steps"] = args.refit_steps
+    recipe = make_recipe(chosen.pop("preset", None), **chosen)
     out = work / f"{name}-{groups}"
-    convert(
-        args.model, groups=groups, out=out, recipe=make_recipe(chosen.pop("preset", None), **chosen), work=work / "w"
-    )
+    convert(args.model, groups=groups, out=out, recipe=recipe, work=work / "w", force=True)
     return out
 
 
@@ -202,18 +208,20 @@ def described(
         "calibration": Path(args.calibration).name,
         "machine": {"processor": processor(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("gqa-convert", "torch", "transformers")},
-        "command": "python scripts/bench/whisper_quality.py MODEL --clips CLIPS --calibration SOUND --groups "
-        + ",".join(map(str, args.groups)),
+        "command": command(args),
         "original": result["original"],
         "rows": result["rows"],
     }
 
 
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.*)", info.read_text()) if info.is_file() else []
-    return names[0] if names else platform.machine()
+def command(args: argparse.Namespace) -> str:
+    """The call that makes these figures anew."""
+    words = ["python scripts/bench/whisper_quality.py MODEL --clips CLIPS --calibration SOUND --groups"]
+    words.append(",".join(map(str, args.groups)))
+    for name in ("calibration_sequences", "refit_steps"):
+        if getattr(args, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return " ".join(words)
 
 
 if __name__ == "__main__":

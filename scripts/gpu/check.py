@@ -37,7 +37,7 @@ class Scale:
         device: what commands are told.
     """
 
-    model: dict[str, int]
+    model: dict[str, Any]
     context: int
     sequences: int
     micro: int
@@ -235,7 +235,8 @@ def make_model(out: Path, scale: Scale) -> None:
 
     torch.manual_seed(0)
     dtype = torch.float32 if scale is CPU else torch.bfloat16
-    LlamaForCausalLM(LlamaConfig(**scale.model)).to(dtype).save_pretrained(out / "model")
+    model: Any = LlamaForCausalLM(LlamaConfig(**scale.model))
+    model.to(dtype).save_pretrained(out / "model")
     words = [f"w{number}" for number in range(scale.model["vocab_size"] - 3)]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *words])}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
