@@ -17,6 +17,7 @@ from gqa_convert.evaluate import models, text
 from gqa_convert.evaluate.cache_formats import WithCache
 from gqa_convert.evaluate.decode.settings import QUANTISED
 from gqa_convert.evaluate.figures import model_figures, pair_figures
+from gqa_convert.evaluate.places import Places, parts
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
 from gqa_convert.evaluate.samples import chosen, side_by_side, written
 from gqa_convert.evaluate.scoring import WindowSums, score
@@ -114,6 +115,7 @@ def evaluate(
         pairs = len(others) + len(settings.caches) * (1 + len(others))
         on_total(len(task.examples) * max(1, pairs))
     original = models.load(first, dtype=settings.dtype, device=settings.device)
+    places = Places(tokenizer, task.examples) if others or settings.caches else None
     begun = chosen(task.examples, settings.samples)
     said = [(first.name, written(original, tokenizer, begun))]
     sums: WindowSums | None = None
@@ -123,13 +125,15 @@ def evaluate(
         nonlocal sums, original_result
         runs = WithCache(model, cache) if cache else model
         sums, seen, seconds = score(
-            original, runs, task.examples, batch_size=settings.batch_size, on_windows=on_windows
+            original, runs, task.examples, batch_size=settings.batch_size, places=places, on_windows=on_windows
         )
         assert seen is not None
+        assert places is not None
         original_result = original_result or _result(first, original, sums, task)
         result = _result(subject, runs, seen, task, cache)
         figures = pair_figures(sums, seen, original_result.figures, result.figures, block=task.block)
-        return Comparison(model=result, figures=figures, seconds=seconds)
+        where = parts(places, sums, seen, block=task.block)
+        return Comparison(model=result, figures=figures, seconds=seconds, parts=where)
 
     comparisons: list[Comparison] = []
     quantised = [compared(first, original, cache) for cache in settings.caches]
