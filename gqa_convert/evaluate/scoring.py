@@ -57,7 +57,6 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     return logits
 
 
-@torch.inference_mode()
 def score(
     original: Any,
     converted: Any | None,
@@ -83,20 +82,56 @@ def score(
     Raises:
         VerificationError: if a model's loss is not a finite number.
     """
-    started = time.perf_counter()
-    first, second = WindowSums(), WindowSums()
+    scored = score_beside(original, [converted], examples, batch_size=batch_size, places=places, on_windows=on_windows)
+    first, second, seconds = scored[0]
+    return first, None if converted is None else second, seconds
+
+
+@torch.inference_mode()
+def score_beside(
+    original: Any,
+    others: Sequence[Any | None],
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    places: Places | None = None,
+    on_windows: Callable[[int], None] | None = None,
+) -> list[tuple[WindowSums, WindowSums, float]]:
+    """Score the original once, and several models beside it: as `score`, an entry for each of them.
+
+    Args:
+        original: the model before conversion.
+        others: models to set beside it; None for none.
+        examples: what to score.
+        batch_size: windows run at a time.
+        places: also keep sums by the parts that it sorts tokens into.
+        on_windows: called with the number of windows done since the last call, those of each model by themselves.
+
+    Raises:
+        VerificationError: if a model's loss is not a finite number.
+    """
+    pairs = [(WindowSums(), WindowSums()) for _ in others]
+    seconds = [0.0] * len(others)
     for batch in batches(examples, batch_size):
+        started = time.perf_counter()
         logits = logits_of(original, batch)
-        other = None if converted is None else logits_of(converted, batch)
-        _add(first, second, batch, logits, other, places)
-        if on_windows is not None:
-            on_windows(len(batch.targets))
-    for sums in (first, second):
-        sums.size = [example.size for example in examples]
-    for who, sums in (("the original", first), ("the converted model", second)):
-        if not all(math.isfinite(value) for value in sums.sums.get("loss", ())):
-            raise VerificationError(f"{who}: the loss is not a finite number; the weights or their dtype are at fault.")
-    return first, None if converted is None else second, time.perf_counter() - started
+        shared = time.perf_counter() - started
+        for i, model in enumerate(others):
+            started = time.perf_counter()
+            other = None if model is None else logits_of(model, batch)
+            _add(*pairs[i], batch, logits, other, places)
+            del other
+            seconds[i] += shared + time.perf_counter() - started
+            if on_windows is not None:
+                on_windows(len(batch.targets))
+    for pair in pairs:
+        for who, sums in zip(("the original", "the converted model"), pair, strict=True):
+            sums.size = [example.size for example in examples]
+            if not all(math.isfinite(value) for value in sums.sums.get("loss", ())):
+                raise VerificationError(
+                    f"{who}: the loss is not a finite number; the weights or their dtype are at fault."
+                )
+    return [(*pair, taken) for pair, taken in zip(pairs, seconds, strict=True)]
 
 
 def _add(

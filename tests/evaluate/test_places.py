@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from gqa_convert.cli.main import app
+from gqa_convert.cli.show_evaluation import show_evaluation
 from gqa_convert.evaluate import examples as ex
 from gqa_convert.evaluate import text
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.places import Places, kind_of
 from gqa_convert.evaluate.results import KINDS, Evaluation
 from gqa_convert.evaluate.scoring import WindowSums
+from gqa_convert.report.tables import quality
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,10 @@ def test_a_copy_differs_nowhere(llama: Path, lines: Path) -> None:
     assert {part.top1_agreement.value for part in copied.parts} == {1.0}
 
 
-def test_command_and_page_show_it(evaluation: Evaluation, llama: Path, llama_gqa2: Path, lines: Path) -> None:
-    out = llama.parent / "where" / "eval.json"
-    out.parent.mkdir()
-    arguments = ["eval", str(llama), str(llama_gqa2), "--data", str(lines), "--context", "40", "--max-windows", "4"]
-    shown = CliRunner().invoke(app, [*arguments, "--out", str(out)])
-    assert shown.exit_code == 0, shown.output
-    assert re.search(r"tiny-llama-gqa2: of its KL, word piece \d+%", " ".join(shown.output.split()))
-    paged = CliRunner().invoke(app, ["report", str(out.parent)])
-    assert paged.exit_code == 0, paged.output
-    page = (out.parent / "report.html").read_text()
-    for words in ("Where tiny-llama-gqa2 differs", "behind 16 to 31 tokens", "Agreement within the window"):
-        assert words in page
-    assert (out.parent / "plots" / "kinds.svg").exists()
+def test_terminal_and_page_show_it(evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
+    show_evaluation(evaluation)
+    assert re.search(r"tiny-llama-gqa2: of its KL, word piece \d+%", " ".join(capsys.readouterr().out.split()))
+    (table,) = quality(evaluation).where
+    assert table.caption == "Where tiny-llama-gqa2 differs"
+    assert {len(row.cells) for row in table.rows} == {len(table.head)}
+    assert {"word piece", "behind 16 to 31 tokens"} <= {row.cells[0] for row in table.rows}

@@ -101,6 +101,13 @@ def test_samples_stand_side_by_side_the_best_first(run_folder: Path) -> None:
     assert "&lt;b&gt;once&lt;/b&gt;" in said
 
 
+def test_it_says_where_the_chosen_conversion_differs(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text()
+    for words in ("Where it differs", "Where pca-g2 differs", "behind 16 to 31 tokens", TITLES["kinds"]):
+        assert words in text
+    assert "Where mean-g4 differs" not in text
+
+
 def test_every_plot_is_a_file_too(run_folder: Path) -> None:
     for name in DRAWN:
         assert (run_folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
