@@ -11,6 +11,7 @@ from gqa_convert.evaluate.metrics import QUALITY, row, rows
 from gqa_convert.evaluate.sweep.points import SweepPoint, frontiers
 from gqa_convert.report.collect import Run
 from gqa_convert.report.labels import place_labels
+from gqa_convert.report.tables import told_apart
 
 COLORS = ("#2f7ed8", "#e0762f", "#3a9d5d", "#b455c8", "#c8a415", "#17a2b8", "#d14a61")
 """Each readable on white and on near black."""
@@ -176,6 +177,50 @@ def cache(axes: Any, run: Run) -> bool:
     return True
 
 
+def kinds(axes: Any, run: Run) -> bool:
+    """KL per token by kind of token, a bar per conversion."""
+    compared = told_apart(run)
+    names = list(dict.fromkeys(part.name for each in compared for part in each.parts if part.by == "kind"))
+    if not names:
+        return False
+    width = 0.8 / len(compared)
+    for number, (color, each) in enumerate(zip(COLORS * 9, compared, strict=False)):
+        shown = [part for part in each.parts if part.by == "kind"]
+        places = [names.index(part.name) + (number - (len(compared) - 1) / 2) * width for part in shown]
+        bars = _bars([(part.kl.value, part.kl.interval) for part in shown])
+        axes.bar(
+            places, [part.kl.value for part in shown], width, color=color, label=each.model.name,
+            yerr=bars, error_kw={"ecolor": "#8a8a8a", "capsize": 2},
+        )  # fmt: skip
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("KL, nats per token")
+    axes.legend(fontsize=9)
+    return True
+
+
+def positions(axes: Any, run: Run) -> bool:
+    """Top-1 agreement against the tokens before, a line per conversion."""
+    drawn = False
+    for color, each in zip(COLORS * 9, told_apart(run), strict=False):
+        shown = [part for part in each.parts if part.by == "position"]
+        starts = [int(part.name.partition("-")[0]) for part in shown if part.name.partition("-")[0].isdecimal()]
+        if len(starts) < max(2, len(shown)):
+            continue
+        bars = _bars([(part.top1_agreement.value, part.top1_agreement.interval) for part in shown])
+        values = [part.top1_agreement.value for part in shown]
+        axes.errorbar(starts, values, yerr=bars, fmt="o-", color=color, capsize=2, markersize=4, label=each.model.name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(starts, [str(start) for start in starts])
+        drawn = True
+    if not drawn:
+        return False
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("tokens before, from here to the next dot")
+    axes.set_ylabel("top-1 agreement")
+    axes.legend(fontsize=9)
+    return True
+
+
 _COSTS = {f"frontier-{metric.frontier}": metric for metric in rows() if metric.frontier}
 
 DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
@@ -185,6 +230,8 @@ DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
     "heads": heads,
     "similarity": similarity,
     "cache": cache,
+    "kinds": kinds,
+    "positions": positions,
 }
 
 TITLES = {
@@ -194,6 +241,8 @@ TITLES = {
     "heads": "KV heads of each layer",
     "similarity": "How alike the heads of a group are",
     "cache": "Cache against context",
+    "kinds": "Which tokens differ",
+    "positions": "Agreement within the window",
 }
 
 CAPTIONS = {
@@ -202,5 +251,7 @@ CAPTIONS = {
     "layers": "One layer converted, all others as in the original.",
     "heads": "Chosen by what each layer costs alone; more where it costs more.",
     "similarity": "Mean cosine of the weights of heads in a group; aligned: after rotating them onto each other.",
+    "kinds": "KL(original || converted) by kind of token. Bars: 95 % intervals.",
+    "positions": "Both models rank the same token first, by how many tokens stand before. Bars: 95 % intervals.",
     "cache": "From the measured bytes per token; both axes are logarithmic.",
 }

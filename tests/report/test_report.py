@@ -101,6 +101,13 @@ def test_samples_stand_side_by_side_the_best_first(run_folder: Path) -> None:
     assert "&lt;b&gt;once&lt;/b&gt;" in said
 
 
+def test_it_says_where_the_chosen_conversion_differs(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text()
+    for words in ("Where it differs", "Where pca-g2 differs", "behind 16 to 31 tokens", TITLES["kinds"]):
+        assert words in text
+    assert "Where mean-g4 differs" not in text
+
+
 def test_every_plot_is_a_file_too(run_folder: Path) -> None:
     for name in DRAWN:
         assert (run_folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -217,7 +224,8 @@ def test_a_run_written_before_metrics_were_rows_still_makes_a_report(tmp_path: P
     text = report.page.read_text()
     for cell in ("4.0300", "+0.0300 [+0.0200, +0.0400]", "90.0%", "512 B", "x 0.25", "x 0.50 (faster)", "60.34"):
         assert f"<td>{cell}</td>" in text
-    assert len(report.plots) == 2 * len(DRAWN)
+    drawn = {path.stem for path in report.plots}
+    assert drawn == {*DRAWN} - {"kinds", "positions"}, "tokens were not told apart then"
     assert len(report.cards) == 3
 
 
@@ -249,7 +257,7 @@ def test_commands_date_and_versions_are_on_the_page(run_folder: Path, tmp_path: 
 
 def test_tables_and_drawings_can_be_read_aloud(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text()
-    assert text.count("<table>") == text.count('<thead><tr><th scope="col"') == 2
+    assert text.count("<table>") == text.count('<thead><tr><th scope="col"') == 3
     assert re.findall(r"<tr[^>]*><t[dh](?! scope)", text) == [], "the first cell of every row names it"
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', text)
     assert [label.split(".")[0] for label in labels] == [TITLES[name] for name in DRAWN]
