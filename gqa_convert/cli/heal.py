@@ -56,6 +56,12 @@ def heal_command(
             help="What is trained: attention, or all (slower; a little nearer). (default: attention)", metavar="WHAT"
         ),
     ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers", help="Of an encoder-decoder: the original answers --text first, and that is trained on."
+        ),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of the text. (default: 0)")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Keep the training run here. (default: beside --out, removed at the end)")
@@ -81,6 +87,7 @@ def heal_command(
         "rate": rate,
         "context": context,
         "parameters": parameters,
+        "answers": answers or None,
         "seed": seed,
     }
     options = HealOptions(**{name: value for name, value in given.items() if value is not None})

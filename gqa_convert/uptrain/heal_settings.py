@@ -30,8 +30,8 @@ OWN_TOKENS = 131_072
 """Most tokens that the original writes; they are then met more than once."""
 USUAL_WIDTH = 1024
 """Hidden size that is assumed where a configuration states none."""
-OWN_TEXT = "original-wrote.jsonl"
-"""Name of the file, in the run's folder, that holds what the original wrote."""
+OWN_TEXT, OWN_ANSWERS = "original-wrote.jsonl", "original-answered.jsonl"
+"""Names of the files, in the run's folder, that hold what the original wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ class HealOptions:
     """Tokens of a sequence; None for 512, or what the model reads."""
     parameters: Literal["attention", "all"] = "attention"
     """What is trained; everything outside attention at a share of the rate, see `OUTSIDE_ATTENTION`."""
+    answers: bool = False
+    """Of an encoder-decoder: the original answers the text first, and its answers are what is trained on."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class HealOptions:
             problems.append(f"context={self.context}: must be at least 2")
         if self.parameters not in ("attention", "all"):
             problems.append(f"parameters={self.parameters!r}: attention or all")
+        if self.answers and (not isinstance(self.text, str) or self.text == SELF):
+            problems.append("answers: needs one text to answer")
         if problems:
             raise UsageError(f"heal: {'; '.join(problems)}.")
 
@@ -88,10 +92,17 @@ def heal_settings(
     longest = max_positions(model)
     context = options.context or min(CONTEXT, longest or CONTEXT)
     encodes = bool(getattr(model, "is_encoder_decoder", False))
+    if options.answers and not encodes:
+        raise UsageError(f"heal: answers: a {model.model_type} carries on what it reads. Leave it out.")
+    kind = "causal_lm"
+    if encodes:
+        kind = "text_to_text" if options.answers or _holds_answers(options.text) else "span_corruption"
     micro_batch = -(-SEQUENCES // processes())
     batch_tokens = micro_batch * processes() * context
     tokens = max(options.tokens, batch_tokens)
     data: dict[str, Any] = {**_sources(options.text, folder), "context": context}
+    if options.answers:
+        data["source"] = {"kind": "jsonl", "paths": [str(folder / OWN_ANSWERS)]}
     if options.held_out is None:
         data["held_out_fraction"] = 0.02
     else:
@@ -102,7 +113,7 @@ def heal_settings(
         "budget": {"tokens": tokens},
         "data": data,
         "objective": {
-            "kind": "span_corruption" if encodes else "causal_lm",
+            "kind": kind,
             "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT},
         },
         "optimizer": {
@@ -173,6 +184,17 @@ def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[st
         which = "held_out_texts" if held_out else "training_texts"
         return {"kind": "python", "paths": [f"gqa_convert.data.stdlib:{which}"]}
     return text
+
+
+def _holds_answers(text: str | tuple[str, ...]) -> bool:
+    """Whether the rows of a named text are texts and their answers."""
+    from gqa_convert.data.conversations import Conversation
+    from gqa_convert.data.documents import open_corpus
+    from gqa_convert.data.named import source_named
+
+    name = weighted_texts(text)[0][0]
+    named = Path(name).exists() or name not in (SELF, DEMO)
+    return named and isinstance(open_corpus(source_named(name)).first(), Conversation)
 
 
 def processes() -> int:
