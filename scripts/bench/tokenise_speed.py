@@ -172,7 +172,7 @@ def first_step(model: str, work: Path, *, cache: str | None = None, streaming: b
         "schedule": {"kind": "constant", "peak": 1e-4},
         "train": {"batch_sequences": 1, "micro_batch": 1, "device": "cpu"},
         "checkpoints": {"every_minutes": None},
-        "evaluation": {"tokens": 4096},
+        "evaluation": {"tokens": 2048},
         "log": {"trackers": [], "every_steps": 1},
     }
     path = work / "uptrain.json"
