@@ -119,9 +119,10 @@ def orthogonal(x: Tensor) -> Tensor:
 
 def _on_whole(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """A function of a whole matrix, also where each process holds a shard of it: all of them compute it."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     if not isinstance(x, DTensor):
         return function(x).to(x.dtype)
-    result = function(x.full_tensor()).to(x.dtype)
-    return distribute_tensor(result, x.device_mesh, x.placements, src_data_rank=None)
+    mesh, result = x.device_mesh, function(x.full_tensor()).to(x.dtype)
+    everywhere = DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, x.placements)
