@@ -6,11 +6,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gqa_convert.conversion.recipe import SELF
 from gqa_convert.data.reading import DEMO
 from gqa_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from gqa_convert.hf.loading import Source
 
 CONTEXT = 512
 """Tokens of a sequence, where the model reads as many."""
@@ -20,8 +23,6 @@ RATE_TIMES_WIDTH = 0.9
 """Peak learning rate times hidden size; `docs/healing.md` has the trials."""
 MOST = 4e-3
 """Highest peak learning rate."""
-PER_HEAD_ABOVE = 1024
-"""Hidden size above which Muon takes attention head by head: whole, its products would outgrow the model's."""
 HIDDEN_WEIGHT = 10.0
 """Weight of the distance between both models' hidden states (1 - cosine, mean over layers) beside the KL."""
 OUTSIDE_ATTENTION = 0.3
@@ -86,7 +87,8 @@ def heal_settings(
     from gqa_convert.hf.loading import Source, max_positions
     from gqa_convert.uptrain.forecast import training_precision
 
-    model = Source.open(source, trust_remote_code=trust_remote_code).config
+    opened = Source.open(source, trust_remote_code=trust_remote_code)
+    model = opened.config
     text = model.get_text_config(decoder=True)
     width = int(getattr(text, "hidden_size", None) or USUAL_WIDTH)
     longest = max_positions(model)
@@ -119,7 +121,7 @@ def heal_settings(
         "optimizer": {
             "kind": heal_optimizer(),
             "outside_attention": OUTSIDE_ATTENTION,
-            "per_head": width > PER_HEAD_ABOVE,
+            "per_head": _by_heads(opened, source, tokens=batch_tokens, context=context),
         },
         "schedule": {
             "kind": "cosine",
@@ -184,6 +186,16 @@ def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[st
         which = "held_out_texts" if held_out else "training_texts"
         return {"kind": "python", "paths": [f"gqa_convert.data.stdlib:{which}"]}
     return text
+
+
+def _by_heads(opened: Source, folder: Path, *, tokens: int, context: int) -> bool:
+    """Whether Muon's products over whole matrices of attention would outgrow the model's own in a step."""
+    from gqa_convert.budget.shape import shape_of_folder
+    from gqa_convert.budget.solving import muon_flops
+    from gqa_convert.uptrain.model import attention_linears
+
+    shapes = [tuple(part.weight.shape) for part in attention_linears(opened.meta_model).values()]
+    return muon_flops(shapes) > tokens * shape_of_folder(folder).training_flops_per_token(context)
 
 
 def _holds_answers(text: str | tuple[str, ...]) -> bool:

@@ -215,6 +215,14 @@ def test_every_process_has_a_sequence(
     assert (train["batch_sequences"], train["micro_batch"]) == (sequences, micro)
 
 
+@pytest.mark.parametrize(("context", "apart"), [(2, True), (64, False)])
+def test_heads_are_taken_apart_where_whole_matrices_would_cost_more_than_the_passes(
+    context: int, apart: bool, converted: Path, original: Path, tmp_path: Path
+) -> None:
+    values = healing.heal_settings(HealOptions(tokens=1000, context=context), converted, original, tmp_path)
+    assert values["optimizer"]["per_head"] is apart
+
+
 def test_wide_models_move_less() -> None:
     assert heal_rate(576) == pytest.approx(2 * heal_rate(1152))
     assert heal_rate(4096) < 3e-4
