@@ -194,7 +194,8 @@ def _by_heads(opened: Source, folder: Path, *, tokens: int, context: int) -> boo
     from gqa_convert.budget.solving import muon_flops
     from gqa_convert.uptrain.model import attention_linears
 
-    shapes = [tuple(part.weight.shape) for part in attention_linears(opened.meta_model).values()]
+    parts = attention_linears(opened.meta_model).values()
+    shapes = [tuple(parameter.shape) for part in parts for parameter in part.parameters()]
     return muon_flops(shapes) > tokens * shape_of_folder(folder).training_flops_per_token(context)
 
 
