@@ -34,15 +34,16 @@ print("Python " + sys.version.split()[0] + ", " + ", ".join(f"{n} {v(n)}" for n 
 step() {  # step NAME TITLE COMMAND...
   local name=$1 title=$2; shift 2
   case " ${ONLY:-$name} " in *" $name "*) ;; *) return 0 ;; esac
-  local started=$SECONDS code=0
-  { echo; echo "## $title"; echo; echo '```console'; echo "\$ $*"; } >> "$page"
-  echo "\$ $*" >&2
+  local started=$SECONDS code=0 shown='$' word
+  for word in "$@"; do case $word in *[\ \(]*) word="'$word'" ;; esac; shown+=" $word"; done
+  { echo; echo "## $title"; echo; echo '```console'; echo "$shown"; } >> "$page"
+  echo "$shown" >&2
   "$@" < /dev/null > "$work/printed" 2>&1 || code=$?
-  sed "s|$work/||g; s|$root/||g; s| *$||" "$work/printed" >> "$page"
+  sed "s|.*\r||; s|$work/||g; s|$root/||g; s| *$||" "$work/printed" >> "$page"
   { echo '```'; echo; echo "$((SECONDS - started)) s$([ $code = 0 ] || echo ", exit code $code")"; } >> "$page"
   [ $code = 0 ] || { cat "$work/printed" >&2; failed=1; }
 }
-failed=0
+failed=0 usable=
 
 step demo "What it is" gqa demo
 step inspect "Look at the model" gqa inspect "$model"
@@ -51,11 +52,15 @@ step convert "The instant conversion" gqa-convert --groups "$groups" "$model" --
 step best "A better merge" gqa-convert --groups "$groups" "$model" --out by-best --preset best \
   --calibrate "$calibration" --calibration-sequences "${SEQUENCES:-32}" --calibration-length "${LENGTH:-512}" \
   --refit-steps "${STEPS:-60}"
+[ ! -d by-best ] || usable="a better merge than the mean was there after $((SECONDS - total)) s; "
 step eval "What it costs" gqa eval "$model" by-mean by-best --data "$held_out" --context 512 \
   --max-windows "${WINDOWS:-8}" --samples 2 --out run/eval.json
 step report "The page" gqa report run
+step heal "What mending the rest would take" gqa heal by-best "$model" --text "$calibration" --out healed --dry-run
+step use "Use it: nothing of this package is needed" python -c 'from transformers import pipeline
+print(pipeline("text-generation", "by-best")("The capital of France is", max_new_tokens=12, do_sample=False))'
 
-{ echo; echo "All of it: $((SECONDS - total)) s."; } >> "$page"
+{ echo; echo "With the package installed: ${usable}all of it took $((SECONDS - total)) s."; } >> "$page"
 cp "$page" "$out"
 echo "wrote $out" >&2
 exit $failed

@@ -6,6 +6,7 @@ Shape suffixes: N windows, T tokens of the decoder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from gqa_convert.hf.loading import Source, load_model, max_positions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gqa_convert.calibrate.store import LayerStore
     from gqa_convert.data.sound import Samples
 
+_AT_ONCE = 8
+"""Windows that are written down together; their transcripts are kept together too."""
 _SECONDS = 30  # of a window, where the extractor names no length of its own
 _LEAST_SECONDS = 0.5  # shorter ends of recordings say too little
 _TOKENS_A_SECOND, _LEAST_TOKENS = 8, 16  # longest transcript of a window; people say three or four words a second
@@ -69,6 +73,7 @@ def own_transcripts(
     source: Source,
     heard: Sequence[dict[str, Tensor]],
     *,
+    store: LayerStore | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[dict[str, Tensor]]:
@@ -80,38 +85,72 @@ def own_transcripts(
     Args:
         source: the checkpoint.
         heard: features of windows, as `recordings` gives them.
+        store: where transcripts are kept as they come, a few windows together, and found again.
         device: where to run.
         progress: called with the number of windows transcribed since the last call.
 
     Returns:
         The features by name, (N, ...), and `decoder_input_ids` (N, T), the latter starting with the start token.
     """
-    import inspect
-
     import torch
 
-    model = load_model(source, device=device, dtype=torch.float32 if device == "cpu" else "auto")
-    begin, ends = document_marks(model)
-    assert begin is not None
-    whole = "force_unique_generate_call" in inspect.signature(model.generate).parameters
-    choices = {"force_unique_generate_call": True} if whole else {}  # Whisper's own leaves out what it put before
+    writer: _Writer | None = None
     by_shape: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
-    for window in heard:
-        with torch.no_grad(), api.quiet():
-            given = {name: tensor.to(device, model.dtype) for name, tensor in window.items()}
-            written = model.generate(**given, do_sample=False, max_new_tokens=_longest(source), **choices)
-        answer = written[0].cpu()
-        if int(answer[0]) != begin:
-            answer = torch.cat([torch.tensor([begin]), answer])
-        read = answer[: shorter(tokens_read(answer, ends))]
-        shape = (len(read), *(tuple(tensor.shape) for tensor in window.values()))
-        by_shape.setdefault(shape, []).append({**window, "decoder_input_ids": read[None]})
+    for number, start in enumerate(range(0, len(heard), _AT_ONCE)):
+        windows = heard[start : start + _AT_ONCE]
+        kept = None if store is None else store.read(number)
+        if kept is None:
+            writer = writer or _Writer(source, device)
+            answers = writer.write(windows)
+            if store is not None:
+                store.write(number, {str(i): answer for i, answer in enumerate(answers)}, {})
+        else:
+            answers = [kept[0][str(i)] for i in range(len(windows))]
+        for window, read in zip(windows, answers, strict=True):
+            shape = (len(read), *(tuple(tensor.shape) for tensor in window.values()))
+            by_shape.setdefault(shape, []).append({**window, "decoder_input_ids": read[None]})
         if progress:
-            progress(1)
+            progress(len(windows))
     return [
         {name: torch.cat([window[name] for window in by_shape[shape]]) for name in by_shape[shape][0]}
         for shape in sorted(by_shape)
     ]
+
+
+class _Writer:
+    """The model, loaded to write transcripts."""
+
+    def __init__(self, source: Source, device: str) -> None:
+        import inspect
+
+        import torch
+
+        self.model = load_model(source, device=device, dtype=torch.float32 if device == "cpu" else "auto")
+        begin, self.ends = document_marks(self.model)
+        assert begin is not None
+        self.begin, self.device = begin, device
+        whole = "force_unique_generate_call" in inspect.signature(self.model.generate).parameters
+        self.choices: dict[str, Any] = {"do_sample": False, "max_new_tokens": _longest(source)}
+        self.choices |= {"force_unique_generate_call": True} if whole else {}  # Whisper's own leaves out its beginning
+
+    def write(self, windows: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        """What the decoder reads to write down each window, ids (T,); windows of one shape are written together."""
+        import torch
+
+        answers: list[Tensor] = []
+        for _, alike in groupby(windows, key=lambda window: [tuple(tensor.shape) for tensor in window.values()]):
+            parts = list(alike)
+            given = {
+                name: torch.cat([window[name] for window in parts]).to(self.device, self.model.dtype)
+                for name in parts[0]
+            }
+            with torch.no_grad(), api.quiet():
+                written = self.model.generate(**given, **self.choices)
+            for answer in written.cpu():
+                if int(answer[0]) != self.begin:
+                    answer = torch.cat([torch.tensor([self.begin]), answer])
+                answers.append(answer[: shorter(tokens_read(answer, self.ends))].clone())
+        return answers
 
 
 def _longest(source: Source) -> int:

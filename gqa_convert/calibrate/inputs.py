@@ -149,15 +149,8 @@ def _heard_inputs(
     extractor = load_feature_extractor(source.folder, trust_remote_code=source.trust_remote_code)
     windows = sound_windows(recipe, source.config)
     heard = recordings(str(recipe.calibrate), extractor, windows=windows, seed=recipe.seed)
-    key = {"source": identity(source.checkpoint), "heard": token_hash(heard)}
-    store = LayerStore(work, "text", key)
-    kept = _kept(store)
-    if kept:
-        return kept
-    parts = own_transcripts(source, heard, device=device, progress=_windows(on_layer, len(heard)))
-    for number, each in enumerate(parts):
-        store.write(number, each, {"shapes": len(parts)})
-    return parts
+    store = LayerStore(work, "text", {"source": identity(source.checkpoint), "transcripts of": token_hash(heard)})
+    return own_transcripts(source, heard, store=store, device=device, progress=_windows(on_layer, len(heard)))
 
 
 _POSITIONS_A_SECOND = 50  # of Whisper's encoder

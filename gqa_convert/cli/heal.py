@@ -93,7 +93,7 @@ def heal_command(
     options = HealOptions(**{name: value for name, value in given.items() if value is not None})
     if dry_run:
         cost = foreseen(converted, original, options, trust_remote_code=trust_remote_code)
-        emit(asdict(cost), json, lambda: typer.echo(told(cost)))
+        emit(asdict(cost), json, lambda: typer.echo(told(cost, options.tokens)))
         return
     result = heal(
         converted,

@@ -108,7 +108,8 @@ def heal(
     with heal_folder(target, work) as folder:
         config = settled(chosen, source, teacher, folder, trust_remote_code=trust_remote_code, tell=tell)
         if tell is not None:
-            tell(told(forecast(config, source, teacher, tokens=chosen.tokens, processes=processes())))
+            cost = forecast(config, source, teacher, tokens=chosen.tokens, processes=processes())
+            tell(told(cost, chosen.tokens))
         result = uptrain(config, quiet=quiet)
         _publish(result, target, source, force)
     return HealResult(
@@ -234,9 +235,9 @@ def foreseen(
     return forecast(config, source, teacher, tokens=options.tokens, processes=processes())
 
 
-def told(cost: Forecast) -> str:
-    """A forecast in one line."""
+def told(cost: Forecast, tokens: int) -> str:
+    """A forecast of a run over so many tokens in one line."""
     return (
-        f"{cost.trained:,} parameters are trained; {cost.flops:.2g} operations, about {cost.hours:.2g} hours on this "
-        f"machine, {cost.memory_bytes / 1e9:.1f} GB of memory"
+        f"{cost.trained:,} parameters are trained on {tokens:,} tokens; {cost.flops:.2g} operations, "
+        f"about {cost.hours:.2g} hours on this machine, {cost.memory_bytes / 1e9:.1f} GB of memory"
     )

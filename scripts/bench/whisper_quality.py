@@ -82,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--calibration-sequences", type=int, help="as for gqa-convert")
     parser.add_argument("--refit-steps", type=int, help="as for gqa-convert: steps of `best` per attention block")
+    parser.add_argument("--refit-tokens", type=int, help="as for gqa-convert: tokens of each step")
     parser.add_argument("--work", type=Path, help="keep transcripts, moments and models here, for the next call")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
@@ -138,7 +139,7 @@ def convert_one(args: argparse.Namespace, name: str, groups: int, work: Path) ->
     if chosen:
         chosen |= {"calibrate": args.calibration, "sequences": args.calibration_sequences}
     if name == "best":
-        chosen["refit_steps"] = args.refit_steps
+        chosen |= {"refit_steps": args.refit_steps, "refit_tokens": args.refit_tokens}
     recipe = make_recipe(chosen.pop("preset", None), **chosen)
     out = work / f"{name}-{groups}"
     convert(args.model, groups=groups, out=out, recipe=recipe, work=work / "w", force=True)
@@ -218,7 +219,7 @@ def command(args: argparse.Namespace) -> str:
     """The call that makes these figures anew."""
     words = ["python scripts/bench/whisper_quality.py MODEL --clips CLIPS --calibration SOUND --groups"]
     words.append(",".join(map(str, args.groups)))
-    for name in ("calibration_sequences", "refit_steps"):
+    for name in ("calibration_sequences", "refit_steps", "refit_tokens"):
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return " ".join(words)

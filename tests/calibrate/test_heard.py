@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from gqa_convert import convert
+from gqa_convert.calibrate import heard
 from gqa_convert.calibrate.inputs import calibration_inputs
 from gqa_convert.calibrate.parts import streaming_fault
 from gqa_convert.calibrate.tokens import token_hash
@@ -52,6 +53,38 @@ def test_windows_are_padded_and_transcribed_by_the_model(whisper: Path, clips: P
         assert each["decoder_input_ids"][:, 0].unique().tolist() == [60]  # the start token
     again = calibration_inputs(recipe("fast", clips), source, work=tmp_path) or []
     assert token_hash(again) == token_hash(parts)
+
+
+def test_transcripts_are_kept_as_they_come(
+    whisper: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, write = Source.open(whisper), heard._Writer.write
+    monkeypatch.setattr(heard, "_AT_ONCE", 2)  # of six windows
+    whole = calibration_inputs(recipe("fast", clips), source, work=tmp_path / "whole") or []
+    written: list[int] = []
+
+    def stopped(self: heard._Writer, windows: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(len(windows))
+        return write(self, windows)
+
+    monkeypatch.setattr(heard._Writer, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        calibration_inputs(recipe("fast", clips), source, work=tmp_path / "stopped")
+    written.pop()
+    again = calibration_inputs(recipe("fast", clips), source, work=tmp_path / "stopped") or []
+    assert written == [2, 2], "the windows that were done are not written again"
+    assert token_hash(again) == token_hash(whole)
+
+
+def test_windows_written_together_say_what_each_says_alone(
+    whisper: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Source.open(whisper)
+    together = calibration_inputs(recipe("fast", clips), source, work=tmp_path / "together") or []
+    monkeypatch.setattr(heard, "_AT_ONCE", 1)
+    assert token_hash(calibration_inputs(recipe("fast", clips), source, work=tmp_path) or []) == token_hash(together)
 
 
 def test_fewer_windows_where_fewer_tokens_are_asked_for(whisper: Path, clips: Path, tmp_path: Path) -> None:
