@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--without", default="", help="parts that are left out: a list")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6)
-    parser.add_argument("--items", type=int, default=30)
+    parser.add_argument("--items", type=int, default=20)
     parser.add_argument("--recall", default="256,512,1k")
     parser.add_argument("--recall-items", type=int, default=8)
     args = parser.parse_args()
