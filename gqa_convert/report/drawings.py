@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from gqa_convert.evaluate.metric import Metric
 from gqa_convert.evaluate.metrics import QUALITY, row, rows
+from gqa_convert.evaluate.results import Part
 from gqa_convert.evaluate.sweep.points import SweepPoint, frontiers
 from gqa_convert.report.collect import Run
 from gqa_convert.report.labels import place_labels
@@ -192,33 +194,41 @@ def kinds(axes: Any, run: Run) -> bool:
             places, [part.kl.value for part in shown], width, color=color, label=each.model.name,
             yerr=bars, error_kw={"ecolor": "#8a8a8a", "capsize": 2},
         )  # fmt: skip
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     axes.set_ylabel("KL, nats per token")
     axes.legend(fontsize=9)
     return True
 
 
 def positions(axes: Any, run: Run) -> bool:
-    """Top-1 agreement against the tokens before, a line per conversion."""
-    drawn = False
+    """Top-1 agreement against the tokens before, a line per conversion; a dot in the middle of each stretch."""
+    edges: set[int] = set()
     for color, each in zip(COLORS * 9, told_apart(run), strict=False):
-        shown = [part for part in each.parts if part.by == "position"]
-        starts = [int(part.name.partition("-")[0]) for part in shown if part.name.partition("-")[0].isdecimal()]
-        if len(starts) < max(2, len(shown)):
+        shown = [(part.top1_agreement, ends) for part in each.parts if (ends := _stretch(part))]
+        if len(shown) < 2:
             continue
-        bars = _bars([(part.top1_agreement.value, part.top1_agreement.interval) for part in shown])
-        values = [part.top1_agreement.value for part in shown]
-        axes.errorbar(starts, values, yerr=bars, fmt="o-", color=color, capsize=2, markersize=4, label=each.model.name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(starts, [str(start) for start in starts])
-        drawn = True
-    if not drawn:
+        values = [(figure.value, figure.interval) for figure, _ in shown]
+        middles = [math.sqrt(low * high) for _, (low, high) in shown]
+        heights = [value for value, _ in values]
+        axes.errorbar(
+            middles, heights, yerr=_bars(values), fmt="o-", color=color, capsize=2, markersize=4, label=each.model.name
+        )
+        edges |= {end for _, (low, high) in shown for end in (low, high + 1)}
+    if not edges:
         return False
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(edges), [str(edge) for edge in sorted(edges)])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("tokens before, from here to the next dot")
+    axes.set_xlabel("tokens before")
     axes.set_ylabel("top-1 agreement")
     axes.legend(fontsize=9)
     return True
+
+
+def _stretch(part: Part) -> tuple[int, int] | None:
+    """From how many to how many tokens stand before; None for another kind of part, or a name that is no such pair."""
+    ends = [int(end) for end in part.name.split("-") if end.isascii() and end.isdecimal() and len(end) < 10]
+    return (ends[0], ends[1]) if part.by == "position" and len(ends) == 2 and 0 < ends[0] <= ends[1] else None
 
 
 _COSTS = {f"frontier-{metric.frontier}": metric for metric in rows() if metric.frontier}

@@ -53,13 +53,14 @@ def main() -> None:
     parser.add_argument("--python", required=True)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--part", help="do this one alone")
+    parser.add_argument("--without", default="", help="parts that are left out: a list")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6)
-    parser.add_argument("--items", type=int, default=30)
+    parser.add_argument("--items", type=int, default=20)
     parser.add_argument("--recall", default="256,512,1k")
     parser.add_argument("--recall-items", type=int, default=8)
     args = parser.parse_args()
-    asked = parts(args)
+    asked = {name: options for name, options in parts(args).items() if name not in args.without.split(",")}
     folder = args.run / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     for name in [args.part] if args.part else asked:
@@ -73,11 +74,12 @@ def main() -> None:
         return
     found = {name: Evaluation.from_json(json.loads((folder / f"{name}.json").read_text())) for name in asked}
     whole = found["loss-english"]
-    suite = [result for name in ("likelihoods", "generated", "code") for result in found[name].suite]
+    suite = [result for each in found.values() for result in each.suite]
     whole = with_suite(whole, suite, SuiteSettings(seed=SEED))
-    whole = with_recall(whole, found["recall"].recall)
+    whole = with_recall(whole, [result for each in found.values() for result in each.recall])
     write_json(args.run / "english.json", whole.to_json())
-    write_json(args.run / "python.json", found["loss-python"].to_json())
+    if "loss-python" in found:
+        write_json(args.run / "python.json", found["loss-python"].to_json())
 
 
 if __name__ == "__main__":

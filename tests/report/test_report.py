@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +15,7 @@ from gqa_convert.cli.main import app
 from gqa_convert.errors import HubError, UsageError
 from gqa_convert.report import writing
 from gqa_convert.report.collect import read_run
-from gqa_convert.report.drawings import DRAWINGS, TITLES
+from gqa_convert.report.drawings import DRAWINGS, TITLES, _stretch
 from gqa_convert.report.labels import place_labels
 from gqa_convert.report.page import page
 from gqa_convert.report.words import verdict
@@ -106,6 +107,22 @@ def test_it_says_where_the_chosen_conversion_differs(run_folder: Path) -> None:
     for words in ("Where it differs", "Where pca-g2 differs", "behind 16 to 31 tokens", TITLES["kinds"]):
         assert words in text
     assert "Where mean-g4 differs" not in text
+
+
+@pytest.mark.parametrize(
+    ("by", "name", "ends"),
+    [
+        ("position", "16-31", (16, 31)),
+        ("kind", "16-31", None),
+        ("position", "0-3", None),
+        ("position", "²-31", None),
+        ("position", "1-" + "9" * 5000, None),
+        ("position", "far", None),
+    ],
+)
+def test_a_stretch_of_the_window_is_two_numbers(by: str, name: str, ends: tuple[int, int] | None) -> None:
+    part = comparison("tiny-gqa2", 2, 0.1).parts[0]
+    assert _stretch(replace(part, by=by, name=name)) == ends
 
 
 def test_every_plot_is_a_file_too(run_folder: Path) -> None:
