@@ -24,6 +24,8 @@ PEAK = 1.9
 """Measured peaks of memory over what is counted while layers are solved."""
 _LENGTH = 2048
 _HEAL_STEPS = 500
+_HEAD = 128
+"""Width of a head, where healing's optimiser takes attention head by head: where matrices cost more than passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,9 @@ def solving(shape: ModelShape, *, hardware: str, mfu: float) -> dict[str, Solvin
     # Healing: both models forward, backward through what is frozen and for the gradients of attention; Muon's products.
     heal: float = HEAL_TOKENS * (2 * forward + 2 * shape.matmul_parameters + scores + 2 * attention)
     # Of q and o: how small k and v have become is not known here.
-    heal += _HEAL_STEPS * shape.layers * muon_flops([(width, shape.attention_width)] * 2)
+    whole = _HEAL_STEPS * shape.layers * muon_flops([(width, shape.attention_width)] * 2)
+    heads = [(width, _HEAD)] * max(1, 2 * shape.attention_width // _HEAD)
+    heal += whole if whole <= heal else _HEAL_STEPS * shape.layers * muon_flops(heads)
     peak = device_tflops(hardware) * 1e12 * mfu * 3600
     hours = {"fast": fast / (peak * FLOAT32_SHARE), "best": best / (peak * FLOAT32_SHARE)}
     hours["heal"] = hours["best"] + heal / peak

@@ -1,4 +1,4 @@
-"""`gqa heal`: train the attention of a converted model back to its original's predictions."""
+"""`gqa heal`: train a converted model back to its original's predictions, its attention or all of it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ def heal_command(
     until: Until = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate. (default: by width)")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a sequence. (default: 512)")] = None,
+    parameters: Annotated[
+        str | None,
+        typer.Option(
+            help="What is trained: attention, or all (slower; a little nearer). (default: attention)", metavar="WHAT"
+        ),
+    ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers", help="Of an encoder-decoder: the original answers --text first, and that is trained on."
+        ),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of the text. (default: 0)")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Keep the training run here. (default: beside --out, removed at the end)")
@@ -74,6 +86,8 @@ def heal_command(
         "until": until,
         "rate": rate,
         "context": context,
+        "parameters": parameters,
+        "answers": answers or None,
         "seed": seed,
     }
     options = HealOptions(**{name: value for name, value in given.items() if value is not None})

@@ -11,7 +11,7 @@ from gqa_convert.console import console, size
 from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.metric import Figures, Metric
-from gqa_convert.evaluate.results import Comparison, Evaluation, recall_rows
+from gqa_convert.evaluate.results import Comparison, Evaluation, recall_rows, where_words
 
 _MODELS_PER_TABLE = 4
 
@@ -30,6 +30,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
         markup=False,
         style="dim",
     )
+    for line in filter(None, map(where_words, evaluation.converted)):
+        out.print(line, highlight=False, markup=False)
     if evaluation.recall:
         out.print(_recall(evaluation))
     for sample in evaluation.samples:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gqa_convert.data.blocks import Block, Blocks
 from gqa_convert.data.conversations import TOKEN, UNSCORED
@@ -94,6 +95,34 @@ def collate_spans(corruption: SpanCorruption, *, seed: int, decoder_start: int) 
         shifted[:, 1:] = labels[:, :-1]
         inputs = torch.from_numpy(np.stack([inputs for inputs, _ in pairs]))
         return MicroBatch({"input_ids": inputs, "decoder_input_ids": shifted}, labels)
+
+    return collate
+
+
+def collate_pairs(*, decoder_start: int, pad: int) -> Collate:
+    """Texts and their answers for an encoder-decoder, a row for each document of a block.
+
+    Tokens that are marked as context (see `gqa_convert.data.conversations`) are the text, the others the answer. Rows
+    are as long as the longest; a block without an answer leaves a row that is not scored.
+    """
+
+    def collate(blocks: Sequence[tuple[int, Block, int]]) -> MicroBatch:
+        texts, answers = [], []
+        for _, block, _ in blocks:
+            for document in np.unique(block.documents):
+                ids = block.ids[block.documents == document]
+                context = (ids & UNSCORED) != 0
+                if context.any() and not context.all():
+                    texts.append(torch.from_numpy(ids[context] & TOKEN))
+                    answers.append(torch.from_numpy(ids[~context]))
+        if not texts:
+            texts, answers = [torch.tensor([pad])], [torch.tensor([IGNORE])]
+        labels = pad_sequence(answers, batch_first=True, padding_value=IGNORE)
+        shifted = torch.full_like(labels, decoder_start)
+        shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE, pad)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        inputs = pad_sequence(texts, batch_first=True, padding_value=pad)
+        return MicroBatch({"input_ids": inputs, "attention_mask": mask, "decoder_input_ids": shifted}, labels)
 
     return collate
 

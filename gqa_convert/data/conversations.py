@@ -18,6 +18,8 @@ from gqa_convert.errors import UsageError
 
 COLUMNS = ("messages", "conversations")
 """Columns that are looked for messages in where a row has no text."""
+PAIRS = (("input", "target"), ("inputs", "targets"), ("prompt", "completion"))
+"""Columns of a text and of what is to be answered, where a row has neither text nor messages."""
 LOSSES = ("assistant", "all")
 UNSCORED = 1 << 30
 """Added to a token's id where the token is context and not to be predicted: no vocabulary reaches so far."""
@@ -50,7 +52,8 @@ def conversation(row: dict[str, Any], column: str) -> Conversation | None:
     """The conversation that a row holds; None if the row has text under `column`, or no messages at all.
 
     Args:
-        row: of a file or a dataset. Messages are a list of `{role, content}`, or of `{from, value}`.
+        row: of a file or a dataset. Messages are a list of `{role, content}`, or of `{from, value}`; a text and its
+            answer under `PAIRS` are two of them.
         column: where to look first; where it is not there, in `COLUMNS`.
 
     Raises:
@@ -59,7 +62,7 @@ def conversation(row: dict[str, Any], column: str) -> Conversation | None:
     names = (column,) if row.get(column) is not None else () if row.get("text") is not None else COLUMNS
     name = next((name for name in names if _is_list_of_objects(row.get(name))), None)
     if name is None:
-        return None
+        return _pair(row) if row.get(column) is None and row.get("text") is None else None
     messages = [_message(entry, name, number) for number, entry in enumerate(row[name], start=1)]
     if not messages:
         return Conversation("")
@@ -72,6 +75,20 @@ def conversation(row: dict[str, Any], column: str) -> Conversation | None:
             raise ValueError(f"its field 'tools' is text, but not JSON ({error})") from error
     if tools:
         values["tools"] = _without_nulls(tools)
+    return _as_json(values)
+
+
+def _pair(row: dict[str, Any]) -> Conversation | None:
+    """Rows of a text and its answer, as a conversation of two turns."""
+    for said, answered in PAIRS:
+        texts = row.get(said), row.get(answered)
+        if all(isinstance(text, str) for text in texts):
+            turns = zip(("user", "assistant"), texts, strict=True)
+            return _as_json({"messages": [{"role": role, "content": text} for role, text in turns]})
+    return None
+
+
+def _as_json(values: dict[str, Any]) -> Conversation:
     text = json.dumps(values, ensure_ascii=False, sort_keys=True)
     try:
         text.encode("utf-8")

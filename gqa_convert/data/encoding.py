@@ -31,6 +31,8 @@ class Encoder:
         append_eos: end every document with EOS.
         limit: how many token ids the model knows; None to take any.
         loss_on: of conversations: `assistant`, or `all` tokens.
+        pairs: for encoder-decoders, conversations are a text and its answer, of so many tokens together at most: the
+            encoder reads the first as it is, without a template, and the second is predicted.
 
     Raises:
         UsageError: if a conversation meets no template, or one that cannot be followed; if EOS is to be appended and
@@ -42,6 +44,7 @@ class Encoder:
     append_eos: bool = True
     limit: int | None = None
     loss_on: str = LOSSES[0]
+    pairs: int | None = None
 
     def __post_init__(self) -> None:
         if self.append_eos and self.tokenizer.eos_token_id is None:
@@ -74,7 +77,9 @@ class Encoder:
         digest = hashlib.blake2b(spelled.encode(), digest_size=16).hexdigest()
         described = {"tokenizer": digest, "special_tokens": self.special_tokens, "append_eos": self.append_eos}
         template = getattr(self.tokenizer, "chat_template", None)
-        if template:  # a store of conversations is another one with another template, or another loss
+        if self.pairs is not None:
+            described |= {"pairs": self.pairs}
+        elif template:  # a store of conversations is another one with another template, or another loss
             told = hashlib.blake2b(repr(template).encode(), digest_size=16).hexdigest()
             described |= {"chat_template": told, "loss_on": self.loss_on}
         return described
@@ -88,10 +93,34 @@ class Encoder:
     def _conversation(self, document: Conversation) -> Ids:
         if not document:
             return np.zeros(0, np.int64)
+        if self.pairs is not None:
+            return self._pair(document, self.pairs)
         rendered = self.template.render(document, spans=self.loss_on == LOSSES[0])
         if len(rendered.ids):
             self.check_known(int(rendered.ids.max()))
         return np.where(rendered.assistant, rendered.ids, rendered.ids | UNSCORED)
+
+    def _pair(self, document: Conversation, most: int) -> Ids:
+        """A text's tokens, not to be predicted, and its answer's; what is too long is cut at its end."""
+        messages, _ = document.parsed
+        roles = [message["role"] for message in messages]
+        if roles != ["user", "assistant"]:
+            raise UsageError(
+                f"objective.kind=text_to_text: a row has the turns {', '.join(roles)}. An encoder-decoder learns "
+                'pairs of one text and one answer: {"input": ..., "target": ...}.'
+            )
+        said, answered = (str(message["content"]) for message in messages)
+        inputs = self._tokens(said)
+        targets = [token for token in self._tokens(answered) if token != self.tokenizer.eos_token_id]
+        targets = [*targets[: most // 2 - 1], int(self.tokenizer.eos_token_id)]
+        inputs = inputs[: most - len(targets)]
+        ids = np.asarray([*inputs, *targets], dtype=np.int64)
+        self.check_known(int(ids.max()))
+        ids[: len(inputs)] |= UNSCORED
+        return ids
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
 
     def _plain(self, texts: list[str]) -> list[Ids]:
         if not texts:

@@ -17,9 +17,10 @@ from gqa_convert.evaluate import models, text
 from gqa_convert.evaluate.cache_formats import WithCache
 from gqa_convert.evaluate.decode.settings import QUANTISED
 from gqa_convert.evaluate.figures import model_figures, pair_figures
+from gqa_convert.evaluate.places import Places, parts
 from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
 from gqa_convert.evaluate.samples import chosen, side_by_side, written
-from gqa_convert.evaluate.scoring import WindowSums, score
+from gqa_convert.evaluate.scoring import WindowSums, score, score_beside
 
 DEFAULT_CONTEXT = 2048
 """Tokens per window where neither the user nor the model's configuration says; also the most that is taken unasked."""
@@ -114,31 +115,39 @@ def evaluate(
         pairs = len(others) + len(settings.caches) * (1 + len(others))
         on_total(len(task.examples) * max(1, pairs))
     original = models.load(first, dtype=settings.dtype, device=settings.device)
+    places = Places(tokenizer, task.examples) if others or settings.caches else None
     begun = chosen(task.examples, settings.samples)
     said = [(first.name, written(original, tokenizer, begun))]
     sums: WindowSums | None = None
     original_result: ModelResult | None = None
 
-    def compared(subject: models.Subject, model: Any, cache: str = "") -> Comparison:
+    def compared(subject: models.Subject, model: Any, caches: Sequence[str]) -> list[Comparison]:
+        """A model with each of the caches (`""`: its own) beside the original, which runs once for all."""
         nonlocal sums, original_result
-        runs = WithCache(model, cache) if cache else model
-        sums, seen, seconds = score(
-            original, runs, task.examples, batch_size=settings.batch_size, on_windows=on_windows
+        run = [WithCache(model, cache) if cache else model for cache in caches]
+        scored = score_beside(
+            original, run, task.examples, batch_size=settings.batch_size, places=places, on_windows=on_windows
         )
-        assert seen is not None
-        original_result = original_result or _result(first, original, sums, task)
-        result = _result(subject, runs, seen, task, cache)
-        figures = pair_figures(sums, seen, original_result.figures, result.figures, block=task.block)
-        return Comparison(model=result, figures=figures, seconds=seconds)
+        found = []
+        for cache, runs, (before, seen, seconds) in zip(caches, run, scored, strict=True):
+            assert places is not None
+            sums = before
+            original_result = original_result or _result(first, original, before, task)
+            result = _result(subject, runs, seen, task, cache)
+            figures = pair_figures(before, seen, original_result.figures, result.figures, block=task.block)
+            where = parts(places, before, seen, block=task.block)
+            found.append(Comparison(model=result, figures=figures, seconds=seconds, parts=where))
+        return found
 
     comparisons: list[Comparison] = []
-    quantised = [compared(first, original, cache) for cache in settings.caches]
+    quantised = compared(first, original, settings.caches) if settings.caches else []
     for other in others:
         model = models.load(other, dtype=settings.dtype, device=settings.device)
-        comparisons.append(compared(other, model))
+        own, *rounded = compared(other, model, ("", *settings.caches))
+        comparisons.append(own)
         said.append((other.name, written(model, tokenizer, begun)))
-        quantised += [compared(other, model, cache) for cache in settings.caches]
-        del model
+        quantised += rounded
+        del model, own, rounded
     if sums is None or original_result is None:
         sums, _, _ = score(original, None, task.examples, batch_size=settings.batch_size, on_windows=on_windows)
         original_result = _result(first, original, sums, task)

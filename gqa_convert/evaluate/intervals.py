@@ -41,18 +41,27 @@ def mean_per_token(sums: Sequence[float], tokens: Sequence[int], *, block: int =
         block: neighbouring windows that are drawn together; 1 where they share no text.
         seed: of the draws.
     """
-    top = torch.tensor(sums, dtype=torch.float64)
-    bottom = torch.tensor(tokens, dtype=torch.float64)
-    value = float(top.sum() / bottom.sum())
+    return means_per_token([sums], tokens, block=block, seed=seed)[0]
+
+
+def means_per_token(
+    columns: Sequence[Sequence[float]], tokens: Sequence[int], *, block: int = 1, seed: int = 0
+) -> list[Estimate]:
+    """The same for several sums over the same windows, which are drawn once for all."""
+    top_CW = torch.tensor(columns, dtype=torch.float64)
+    bottom_W = torch.tensor(tokens, dtype=torch.float64)
+    count = len(bottom_W)
     generator = torch.Generator().manual_seed(seed)
     means = []
-    step = max(1, (1 << 22) // len(top))
+    step = max(1, (1 << 22) // count)
     offsets = torch.arange(block)
     for done in range(0, RESAMPLES, step):
         # Blocks that reach past the last window go on with the first; what is drawn too many is cut off.
-        starts = torch.randint(len(top), (min(step, RESAMPLES - done), -(-len(top) // block)), generator=generator)
-        chosen = ((starts[..., None] + offsets) % len(top)).flatten(1)[:, : len(top)]
-        means.append(top[chosen].sum(1) / bottom[chosen].sum(1))
+        starts = torch.randint(count, (min(step, RESAMPLES - done), -(-count // block)), generator=generator)
+        chosen = ((starts[..., None] + offsets) % count).flatten(1)[:, :count]
+        below = bottom_W[chosen].sum(1)
+        means.append(torch.stack([top_W[chosen].sum(1) / below for top_W in top_CW]))
     tail = (1 - LEVEL) / 2
-    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Estimate(value, low, high)
+    bounds = torch.cat(means, 1).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=1)
+    values = [float(top_W.sum() / bottom_W.sum()) for top_W in top_CW]
+    return [Estimate(value, *pair) for value, pair in zip(values, bounds.T.tolist(), strict=True)]

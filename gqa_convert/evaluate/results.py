@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.evaluate.deals import conclusions
-from gqa_convert.evaluate.metric import Figures, FromBench, Metric
+from gqa_convert.evaluate.metric import Figure, Figures, FromBench, Metric
 from gqa_convert.evaluate.metrics import from_json, rows, to_json
 from gqa_convert.evaluate.samples import Sample
 from gqa_convert.heads import kv_heads_words
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 Tasks = dict[str, dict[str, dict[str, float]]]
 """Values of lm-eval by model, task and metric."""
+
+
+KINDS = ("word", "word piece", "number", "punctuation", "white space", "special")
+"""Kinds of token that a comparison is told apart by, see `gqa_convert.evaluate.places`."""
 
 
 def pair_rows() -> list[Metric]:
@@ -92,6 +96,31 @@ class ModelResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a conversion costs in some of the tokens, see `gqa_convert.evaluate.places`.
+
+    Attributes:
+        by: `kind` of token, or `position` in the window.
+        name: of `KINDS`; or from how many to how many tokens stand before.
+        tokens: scored ones.
+        loss: the original's, in nats per token.
+        loss_difference: the conversion's less the original's.
+        kl: KL(original || converted) in nats per token.
+        top1_agreement: share of tokens at which both models rank the same token first.
+        kl_share: of the KL of all tokens.
+    """
+
+    by: str
+    name: str
+    tokens: int
+    loss: float
+    loss_difference: Figure
+    kl: Figure
+    top1_agreement: Figure
+    kl_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A converted model against its original; intervals are 95 % bootstrap intervals, paired by window.
 
@@ -99,11 +128,13 @@ class Comparison:
         model: the converted model's own figures.
         figures: those of the pair, by metric.
         seconds: time to score both models.
+        parts: the same by kind of token and by position; empty in files written before they were told apart.
     """
 
     model: ModelResult
     figures: Figures
     seconds: float
+    parts: tuple[Part, ...] = ()
 
     @property
     def loss_difference(self) -> float:
@@ -137,7 +168,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values, each by its metric's name, those of the model under `model`."""
-        return {"model": self.model.to_json(), "seconds": self.seconds} | to_json(self.figures, pair_rows())
+        values = {"model": self.model.to_json(), "seconds": self.seconds} | to_json(self.figures, pair_rows())
+        return values | {"parts": [_part_to_json(part) for part in self.parts]}
 
 
 def _interval(figures: Figures, name: str) -> tuple[float, float]:
@@ -282,6 +314,28 @@ class Evaluation(Outcome):
         return _adapter().validate_python(values | {"base": _with_figures(values.get("base"))} | pairs)
 
 
+def part_words(part: Part) -> str:
+    """What tokens a part holds."""
+    return part.name if part.by == "kind" else f"behind {part.name.replace('-', ' to ')} tokens"
+
+
+def where_words(comparison: Comparison) -> str:
+    """Where a conversion differs most from its original, in a line; empty where that was not told apart."""
+    kinds = sorted((p for p in comparison.parts if p.by == "kind"), key=lambda part: -part.kl_share)
+    if not kinds:
+        return ""
+    shares = ", ".join(f"{p.name} {p.kl_share:.0%} ({p.kl.value:.3f} per token)" for p in kinds[:3])
+    line = f"{comparison.model.name}: of its KL, {shares}"
+    places = [part for part in comparison.parts if part.by == "position"]
+    if len(places) > 1:
+        first, last = places[0], places[-1]
+        line += (
+            f"; top-1 agreement {first.top1_agreement.value:.1%} {part_words(first)}, "
+            f"{last.top1_agreement.value:.1%} {part_words(last)}"
+        )
+    return f"{line}."
+
+
 def recall_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """The models, and for each kind and context a row: its name, and what each model has right of how many."""
     names = list(dict.fromkeys(result.model for result in evaluation.recall))
@@ -301,10 +355,39 @@ def _adapter() -> TypeAdapter[Evaluation]:
 
 def _pairs(values: Any) -> list[dict[str, Any]]:
     return [
-        _with_figures(entry, pair_rows()) | {"model": _with_figures(entry["model"])}
+        _with_figures(entry, pair_rows())
+        | {"model": _with_figures(entry["model"]), "parts": _parts(entry.get("parts"))}
         for entry in (values if isinstance(values, list) else ())
         if isinstance(entry, dict) and isinstance(entry.get("model"), dict)
     ]
+
+
+_PART_FIGURES = ("loss_difference", "kl", "top1_agreement")
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    """A part with its figures flat, as those of a pair are."""
+    values = asdict(part)
+    for name in _PART_FIGURES:
+        figure: Figure = getattr(part, name)
+        values[name] = figure.value
+        values[f"{name}_interval"] = figure.interval and list(figure.interval)
+    return values
+
+
+def _parts(values: Any) -> list[Any]:
+    """Undo `_part_to_json` as far as the shape goes; whether the values fit is checked with all others."""
+    if not isinstance(values, list):
+        return []
+    found = []
+    for value in values:
+        figures = (
+            {name: {"value": value.get(name), "interval": value.get(f"{name}_interval")} for name in _PART_FIGURES}
+            if isinstance(value, dict)
+            else {}
+        )
+        found.append(value | figures if figures else value)
+    return found
 
 
 def _with_figures(values: Any, metrics: list[Metric] | None = None) -> dict[str, Any]:

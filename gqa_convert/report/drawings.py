@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from gqa_convert.evaluate.metric import Metric
 from gqa_convert.evaluate.metrics import QUALITY, row, rows
+from gqa_convert.evaluate.results import Part
 from gqa_convert.evaluate.sweep.points import SweepPoint, frontiers
 from gqa_convert.report.collect import Run
 from gqa_convert.report.labels import place_labels
+from gqa_convert.report.tables import told_apart
 
 COLORS = ("#2f7ed8", "#e0762f", "#3a9d5d", "#b455c8", "#c8a415", "#17a2b8", "#d14a61")
 """Each readable on white and on near black."""
@@ -176,6 +179,58 @@ def cache(axes: Any, run: Run) -> bool:
     return True
 
 
+def kinds(axes: Any, run: Run) -> bool:
+    """KL per token by kind of token, a bar per conversion."""
+    compared = told_apart(run)
+    names = list(dict.fromkeys(part.name for each in compared for part in each.parts if part.by == "kind"))
+    if not names:
+        return False
+    width = 0.8 / len(compared)
+    for number, (color, each) in enumerate(zip(COLORS * 9, compared, strict=False)):
+        shown = [part for part in each.parts if part.by == "kind"]
+        places = [names.index(part.name) + (number - (len(compared) - 1) / 2) * width for part in shown]
+        bars = _bars([(part.kl.value, part.kl.interval) for part in shown])
+        axes.bar(
+            places, [part.kl.value for part in shown], width, color=color, label=each.model.name,
+            yerr=bars, error_kw={"ecolor": "#8a8a8a", "capsize": 2},
+        )  # fmt: skip
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    axes.set_ylabel("KL, nats per token")
+    axes.legend(fontsize=9)
+    return True
+
+
+def positions(axes: Any, run: Run) -> bool:
+    """Top-1 agreement against the tokens before, a line per conversion; a dot in the middle of each stretch."""
+    edges: set[int] = set()
+    for color, each in zip(COLORS * 9, told_apart(run), strict=False):
+        shown = [(part.top1_agreement, ends) for part in each.parts if (ends := _stretch(part))]
+        if len(shown) < 2:
+            continue
+        values = [(figure.value, figure.interval) for figure, _ in shown]
+        middles = [math.sqrt(low * high) for _, (low, high) in shown]
+        heights = [value for value, _ in values]
+        axes.errorbar(
+            middles, heights, yerr=_bars(values), fmt="o-", color=color, capsize=2, markersize=4, label=each.model.name
+        )
+        edges |= {end for _, (low, high) in shown for end in (low, high + 1)}
+    if not edges:
+        return False
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(edges), [str(edge) for edge in sorted(edges)])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("tokens before")
+    axes.set_ylabel("top-1 agreement")
+    axes.legend(fontsize=9)
+    return True
+
+
+def _stretch(part: Part) -> tuple[int, int] | None:
+    """From how many to how many tokens stand before; None for another kind of part, or a name that is no such pair."""
+    ends = [int(end) for end in part.name.split("-") if end.isascii() and end.isdecimal() and len(end) < 10]
+    return (ends[0], ends[1]) if part.by == "position" and len(ends) == 2 and 0 < ends[0] <= ends[1] else None
+
+
 _COSTS = {f"frontier-{metric.frontier}": metric for metric in rows() if metric.frontier}
 
 DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
@@ -185,6 +240,8 @@ DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
     "heads": heads,
     "similarity": similarity,
     "cache": cache,
+    "kinds": kinds,
+    "positions": positions,
 }
 
 TITLES = {
@@ -194,6 +251,8 @@ TITLES = {
     "heads": "KV heads of each layer",
     "similarity": "How alike the heads of a group are",
     "cache": "Cache against context",
+    "kinds": "Which tokens differ",
+    "positions": "Agreement within the window",
 }
 
 CAPTIONS = {
@@ -202,5 +261,7 @@ CAPTIONS = {
     "layers": "One layer converted, all others as in the original.",
     "heads": "Chosen by what each layer costs alone; more where it costs more.",
     "similarity": "Mean cosine of the weights of heads in a group; aligned: after rotating them onto each other.",
+    "kinds": "KL(original || converted) by kind of token. Bars: 95 % intervals.",
+    "positions": "Both models rank the same token first, by how many tokens stand before. Bars: 95 % intervals.",
     "cache": "From the measured bytes per token; both axes are logarithmic.",
 }

@@ -12,7 +12,16 @@ from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run
 from gqa_convert.report.commands import commands
 from gqa_convert.report.drawings import CAPTIONS, TITLES
-from gqa_convert.report.tables import decoding, measured_on, points_metrics, points_table, quality, samples
+from gqa_convert.report.tables import (
+    decoding,
+    measured_on,
+    points_metrics,
+    points_table,
+    quality,
+    samples,
+    told_apart,
+    where_table,
+)
 from gqa_convert.report.words import verdict, written_by
 
 if TYPE_CHECKING:
@@ -64,6 +73,7 @@ def page(run: Run, plots: dict[str, str]) -> str:
         deals=[point.deal for point in run.points if point.deal],
         measured_on=measured_on(run.base, points_metrics(run)) if run.base is not None else "",
         chosen_decoding=decoding(timed, chosen.name) if timed is not None and chosen is not None else None,
+        chosen_where=[where_table(comparison) for comparison in told_apart(run)] if run.points else [],
         evaluations=[quality(evaluation) for evaluation in run.evaluations],
         benches=[decoding(timed) for timed in run.benches],
         samples=samples(run),

@@ -10,7 +10,7 @@ from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.decode.results import DecodeResult, lengths
 from gqa_convert.evaluate.metric import Figures, Metric
-from gqa_convert.evaluate.results import Evaluation, Tasks, recall_rows
+from gqa_convert.evaluate.results import Comparison, Evaluation, Part, Tasks, part_words, recall_rows
 from gqa_convert.evaluate.samples import Sample
 from gqa_convert.evaluate.sweep.points import SweepPoint
 from gqa_convert.report.collect import Run, Timed
@@ -64,6 +64,7 @@ class Quality:
     conclusions: tuple[str, ...] = ()
     tasks: Table | None = field(default=None)
     recall: Table | None = field(default=None)
+    where: tuple[Table, ...] = ()
 
 
 def _heads(shown: Sequence[Metric]) -> tuple[Column, ...]:
@@ -111,7 +112,48 @@ def quality(evaluation: Evaluation) -> Quality:
         conclusions=tuple(conclusions(evaluation)),
         tasks=tasks_table(evaluation.tasks),
         recall=recall_table(evaluation),
+        where=tuple(where_table(comparison) for comparison in evaluation.converted if comparison.parts),
     )
+
+
+def where_table(comparison: Comparison) -> Table:
+    """Where a conversion differs from its original: a row per kind of token, and per stretch of the window."""
+    head = (
+        Column("tokens of what kind, and where"),
+        Column("tokens"),
+        Column("original's loss", "nats per token"),
+        Column("loss rise [95 %]", "nats per token"),
+        Column("KL [95 %]", "KL(original || converted) in nats per token"),
+        Column("share of the KL"),
+        Column("top-1", "both models rank the same token first; higher is better"),
+    )
+    rows = tuple(_where_row(part) for part in comparison.parts)
+    return Table(caption=f"Where {comparison.model.name} differs", head=head, rows=rows, caption_shown=True)
+
+
+def _where_row(part: Part) -> Row:
+    rise, kl = part.loss_difference, part.kl
+    return Row(
+        (
+            part_words(part),
+            f"{part.tokens:,}",
+            f"{part.loss:.3f}",
+            f"{rise.value:+.3f}" + (f" [{rise.interval[0]:+.3f}, {rise.interval[1]:+.3f}]" if rise.interval else ""),
+            f"{kl.value:.3f}" + (f" [{kl.interval[0]:.3f}, {kl.interval[1]:.3f}]" if kl.interval else ""),
+            f"{part.kl_share:.1%}",
+            f"{part.top1_agreement.value:.1%}",
+        )
+    )
+
+
+def told_apart(run: Run) -> list[Comparison]:
+    """The conversions of a run whose tokens were told apart: of a sweep the chosen one."""
+    if run.points:
+        detail = run.details[run.chosen.name] if run.chosen is not None else None
+        evaluations = [detail.evaluation] if detail is not None and detail.evaluation is not None else []
+    else:
+        evaluations = list(run.evaluations)
+    return [each for evaluation in evaluations for each in evaluation.converted if each.parts]
 
 
 def recall_table(evaluation: Evaluation) -> Table | None:

@@ -48,8 +48,8 @@ class DistillationSection(Section):
 class ObjectiveSection(Section):
     """What is minimised."""
 
-    kind: Literal["causal_lm", "span_corruption"] = "causal_lm"
-    """Next token, or T5's span corruption."""
+    kind: Literal["causal_lm", "span_corruption", "text_to_text"] = "causal_lm"
+    """Next token; for encoder-decoders T5's span corruption, or the answers of rows that are a text and its answer."""
     density: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Span corruption: share of tokens that are noise."""
     mean_span: Annotated[float, Field(ge=1)] = 3.0
@@ -78,6 +78,10 @@ class OptimizerSection(Section):
     """Of matrices; vectors (norms, biases) are never decayed."""
     decay_embeddings: bool = False
     """Decay embeddings too; a step meets few of their rows, and decay would shrink the rest at each."""
+    per_head: bool = False
+    """muon: take attention head by head; a seventh of its cost and less, but a little less is learnt from a token."""
+    outside_attention: Positive = 1.0
+    """Learning rate of everything but the attention's projections and norms, as a share of the schedule's."""
     clip: Positive | None = 1.0
     """Largest gradient norm; null for none."""
 
@@ -323,6 +327,11 @@ def _conflicts(config: UptrainConfig) -> list[str]:
         problems.append(f"evaluation.sets: {', '.join(sorted(taken))} is the name of a source too. Choose another.")
     if config.objective.kind == "span_corruption" and config.data.packing == "whole":
         problems.append("data.packing=whole: span corruption packs documents together. Set it to cut or auto.")
+    if config.objective.kind == "text_to_text":
+        if config.data.packing == "cut":
+            problems.append("data.packing=cut: texts and their answers are kept whole. Set it to whole or auto.")
+        if told and told.cache:
+            problems.append("objective.distillation.cache: not with text_to_text. Leave it out.")
     if config.train.batch_sequences % config.train.micro_batch:
         problems.append(
             f"train.batch_sequences={config.train.batch_sequences} is no multiple of "

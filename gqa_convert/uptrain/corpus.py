@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gqa_convert.data.batches import Collate, collate_causal, collate_spans
+from gqa_convert.data.batches import Collate, collate_causal, collate_pairs, collate_spans
 from gqa_convert.data.blocks import Block, StoredBlocks, held_out_blocks
 from gqa_convert.data.conversations import Conversation
 from gqa_convert.data.documents import Corpus, SourceSpec, open_corpus
@@ -29,6 +29,9 @@ _FEWEST = 2
 """Tokens of which one predicts another; shards of which one can be held out."""
 _SHARDS_ENOUGH = 16
 """Of a hub dataset, for one of them to be held out unasked."""
+
+SEQ2SEQ = ("span_corruption", "text_to_text")
+"""Objectives of encoder-decoders."""
 
 SourceBlocks = StoredBlocks | PackedBlocks | StreamedBlocks | StridedBlocks
 
@@ -102,12 +105,17 @@ def objective_parts(config: UptrainConfig, tokenizer: Any, model_config: Any) ->
         UsageError: if model and objective do not fit, or the tokenizer lacks sentinels.
     """
     is_seq2seq = bool(getattr(model_config, "is_encoder_decoder", False))
-    if is_seq2seq != (config.objective.kind == "span_corruption"):
-        needed = "span_corruption" if is_seq2seq else "causal_lm"
+    if is_seq2seq != (config.objective.kind in SEQ2SEQ):
+        needed = " or ".join(SEQ2SEQ) if is_seq2seq else "causal_lm"
         raise UsageError(f"objective.kind={config.objective.kind}: a {model_config.model_type} model needs {needed}.")
     if not is_seq2seq:
         causal = collate_causal(config.separate_documents)
         return causal, causal, config.data.context
+    start = getattr(model_config, "decoder_start_token_id", None)
+    start = int(start if start is not None else model_config.pad_token_id)
+    if config.objective.kind == "text_to_text":
+        pairs = collate_pairs(decoder_start=start, pad=int(model_config.pad_token_id or 0))
+        return pairs, pairs, config.data.context - 1
     corruption = SpanCorruption.fitting(
         config.data.context,
         sentinels=sentinel_ids(tokenizer),
@@ -115,8 +123,6 @@ def objective_parts(config: UptrainConfig, tokenizer: Any, model_config: Any) ->
         density=config.objective.density,
         mean_span=config.objective.mean_span,
     )
-    start = getattr(model_config, "decoder_start_token_id", None)
-    start = int(start if start is not None else model_config.pad_token_id)
     collate, held_out = (
         collate_spans(corruption, seed=seed, decoder_start=start) for seed in (config.train.seed, _HELD_OUT_SEED)
     )
@@ -131,6 +137,7 @@ def run_encoder(config: UptrainConfig, tokenizer: Any, model_config: Any) -> Enc
         append_eos=config.append_eos,
         limit=_vocabulary(model_config),
         loss_on=config.data.loss_on,
+        pairs=config.data.context if config.objective.kind == "text_to_text" else None,
     )
 
 
@@ -286,11 +293,18 @@ class _Opening:
             UsageError: for conversations that are to be corrupted.
         """
         talks = isinstance(corpus.first(), Conversation)
+        if self.config.objective.kind == "text_to_text":
+            if talks:
+                return True
+            raise UsageError(
+                f"data: {', '.join(corpus.spec.paths)} holds text, and objective.kind=text_to_text learns answers. "
+                'Give rows of {"input": ..., "target": ...}, or use span_corruption.'
+            )
         if talks:
             if self.config.objective.kind == "span_corruption":
                 raise UsageError(
                     f"data: {', '.join(corpus.spec.paths)} holds conversations, and objective.kind=span_corruption "
-                    "hides spans of text. Use causal_lm and a decoder, or rows of text."
+                    "hides spans of text. Use text_to_text for a text and its answer, or give rows of text."
                 )
             way = self.making.encoder.template.way
             self.making.tell(

@@ -11,8 +11,8 @@ from gqa_convert.budget.machine import matmul_rate
 from gqa_convert.budget.memory import TrainingSetup, training_memory
 from gqa_convert.budget.shape import shape_of_folder
 from gqa_convert.hf.loading import Source
-from gqa_convert.uptrain.model import attention_linears, attention_norms
-from gqa_convert.uptrain.optim import get_optimizer
+from gqa_convert.uptrain.model import attention_linears, attention_norms, head_sides
+from gqa_convert.uptrain.optim import get_optimizer, vocabulary_weights
 
 if TYPE_CHECKING:
     from gqa_convert.uptrain.config import UptrainConfig
@@ -40,7 +40,7 @@ class Forecast:
 
 
 def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int, processes: int = 1) -> Forecast:
-    """Count and measure what a distillation of attention alone takes.
+    """Count and measure what a distillation takes, of attention alone or of all parameters.
 
     Args:
         config: the run.
@@ -54,9 +54,14 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     shape, taught = shape_of_folder(source), shape_of_folder(teacher)
     converted = Source.open(source, trust_remote_code=config.trust_remote_code)
     model = converted.meta_model
-    parts = (*attention_linears(model).values(), *attention_norms(model).values())
-    shapes = [tuple(p.shape) for part in parts for p in part.parameters()]
-    trained = sum(math.prod(shape) for shape in shapes)
+    parts = [model]
+    if config.train.parameters == "attention":
+        parts = [*attention_linears(model).values(), *attention_norms(model).values()]
+    chosen = [parameter for part in parts for parameter in part.parameters()]
+    trained = sum(math.prod(parameter.shape) for parameter in chosen)
+    outer = vocabulary_weights(model)
+    heads = head_sides(model) if config.optimizer.per_head else {}
+    shapes = [part for p in chosen if id(p) not in outer for part in _parts(tuple(p.shape), heads.get(id(p)))]
     optimizer = get_optimizer(config.optimizer.kind)
     context = config.data.context
     backward_and_forward = shape.training_flops_per_token(context) * 2 / 3
@@ -67,6 +72,14 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     shared, repeated = tokens * per_token, steps * optimizer.step_flops(shapes)  # every process steps for itself
     hours = (shared / processes + repeated) / (REACHED * rate) / 3600
     return Forecast(trained=trained, flops=shared + repeated, hours=hours, memory_bytes=held.peak)
+
+
+def _parts(shape: tuple[int, ...], heads: tuple[int, int] | None) -> list[tuple[int, ...]]:
+    """The shapes that an optimiser looks at: a weight's own, or those of its heads."""
+    if heads is None:
+        return [shape]
+    side, width = heads
+    return [(width, shape[1 - side])] * (shape[side] // width)
 
 
 def training_setup(config: UptrainConfig, *, processes: int = 1, trained: int | None = None) -> TrainingSetup:

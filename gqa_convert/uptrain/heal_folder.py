@@ -17,6 +17,7 @@ from gqa_convert.conversion.recipe import SELF
 from gqa_convert.errors import OutputError, UsageError
 from gqa_convert.uptrain.heal_settings import (
     CONTEXT,
+    OWN_ANSWERS,
     OWN_TEXT,
     OWN_TOKENS,
     HealOptions,
@@ -84,6 +85,8 @@ def settled(
         return load_config(folder / _RUN)
     if SELF in [name for name, _ in weighted_texts(options.text)] and is_main():
         write_own_text(options, teacher, folder / OWN_TEXT, trust_remote_code=trust_remote_code, tell=say)
+    if options.answers and is_main():
+        write_own_answers(options, teacher, folder / OWN_ANSWERS, trust_remote_code=trust_remote_code, tell=say)
     values = heal_settings(options, source, teacher, folder, trust_remote_code=trust_remote_code)
     config = parse_config(values, where="heal")
     if is_main():
@@ -112,6 +115,33 @@ def write_own_text(options: HealOptions, teacher: Path, path: Path, *, trust_rem
     tokenizer = source.tokenizer()
     texts = tokenizer.batch_decode(ids_NT[:, 1:])
     _write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def write_own_answers(options: HealOptions, teacher: Path, path: Path, *, trust_remote_code: bool, tell: Tell) -> None:
+    """Let an encoder-decoder answer the text, `OWN_TOKENS` tokens of it at most, one text and its answer a line.
+
+    Raises:
+        UsageError: if there is no such text.
+        CheckpointError: if its tokenizer cannot be loaded.
+    """
+    if path.is_file():
+        return
+    from gqa_convert.calibrate.self_text import own_answers
+    from gqa_convert.calibrate.tokens import document_rows
+    from gqa_convert.hf.loading import Source
+
+    source = Source.open(teacher, trust_remote_code=trust_remote_code)
+    tokenizer = source.tokenizer()
+    length = (options.context or CONTEXT) // 2
+    wanted = min(options.tokens, OWN_TOKENS)
+    rows = document_rows(str(options.text), tokenizer, tokens=wanted, length=length, seed=options.seed)
+    tell(f"the original answers {sum(map(len, rows)):,} texts of {sum(row.numel() for row in rows):,} tokens")
+    lines = []
+    for pair in own_answers(source, rows, seed=options.seed):
+        sides = (pair["input_ids"], pair["decoder_input_ids"][:, 1:])
+        said, answered = (tokenizer.batch_decode(side, skip_special_tokens=True) for side in sides)
+        lines += [json.dumps({"input": a, "target": b}) for a, b in zip(said, answered, strict=True) if a and b]
+    _write_whole(path, "".join(f"{line}\n" for line in lines))
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -6,11 +6,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gqa_convert.conversion.recipe import SELF
 from gqa_convert.data.reading import DEMO
 from gqa_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    from gqa_convert.hf.loading import Source
 
 CONTEXT = 512
 """Tokens of a sequence, where the model reads as many."""
@@ -22,12 +25,14 @@ MOST = 4e-3
 """Highest peak learning rate."""
 HIDDEN_WEIGHT = 10.0
 """Weight of the distance between both models' hidden states (1 - cosine, mean over layers) beside the KL."""
+OUTSIDE_ATTENTION = 0.3
+"""Share of the rate for what is not attention, where all parameters are trained."""
 OWN_TOKENS = 131_072
 """Most tokens that the original writes; they are then met more than once."""
 USUAL_WIDTH = 1024
 """Hidden size that is assumed where a configuration states none."""
-OWN_TEXT = "original-wrote.jsonl"
-"""Name of the file, in the run's folder, that holds what the original wrote."""
+OWN_TEXT, OWN_ANSWERS = "original-wrote.jsonl", "original-answered.jsonl"
+"""Names of the files, in the run's folder, that hold what the original wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,10 @@ class HealOptions:
     """Peak learning rate; None for a rule by width."""
     context: int | None = None
     """Tokens of a sequence; None for 512, or what the model reads."""
+    parameters: Literal["attention", "all"] = "attention"
+    """What is trained; everything outside attention at a share of the rate, see `OUTSIDE_ATTENTION`."""
+    answers: bool = False
+    """Of an encoder-decoder: the original answers the text first, and its answers are what is trained on."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +72,10 @@ class HealOptions:
             problems.append(f"rate={self.rate}: must lie between 0 and 1")
         if self.context is not None and self.context < 2:
             problems.append(f"context={self.context}: must be at least 2")
+        if self.parameters not in ("attention", "all"):
+            problems.append(f"parameters={self.parameters!r}: attention or all")
+        if self.answers and (not isinstance(self.text, str) or self.text == SELF):
+            problems.append("answers: needs one text to answer")
         if problems:
             raise UsageError(f"heal: {'; '.join(problems)}.")
 
@@ -74,15 +87,24 @@ def heal_settings(
     from gqa_convert.hf.loading import Source, max_positions
     from gqa_convert.uptrain.forecast import training_precision
 
-    model = Source.open(source, trust_remote_code=trust_remote_code).config
+    opened = Source.open(source, trust_remote_code=trust_remote_code)
+    model = opened.config
     text = model.get_text_config(decoder=True)
+    width = int(getattr(text, "hidden_size", None) or USUAL_WIDTH)
     longest = max_positions(model)
     context = options.context or min(CONTEXT, longest or CONTEXT)
     encodes = bool(getattr(model, "is_encoder_decoder", False))
+    if options.answers and not encodes:
+        raise UsageError(f"heal: answers: a {model.model_type} carries on what it reads. Leave it out.")
+    kind = "causal_lm"
+    if encodes:
+        kind = "text_to_text" if options.answers or _holds_answers(options.text) else "span_corruption"
     micro_batch = -(-SEQUENCES // processes())
     batch_tokens = micro_batch * processes() * context
     tokens = max(options.tokens, batch_tokens)
     data: dict[str, Any] = {**_sources(options.text, folder), "context": context}
+    if options.answers:
+        data["source"] = {"kind": "jsonl", "paths": [str(folder / OWN_ANSWERS)]}
     if options.held_out is None:
         data["held_out_fraction"] = 0.02
     else:
@@ -93,13 +115,17 @@ def heal_settings(
         "budget": {"tokens": tokens},
         "data": data,
         "objective": {
-            "kind": "span_corruption" if encodes else "causal_lm",
+            "kind": kind,
             "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT},
         },
-        "optimizer": {"kind": heal_optimizer()},
+        "optimizer": {
+            "kind": heal_optimizer(),
+            "outside_attention": OUTSIDE_ATTENTION,
+            "per_head": _by_heads(opened, source, tokens=batch_tokens, context=context),
+        },
         "schedule": {
             "kind": "cosine",
-            "peak": options.rate or heal_rate(int(getattr(text, "hidden_size", None) or USUAL_WIDTH)),
+            "peak": options.rate or heal_rate(width),
             "final_fraction": 0.0,
             "warmup_fraction": 0.1,
         },
@@ -107,7 +133,7 @@ def heal_settings(
             "batch_sequences": micro_batch * processes(),
             "micro_batch": micro_batch,
             "precision": training_precision(),
-            "parameters": "attention",
+            "parameters": options.parameters,
             "dropout": 0.0,
             "seed": options.seed,
         },
@@ -162,6 +188,28 @@ def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[st
     return text
 
 
+def _by_heads(opened: Source, folder: Path, *, tokens: int, context: int) -> bool:
+    """Whether Muon's products over whole matrices of attention would outgrow the model's own in a step."""
+    from gqa_convert.budget.shape import shape_of_folder
+    from gqa_convert.budget.solving import muon_flops
+    from gqa_convert.uptrain.model import attention_linears
+
+    parts = attention_linears(opened.meta_model).values()
+    shapes = [tuple(parameter.shape) for part in parts for parameter in part.parameters()]
+    return muon_flops(shapes) > tokens * shape_of_folder(folder).training_flops_per_token(context)
+
+
+def _holds_answers(text: str | tuple[str, ...]) -> bool:
+    """Whether the rows of a named text are texts and their answers."""
+    from gqa_convert.data.conversations import Conversation
+    from gqa_convert.data.documents import open_corpus
+    from gqa_convert.data.named import source_named
+
+    name = weighted_texts(text)[0][0]
+    named = Path(name).exists() or name not in (SELF, DEMO)
+    return named and isinstance(open_corpus(source_named(name)).first(), Conversation)
+
+
 def processes() -> int:
     """How many processes a launcher started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -173,8 +221,5 @@ def heal_rate(width: int) -> float:
 
 
 def heal_optimizer() -> str:
-    """Muon where it can be had: older releases of torch have none, and ZeRO-3 cuts up the matrices it needs."""
-    import torch
-
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    return "adamw" if zero or not hasattr(torch.optim, "Muon") else "muon"
+    """Muon where it can be had: ZeRO-3 cuts up the matrices it needs."""
+    return "adamw" if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" else "muon"

@@ -282,17 +282,55 @@ def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UsageError: if the model has none.
     """
+    projections = _projections(model)
+    if not projections:
+        raise UsageError(f"train.parameters: {type(model).__name__} has no linear layers in attention modules.")
+    return projections
+
+
+def _projections(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     inside = tuple(f"{name}." for name, module in model.named_modules() if "attention" in type(module).__name__.lower())
-    projections: dict[str, nn.Module] = {
+    return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and any(name.startswith(prefix) for prefix in inside)
     }
-    if not projections:
-        raise UsageError(f"train.parameters: {type(model).__name__} has no linear layers in attention modules.")
-    return projections
+
+
+_OUTPUTS = ("o_proj", "out_proj", "o", "wo", "dense", "c_proj", "to_out", "linear_out", "output")
+"""Last names of attention's output projections; every other projection writes heads."""
+
+
+def head_sides(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """Ids of attention's weights that hold heads, each with the side they lie along (0: rows) and a head's width.
+
+    A weight whose side is not a whole number of heads is left out, and so is one whose attention states no width.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    sides: dict[int, tuple[int, int]] = {}
+    modules = dict(model.named_modules())
+    for name, projection in _projections(model).items():
+        width = _head_width(modules, name)
+        writes_heads = name.rpartition(".")[2] not in _OUTPUTS
+        side = int(writes_heads == isinstance(projection, Conv1D))  # its weight is stored the other way round
+        weight = projection.weight
+        if width and isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[side] % width == 0:
+            sides[id(weight)] = (side, width)
+    return sides
+
+
+def _head_width(modules: dict[str, nn.Module], name: str) -> int | None:
+    """The width of a head that the nearest module around a projection states."""
+    while name:
+        name = name.rpartition(".")[0]
+        for attribute in ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "attn_head_size"):
+            width = getattr(modules.get(name), attribute, None)
+            if isinstance(width, int) and width > 0:
+                return width
+    return None
 
 
 def attention_norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gqa_convert.budget.solving import muon_flops
-from gqa_convert.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +20,12 @@ if TYPE_CHECKING:
 
 BY_ADAMW = "by_adamw"
 """Key of a group of parameters that Muon is not meant for."""
+
+HEADS = "heads"
+"""Key of a group of weights that hold their heads along one side: that side, and the width of a head."""
+
+RATE_SHARE = "rate_share"
+"""Key of a group of parameters that learns at this share of the schedule's rate."""
 
 ParameterGroups = list[dict[str, Any]]
 """Groups of parameters as torch's optimisers take them: `params`, `weight_decay`."""
@@ -80,6 +85,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
     A step moves the rows of an embedding whose tokens it met; decay would shrink the others at every step, rare tokens
     the more the rarer they are.
     """
+    from gqa_convert.uptrain.model import head_sides
+
     row = get_optimizer(settings.kind)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]
@@ -89,12 +96,37 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
         {"params": [p for p in trained if p.ndim < 2 or id(p) in undecayed], "weight_decay": 0.0},
     ]
     if row.inner_matrices:
-        outer = _vocabulary_weights(model)
+        outer = vocabulary_weights(model)
         inner = [p for p in matrices if p.ndim == 2 and id(p) not in outer]
         others = [p for p in matrices if (p.ndim > 2 or id(p) in outer) and id(p) not in undecayed]
         rest = {"params": others, "weight_decay": settings.weight_decay}
-        groups = [{**groups[0], "params": inner}, {**rest, BY_ADAMW: True}, {**groups[1], BY_ADAMW: True}]
+        heads = head_sides(model) if settings.per_head else {}
+        apart: dict[tuple[int, int] | None, list[nn.Parameter]] = {}
+        for matrix in inner:
+            apart.setdefault(heads.get(id(matrix)), []).append(matrix)
+        groups = [
+            *({**groups[0], "params": each, HEADS: key} for key, each in apart.items()),
+            {**rest, BY_ADAMW: True},
+            {**groups[1], BY_ADAMW: True},
+        ]
+    if settings.outside_attention != 1:
+        groups = [part for group in groups for part in _by_place(group, _attention(model), settings.outside_attention)]
     return row.make([group for group in groups if group["params"]], settings)
+
+
+def _by_place(group: dict[str, Any], inside: set[int], share: float) -> ParameterGroups:
+    """A group in two: what lies in attention, and the rest at its share of the rate."""
+    within = [p for p in group["params"] if id(p) in inside]
+    rest = [p for p in group["params"] if id(p) not in inside]
+    return [{**group, "params": within}, {**group, "params": rest, RATE_SHARE: share}]
+
+
+def _attention(model: nn.Module) -> set[int]:
+    """Ids of the parameters of attention: its projections, and norms of queries and keys."""
+    from gqa_convert.uptrain.model import attention_linears, attention_norms
+
+    parts = (*attention_linears(model).values(), *attention_norms(model).values())
+    return {id(parameter) for part in parts for parameter in part.parameters()}
 
 
 def _embeddings(model: nn.Module) -> set[int]:
@@ -104,7 +136,7 @@ def _embeddings(model: nn.Module) -> set[int]:
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def _vocabulary_weights(model: nn.Module) -> set[int]:
+def vocabulary_weights(model: nn.Module) -> set[int]:
     """Ids of the embeddings and of the output matrix."""
     from torch import nn
 
@@ -113,9 +145,9 @@ def _vocabulary_weights(model: nn.Module) -> set[int]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` in the next step."""
+    """Use `rate` in the next step, in groups that have a share of it that share."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_SHARE, 1.0)
 
 
 def _adamw(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Optimizer:
@@ -136,10 +168,6 @@ def _adafactor(groups: ParameterGroups, settings: OptimizerSection) -> torch.opt
 
 def _muon(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Optimizer:
     """Matrices inside the model by Muon, everything else by AdamW, at the same learning rate."""
-    import torch
-
-    if not hasattr(torch.optim, "Muon"):
-        raise UsageError(f"optimizer.kind=muon: needs torch 2.9 or newer, and {torch.__version__} is installed.")
     from gqa_convert.uptrain.muon import MuonWithAdamW
 
     return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps)

@@ -58,6 +58,7 @@ def show_documents(config: UptrainConfig, *, row: int = 0) -> list[ShownDocument
     source = Source.open(resolve_model(config.model), trust_remote_code=config.trust_remote_code)
     tokenizer = source.tokenizer()
     encoder = run_encoder(config, tokenizer, source.config)
+    pairs = config.objective.kind == "text_to_text"
     shown = []
     for name, section, _ in config.data.named:
         document = next(islice(open_corpus(source_spec(section)).all_documents(), row, None), None)
@@ -70,7 +71,7 @@ def show_documents(config: UptrainConfig, *, row: int = 0) -> list[ShownDocument
                 source=name,
                 row=row,
                 kind="conversation" if talks else "text",
-                way=encoder.template.way if talks and config.data.loss_on == "assistant" else "",
+                way=encoder.template.way if talks and not pairs and config.data.loss_on == "assistant" else "",
                 ids=(ids & TOKEN).tolist(),
                 tokens=[_spelled(tokenizer, int(token)) for token in ids & TOKEN],
                 learnt=((ids & UNSCORED) == 0).tolist(),

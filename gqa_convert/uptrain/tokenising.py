@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,8 +34,8 @@ from gqa_convert.errors import GQAConvertError, UsageError
 
 PART_CHARACTERS = 1 << 22
 """Characters of text of a part."""
-_ALONE = 2
-"""Parts that are made before other processes are started, which takes seconds."""
+_WORTH_IT = 2
+"""Parts that must be left for other processes to be started, which takes a second or two."""
 _BATCH = 256
 _MOST = 8
 
@@ -110,10 +111,7 @@ def tokenised(
     Raises:
         GQAConvertError: whatever is wrong with corpus or text.
     """
-    names = 0
-    for number, _ in enumerate(_made(corpus, encoder, folder, fraction, processes, stopped, done)):
-        names = number + 1
-    for number in range(names):
+    for number in _made(corpus, encoder, folder, fraction, processes, stopped, done):
         yield from _documents(_path(folder, number))
 
 
@@ -125,30 +123,37 @@ def _made(
     processes: int,
     stopped: Callable[[], None],
     done: Callable[[int], None],
-) -> Iterator[None]:
-    """Make every part; yields once for each."""
+) -> Iterator[int]:
+    """Make every part; yields the number of each, in order, when it is there."""
     first, position = _finished(folder)
-    for _ in range(first):
-        yield
+    yield from range(first)
     pool: ProcessPoolExecutor | None = None
-    waiting: list[Future[None]] = []
+    waiting: deque[tuple[int, int, Future[None]]] = deque()
     processes = processes if _travels(encoder) else 1
+
+    def finished() -> int:
+        number, size, future = waiting.popleft()
+        future.result()
+        done(size)
+        return number
+
     try:
-        for number, (texts, after) in enumerate(_parts(corpus, position, stopped), start=first):
-            path = _path(folder, number)
-            if pool is None and processes > 1 and number - first >= _ALONE:
-                pool = _pool(encoder, processes)
-            if pool is None:
-                _make(encoder, path, texts, after, fraction)
-            else:
-                waiting.append(pool.submit(_make_there, path, texts, after, fraction))
+        parts = _with_more(_parts(corpus, position, stopped))
+        for number, (texts, after, more) in enumerate(parts, start=first):
+            path, size = _path(folder, number), sum(map(len, texts))
+            if pool is not None:
+                waiting.append((number, size, pool.submit(_make_there, path, texts, after, fraction)))
                 # As many more as there are processes lie ready; the text of no more is in memory.
                 while len(waiting) > 2 * processes:
-                    waiting.pop(0).result()
-            done(sum(map(len, texts)))
-            yield
-        for future in waiting:
-            future.result()
+                    yield finished()
+                continue
+            if processes > 1 and more >= _WORTH_IT:
+                pool = _pool(encoder, processes)  # they start while this process makes a part
+            _make(encoder, path, texts, after, fraction)
+            done(size)
+            yield number
+        while waiting:
+            yield finished()
     except BrokenProcessPool as error:
         raise UsageError(
             "data.processes: a process that tokenises was killed, for want of memory perhaps. Run again to go on, with "
@@ -157,6 +162,17 @@ def _made(
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _with_more(parts: Iterator[tuple[list[str], Position]]) -> Iterator[tuple[list[str], Position, int]]:
+    """Each part, and how many more there are at least; `_WORTH_IT` is as far as it looks."""
+    ahead: deque[tuple[list[str], Position]] = deque()
+    for part in parts:
+        ahead.append(part)
+        if len(ahead) > _WORTH_IT:
+            yield *ahead.popleft(), _WORTH_IT
+    while ahead:
+        yield *ahead.popleft(), len(ahead)
 
 
 def _parts(corpus: Corpus, position: Position, stopped: Callable[[], None]) -> Iterator[tuple[list[str], Position]]:

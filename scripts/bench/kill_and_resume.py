@@ -235,7 +235,7 @@ def main() -> None:
             before = -1 if newest is None else newest
     result = {
         "what": "SIGKILL at random moments of a run's life; every start went on from a whole checkpoint",
-        "command": " ".join(["python", "scripts/bench/kill_and_resume.py", *sys.argv[1:]]),
+        "command": f"python scripts/bench/kill_and_resume.py --kind {options.kind} --kills {options.kills}",
         "kills": len(kills),
         "runs_that_ended": finished,
         "equal_byte_for_byte_to_an_undisturbed_run": whole,

@@ -37,6 +37,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "pca": {"method": "pca", "calibrated": True},
     "fast": {"preset": "fast", "calibrated": True},
     "best": {"preset": "best", "calibrated": True},
+    "fast, healed": {"preset": "fast", "calibrated": True, "healed": True},
+    "best, healed": {"preset": "best", "calibrated": True, "healed": True},
 }
 
 STRANGER = """
@@ -100,7 +102,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=24, help="longest answer")
     parser.add_argument("--sequences", type=int, default=128, help="times the length: tokens to calibrate on")
     parser.add_argument("--length", type=int, default=128, help="longest document")
-    parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--heal-tokens", type=int, default=204_800, help="to heal on, padding included")
+    parser.add_argument("--rows", type=lambda text: text.split(";"), help=f"of {'; '.join(ROWS)}")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
 
@@ -197,15 +200,23 @@ def rows(args: argparse.Namespace, answers: dict[str, Any], work: Path, done: di
 
 
 def convert_one(args: argparse.Namespace, name: str, groups: int, out: Path, work: Path) -> None:
-    """Convert by one row; answers and moments are made once for all."""
+    """Convert by one row, and heal it on the original's answers; answers and moments are made once for all."""
     from gqa_convert import convert
     from gqa_convert.conversion.recipe import make_recipe
 
     chosen = dict(ROWS[name])
     if chosen.pop("calibrated", False):
         chosen |= {"calibrate": str(work / "calibration.jsonl"), "sequences": args.sequences, "length": args.length}
+    healed = chosen.pop("healed", False)
     recipe = make_recipe(chosen.pop("preset", None), **chosen)
-    convert(args.model, groups=groups, out=out, recipe=recipe, work=work / "solved")
+    start = out.with_name(f"{out.name}-start") if healed else out
+    convert(args.model, groups=groups, out=start, recipe=recipe, work=work / "solved")
+    if healed:
+        from gqa_convert.uptrain.heal import HealOptions, heal
+
+        text = str(work / "calibration.jsonl")
+        options = HealOptions(text=text, answers=True, tokens=args.heal_tokens, context=args.length)
+        heal(start, args.model, out=out, options=options, quiet=True)
 
 
 def divergence(model: Any, answers: dict[str, Any]) -> dict[str, float]:

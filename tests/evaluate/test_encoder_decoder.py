@@ -51,6 +51,9 @@ def test_span_corruption_agrees_with_transformers_own_loss(t5gemma: Path, lines:
     assert evaluation.task == "span corruption"
     assert evaluation.converted[0].model.kv_heads == 2
     assert evaluation.converted[0].kl > 0
+    tokens = {part.name: part.tokens for part in evaluation.converted[0].parts if part.by == "kind"}
+    assert sum(tokens.values()) == evaluation.tokens
+    assert tokens["special"] > 0, "sentinels"
 
 
 def test_a_converted_t5_is_measured_against_its_source(lines: Path, tmp_path: Path) -> None:

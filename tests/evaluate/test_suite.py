@@ -213,18 +213,7 @@ def test_what_does_not_go_is_refused(llama: Path, lines: Path) -> None:
     assert "tiny-llama is made for 64. Leave it out by --suite-kinds" in str(refused.exception)
 
 
-LM_EVAL = """
-import json, sys
-import lm_eval
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-folder, tasks = sys.argv[1:]
-model = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=4)
-done = lm_eval.simple_evaluate(model=model, tasks=["continuations"], task_manager=TaskManager(include_path=tasks))
-samples = sorted(done["samples"]["continuations"], key=lambda each: each["doc_id"])
-values = [[float(response[0][0]) for response in each["resps"]] for each in samples]
-print("ANSWER", json.dumps([values, done["results"]["continuations"]]))
-"""
+LM_EVAL = Path(__file__).parents[2] / "scripts" / "clients" / "lm_eval_choices.py"
 
 
 @pytest.mark.clients
@@ -236,11 +225,12 @@ def test_lm_eval_gives_the_same_numbers_of_the_same_items(long_llama: Path, tmp_
     python = Path(os.environ["GQA_CLIENTS"]).absolute() / "clients" / "bin" / "python"
     variables = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     variables.pop("PYTHONPATH", None)
-    command = [str(python), "-c", LM_EVAL, str(long_llama), str(tmp_path)]
+    command = [str(python), str(LM_EVAL), str(long_llama), str(tmp_path), "continuations"]
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, done.stderr[-2000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWER "))
-    theirs, scores = json.loads(line.removeprefix("ANSWER "))
+    answer = json.loads(line.removeprefix("ANSWER "))
+    theirs, scores = answer["likelihoods"], answer["results"]
     model = AutoModelForCausalLM.from_pretrained(long_llama, dtype=torch.float32).eval()
     ours = [likelihoods(model, AutoTokenizer.from_pretrained(long_llama), item) for item in items]
     assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-4, rtol=0)

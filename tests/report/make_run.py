@@ -8,7 +8,7 @@ from typing import Any
 
 from gqa_convert.evaluate.decode.results import Bench, DecodeResult, Point, Spread
 from gqa_convert.evaluate.metric import Figure
-from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult
+from gqa_convert.evaluate.results import Comparison, Evaluation, ModelResult, Part
 from gqa_convert.evaluate.samples import Sample
 from gqa_convert.evaluate.sweep.points import SweepPoint, recommend
 
@@ -41,7 +41,14 @@ def comparison(name: str, kv_heads: int, rise: float) -> Comparison:
         "top1_agreement": Figure(0.9, (0.9, 0.9)),
         "cache_ratio": Figure(kv_heads / 8),
     }
-    return Comparison(model=model(name, kv_heads, 4.0 + rise), figures=figures, seconds=1.0)
+    parts = tuple(
+        Part(
+            by=by, name=what, tokens=500, loss=4.0, loss_difference=figures["loss_difference"], kl=Figure(rise),
+            top1_agreement=figures["top1_agreement"], kl_share=0.5,
+        )
+        for by, what in (("kind", "word"), ("kind", "number"), ("position", "1-15"), ("position", "16-31"))
+    )  # fmt: skip
+    return Comparison(model=model(name, kv_heads, 4.0 + rise), figures=figures, seconds=1.0, parts=parts)
 
 
 def samples(name: str) -> tuple[Sample, ...]:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +15,7 @@ from gqa_convert.cli.main import app
 from gqa_convert.errors import HubError, UsageError
 from gqa_convert.report import writing
 from gqa_convert.report.collect import read_run
-from gqa_convert.report.drawings import DRAWINGS, TITLES
+from gqa_convert.report.drawings import DRAWINGS, TITLES, _stretch
 from gqa_convert.report.labels import place_labels
 from gqa_convert.report.page import page
 from gqa_convert.report.words import verdict
@@ -99,6 +100,29 @@ def test_samples_stand_side_by_side_the_best_first(run_folder: Path) -> None:
     assert said.count("<blockquote>") == 2
     assert said.count("tiny goes on") == 2, "the original's text is shown once for each beginning"
     assert "&lt;b&gt;once&lt;/b&gt;" in said
+
+
+def test_it_says_where_the_chosen_conversion_differs(run_folder: Path) -> None:
+    text = (run_folder / "report.html").read_text()
+    for words in ("Where it differs", "Where pca-g2 differs", "behind 16 to 31 tokens", TITLES["kinds"]):
+        assert words in text
+    assert "Where mean-g4 differs" not in text
+
+
+@pytest.mark.parametrize(
+    ("by", "name", "ends"),
+    [
+        ("position", "16-31", (16, 31)),
+        ("kind", "16-31", None),
+        ("position", "0-3", None),
+        ("position", "²-31", None),
+        ("position", "1-" + "9" * 5000, None),
+        ("position", "far", None),
+    ],
+)
+def test_a_stretch_of_the_window_is_two_numbers(by: str, name: str, ends: tuple[int, int] | None) -> None:
+    part = comparison("tiny-gqa2", 2, 0.1).parts[0]
+    assert _stretch(replace(part, by=by, name=name)) == ends
 
 
 def test_every_plot_is_a_file_too(run_folder: Path) -> None:
@@ -217,7 +241,8 @@ def test_a_run_written_before_metrics_were_rows_still_makes_a_report(tmp_path: P
     text = report.page.read_text()
     for cell in ("4.0300", "+0.0300 [+0.0200, +0.0400]", "90.0%", "512 B", "x 0.25", "x 0.50 (faster)", "60.34"):
         assert f"<td>{cell}</td>" in text
-    assert len(report.plots) == 2 * len(DRAWN)
+    drawn = {path.stem for path in report.plots}
+    assert drawn == {*DRAWN} - {"kinds", "positions"}, "tokens were not told apart then"
     assert len(report.cards) == 3
 
 
@@ -249,7 +274,7 @@ def test_commands_date_and_versions_are_on_the_page(run_folder: Path, tmp_path: 
 
 def test_tables_and_drawings_can_be_read_aloud(run_folder: Path) -> None:
     text = (run_folder / "report.html").read_text()
-    assert text.count("<table>") == text.count('<thead><tr><th scope="col"') == 2
+    assert text.count("<table>") == text.count('<thead><tr><th scope="col"') == 3
     assert re.findall(r"<tr[^>]*><t[dh](?! scope)", text) == [], "the first cell of every row names it"
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', text)
     assert [label.split(".")[0] for label in labels] == [TITLES[name] for name in DRAWN]

@@ -69,6 +69,16 @@ def test_a_healed_model_predicts_as_its_original_did_and_only_its_attention_has_
     assert not list(tmp_path.glob(".healed*")), "nothing is left beside the result"
 
 
+def test_all_parameters_are_trained_where_that_is_asked_for(
+    original: Path, converted: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = HealOptions(**{**OPTIONS, "text": str(text_file), "tokens": 4096, "parameters": "all"})
+    result = heal(converted, original, out=tmp_path / "healed", options=options, quiet=True)
+    before, after = weights(converted), weights(result.out)
+    assert {key for key in after if torch.equal(before[key], after[key])} == set()
+    assert distance(original, result.out) < distance(original, converted)
+
+
 def distance(original: Path, folder: Path) -> float:
     """KL from the original on sequences of words."""
     from transformers import AutoModelForCausalLM
@@ -132,7 +142,9 @@ def test_a_target_needs_something_to_be_near_to(settings: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    "given", [{"tokens": 0}, {"until": 0.0}, {"rate": 1.5}, {"context": 1}], ids=lambda g: next(iter(g))
+    "given",
+    [{"tokens": 0}, {"until": 0.0}, {"rate": 1.5}, {"context": 1}, {"parameters": "some"}],
+    ids=lambda g: next(iter(g)),
 )
 def test_values_that_mean_nothing_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(given))):
@@ -205,6 +217,14 @@ def test_every_process_has_a_sequence(
     assert (train["batch_sequences"], train["micro_batch"]) == (sequences, micro)
 
 
+@pytest.mark.parametrize(("context", "apart"), [(2, True), (64, False)])
+def test_heads_are_taken_apart_where_whole_matrices_would_cost_more_than_the_passes(
+    context: int, apart: bool, converted: Path, original: Path, tmp_path: Path
+) -> None:
+    values = healing.heal_settings(HealOptions(tokens=1000, context=context), converted, original, tmp_path)
+    assert values["optimizer"]["per_head"] is apart
+
+
 def test_wide_models_move_less() -> None:
     assert heal_rate(576) == pytest.approx(2 * heal_rate(1152))
     assert heal_rate(4096) < 3e-4
@@ -240,14 +260,16 @@ def test_options_of_the_preset_without_it_are_refused(original: Path, tmp_path: 
     assert "--preset heal" in str(shown.exception)
 
 
-def test_a_dry_run_says_what_it_would_take_and_writes_nothing(original: Path, converted: Path, tmp_path: Path) -> None:
-    shown = CliRunner().invoke(
-        app, ["heal", str(converted), str(original), "--out", str(tmp_path / "o"), "--dry-run", "--json"]
-    )
+@pytest.mark.parametrize("which", ["attention", "all"])
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
+    which: str, original: Path, converted: Path, tmp_path: Path
+) -> None:
+    asked = ["--parameters", which, "--dry-run", "--json"]
+    shown = CliRunner().invoke(app, ["heal", str(converted), str(original), "--out", str(tmp_path / "o"), *asked])
     assert shown.exit_code == 0, shown.output
     cost = json.loads(shown.stdout)
-    attention = sum(v.numel() for k, v in weights(converted).items() if "self_attn" in k)
-    assert cost["trained"] == attention
+    trained = sum(v.numel() for k, v in weights(converted).items() if which == "all" or "self_attn" in k)
+    assert cost["trained"] == trained
     assert cost["hours"] > 0
     assert cost["memory_bytes"] > 0
     assert not list(tmp_path.iterdir())

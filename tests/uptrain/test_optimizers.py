@@ -12,6 +12,7 @@ from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import optim, zero
 from gqa_convert.uptrain.config import OptimizerSection
 from gqa_convert.uptrain.loop import uptrain
+from gqa_convert.uptrain.model import head_sides
 from gqa_convert.uptrain.optim import Optimizer, make_optimizer
 from gqa_convert.uptrain.plan import plan_rows, resolve
 from gqa_convert.uptrain.read_config import parse_config
@@ -68,7 +69,7 @@ def test_a_row_says_how_much_state_it_keeps(name: str) -> None:
 def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tiny_folder: Path) -> None:
     """As torch's own two would, each over its part, through a state that was saved and loaded."""
     model, other = (AutoModelForCausalLM.from_pretrained(tiny_folder) for _ in range(2))
-    settings = OptimizerSection(kind="muon", weight_decay=0.1)
+    settings = OptimizerSection(kind="muon", weight_decay=0.1, per_head=False)
     optimizer = make_optimizer(model, settings)
     named = dict(other.named_parameters())
     inner = [
@@ -103,3 +104,66 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tiny_folder: Path) ->
             optimizer.load_state_dict(kept)
     for name, value in model.named_parameters():
         assert torch.equal(value, named[name]), name
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_is_outside_attention_learns_at_its_share_of_the_rate(tiny_folder: Path, kind: str) -> None:
+    """A step of AdamW or Muon is as large as its rate, so shares of the rate are shares of the step."""
+    steps: list[dict[str, float]] = []
+    for share in (1.0, 0.25):
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        optimizer = make_optimizer(model, OptimizerSection.model_validate({"kind": kind, "outside_attention": share}))
+        kept = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(kept)
+        optim.set_learning_rate(optimizer, 0.01)
+        ids = torch.arange(24)[None] % 50
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        steps.append({name: float((value.detach() - before[name]).norm()) for name, value in model.named_parameters()})
+    for name, whole in steps[0].items():
+        assert whole > 0, name
+        expected = 1.0 if "self_attn" in name else 0.25
+        assert steps[1][name] / whole == pytest.approx(expected, rel=1e-3), name
+
+
+def test_muon_takes_each_head_apart_where_that_is_asked_for(tiny_folder: Path) -> None:
+    """Every head moves as a matrix of its own does by torch's Muon, whichever side of the weight it lies along."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimizerSection(kind="muon", per_head=True))
+    ids = torch.arange(24)[None] % 50
+    model(ids, labels=ids).loss.backward()
+    optim.set_learning_rate(optimizer, 0.01)
+    optimizer.step()
+    seen = set()
+    for name, value in model.named_parameters():
+        part = name.split(".")[-2]
+        if part not in {"q_proj", "k_proj", "v_proj", "o_proj"} or value.ndim < 2:
+            continue
+        seen.add(part)
+        side, width = (1, model.config.head_dim) if part == "o_proj" else (0, model.config.head_dim)
+        assert value.shape[side] > width or part in {"k_proj", "v_proj"}
+        for start in range(0, value.shape[side], width):
+            alone = torch.nn.Parameter(before[name].narrow(side, start, width).clone())
+            assert value.grad is not None
+            alone.grad = value.grad.narrow(side, start, width).clone()
+            torch.optim.Muon([alone], lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+            step = (alone - before[name].narrow(side, start, width)).norm()
+            away = (value.detach().narrow(side, start, width) - alone).norm()
+            assert away < 0.05 * step, "more than bfloat16 rounds"
+    assert len(seen) == 4
+
+
+def test_heads_are_found_in_weights_that_are_stored_the_other_way_round() -> None:
+    """GPT-2's Conv1D; a weight without heads, or whose attention states no width, has no side."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=40, n_positions=16))
+    names = {id(value): name for name, value in model.named_parameters()}
+    sides = {names[key]: value for key, value in head_sides(model).items()}
+    assert sides == {
+        "transformer.h.0.attn.c_attn.weight": (1, 8),
+        "transformer.h.0.attn.c_proj.weight": (0, 8),
+    }
+    assert head_sides(torch.nn.Linear(8, 8)) == {}

@@ -160,15 +160,23 @@ def final_weights(folder: Path | str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "tolerance"), [("adamw", 1e-5), ("muon", 1e-3)])  # muon computes in bf16
+@pytest.mark.parametrize(
+    ("optimizer", "tolerance"),
+    [
+        ({"kind": "adamw"}, 1e-5),
+        ({"kind": "muon"}, 1e-3),  # computes in bf16
+        ({"kind": "muon", "per_head": True, "outside_attention": 0.5}, 1e-3),
+    ],
+    ids=["adamw", "muon", "muon-per-head"],
+)
 def test_sharded_training_matches_and_resumes(
-    kind: str,
+    optimizer: dict[str, Any],
     tolerance: float,
     settings: dict[str, Any],
     request: pytest.FixtureRequest,
     write_config: Callable[..., Path],
 ) -> None:
-    settings["optimizer"] = {"kind": kind}
+    settings["optimizer"] = optimizer
     single = request.getfixturevalue("single")
     settings["train"]["micro_batch"] = 1
     path = write_config(settings)

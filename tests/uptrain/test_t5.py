@@ -1,16 +1,24 @@
 """Span corruption on a tiny T5, from text to the final folder."""
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from gqa_convert import convert
 from gqa_convert.conversion.inspect import verify_pair
+from gqa_convert.data.batches import IGNORE, collate_pairs
+from gqa_convert.data.conversations import UNSCORED, conversation
+from gqa_convert.data.encoding import Encoder
+from gqa_convert.data.packing import filled
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import loop
+from gqa_convert.uptrain.heal import HealOptions, heal, heal_settings
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
 from tests.support import load_with_info
@@ -102,3 +110,123 @@ def test_an_objective_that_does_not_fit_the_model_is_refused(
     t5_settings["data"]["separate_documents"] = True
     with pytest.raises(UsageError, match="relative positions"):
         parse_config(t5_settings)
+
+
+def pairs(folder: Path, *, names: tuple[str, str] = ("input", "target")) -> Path:
+    """Lines that say a word of the text again."""
+    from tests.uptrain.conftest import WORDS
+
+    draw = random.Random(0)
+    rows = []
+    for _ in range(400):
+        words = [draw.choice(WORDS) for _ in range(draw.randrange(3, 9))]
+        rows.append({names[0]: " ".join(words), names[1]: words[0]})
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def pair_settings(t5_settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    t5_settings["objective"] = {"kind": "text_to_text"}
+    t5_settings["data"]["source"] = {"kind": "jsonl", "paths": [str(pairs(tmp_path))]}
+    t5_settings["optimizer"] = {"kind": "adamw"}
+    t5_settings["schedule"] = {"kind": "constant", "peak": 5e-3}
+    return t5_settings
+
+
+def test_answers_are_learnt_from_rows_of_a_text_and_its_answer(pair_settings: dict[str, Any]) -> None:
+    result = loop.uptrain(parse_config({**pair_settings, "budget": {"steps": 60}}), quiet=True)
+    assert result.loss_after < result.loss_before - 1.0
+
+
+def test_what_a_pair_becomes(t5_folder: Path) -> None:
+    """The encoder reads the text with its padding masked, the decoder the answer shifted; logits are a pair's alone."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(t5_folder)
+    encoder = Encoder(tokenizer, append_eos=False, pairs=8)
+    rows = [{"input": "cat dog bird", "target": "cat"}, {"prompt": "the fish", "completion": "fish the big"}]
+    documents = [conversation(row, "text") for row in rows]
+    assert all(document is not None for document in documents)
+    ids = encoder.encode([document for document in documents if document is not None])
+    block = filled(ids, 16)
+    batch = collate_pairs(decoder_start=0, pad=0)([(0, block, 16)])
+    assert batch.valid == 2 + 4
+    masks = batch.inputs["attention_mask"].bool()
+    said = [tokenizer.decode(row[mask]) for row, mask in zip(batch.inputs["input_ids"], masks, strict=True)]
+    assert said == ["cat dog bird", "the fish"]
+    assert [tokenizer.decode(row[row != IGNORE]) for row in batch.labels] == ["cat </s>", "fish the big </s>"]
+    model = AutoModelForSeq2SeqLM.from_pretrained(t5_folder).eval()
+    logits = model(**batch.inputs).logits
+    for row, (text, answer) in enumerate((("cat dog bird", "cat"), ("the fish", "fish the big"))):
+        alone = tokenizer(text, return_tensors="pt").input_ids
+        labels = tokenizer(answer + " </s>", return_tensors="pt").input_ids
+        expected = model(input_ids=alone, labels=labels).logits[0]
+        torch.testing.assert_close(logits[row, : labels.shape[1]], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_long_pairs_are_cut_and_other_conversations_refused(t5_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    encoder = Encoder(AutoTokenizer.from_pretrained(t5_folder), append_eos=False, pairs=8)
+    long = conversation({"input": "cat " * 20, "target": "dog " * 20}, "text")
+    assert long is not None
+    ids = encoder.encode([long])[0]
+    assert len(ids) == 8
+    assert int(((ids & UNSCORED) == 0).sum()) == 4
+    assert ids[-1] == encoder.tokenizer.eos_token_id
+    talk = conversation({"messages": [{"role": "user", "content": "cat"}] * 3}, "messages")
+    assert talk is not None
+    with pytest.raises(UsageError, match="has the turns user, user, user"):
+        encoder.encode([talk])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": {"packing": "cut"}}, "kept whole"),
+        ({"objective": {"distillation": {"teacher": "x", "cache": "y"}}}, "not with text_to_text"),
+    ],
+    ids=["cut", "cache"],
+)
+def test_what_text_to_text_cannot_do_is_one_line(
+    change: dict[str, dict[str, Any]], words: str, pair_settings: dict[str, Any]
+) -> None:
+    for section, values in change.items():
+        pair_settings[section] |= values
+    with pytest.raises(UsageError, match=words):
+        parse_config(pair_settings)
+
+
+def test_plain_text_has_no_answers(pair_settings: dict[str, Any], text_file: Path) -> None:
+    pair_settings["data"]["source"]["paths"] = [str(text_file)]
+    with pytest.raises(UsageError, match=r"holds text, and objective\.kind=text_to_text learns answers"):
+        loop.uptrain(parse_config(pair_settings), quiet=True)
+
+
+def test_an_encoder_decoder_is_healed_on_its_originals_answers(
+    t5_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Also on rows that hold answers already; nothing but attention and its norms moves."""
+    converted = convert(t5_folder, groups=1, out=tmp_path / "gqa").out
+    options = HealOptions(text=str(text_file), tokens=4096, context=32, rate=0.01, answers=True)
+    result = heal(converted, t5_folder, out=tmp_path / "healed", options=options, work=tmp_path / "work", quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "work" / "original-answered.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(row["input"] and row["target"] for row in rows)
+    before, after = (load_file(folder / "model.safetensors") for folder in (converted, result.out))
+    moved = {key for key in after if not torch.equal(before[key], after[key])}
+    assert moved
+    assert {key for key in moved if "Attention" not in key and "layer_norm" not in key} == set()
+    settings = heal_settings(HealOptions(text=str(pairs(tmp_path))), converted, t5_folder, tmp_path)
+    assert settings["objective"]["kind"] == "text_to_text"
+    settings = heal_settings(HealOptions(text=str(text_file)), converted, t5_folder, tmp_path)
+    assert settings["objective"]["kind"] == "span_corruption"
+
+
+def test_only_encoder_decoders_answer(tiny_folder: Path, t5_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a llama carries on what it reads"):
+        heal_settings(HealOptions(text=str(text_file), answers=True), tiny_folder, tiny_folder, tmp_path)
+    with pytest.raises(UsageError, match="needs one text to answer"):
+        HealOptions(answers=True)

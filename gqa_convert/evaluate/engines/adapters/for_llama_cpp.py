@@ -38,6 +38,7 @@ class Model:
         self._model = _Named(path_model=file, verbose=False)
         self._threads = threads
         self._context: Any = None
+        self._known = 0, b""  # tokens of the longest prompt that was read, and its keys and values
         weights = {"dtype": "as in the .gguf file" if ready else name, "weight_bytes": int(self._model.size)}
         self.facts = weights | {"cache_dtype": name}
 
@@ -50,9 +51,9 @@ class Model:
         parameters.type_k = parameters.type_v = self._type
         return llama.LlamaContext(model=self._model, params=parameters, verbose=False)
 
-    def _read(self, context: Any, sequence: int, length: int) -> None:
+    def _read(self, context: Any, sequence: int, length: int, first: int = 0) -> None:
         size = int(self._model.n_vocab)
-        for start in range(0, length, BATCH):
+        for start in range(first, length, BATCH):
             part = min(BATCH, length - start)
             batch = llama.LlamaBatch(n_tokens=part, embd=0, n_seq_max=1)
             for place in range(start, start + part):
@@ -71,13 +72,34 @@ class Model:
         return seconds
 
     def fill(self, batch: int, context: int, room: int) -> None:
-        """Read a prompt, and give its keys and values to the other sequences."""
+        """Read a prompt, and give its keys and values to the other sequences.
+
+        The longest that was read is kept: prompts of one model begin alike, and reading thousands of tokens anew for
+        every batch would take longer than all that is timed.
+        """
         self.drop()
         self._context = self._open(batch, context + room)
         self._length, self._batch = context, batch
-        self._read(self._context, 0, context)
+        length = self._remember()
+        if length < context:
+            self._read(self._context, 0, context, length)
+            self._known = context, _one_stream(bytes(self._context.get_state_seq_data(0)), batch)
         for sequence in range(1, batch):
             self._context.memory_seq_cp(0, sequence, -1, -1)
+
+    def _remember(self) -> int:
+        """Put what was read before into the first sequence; how many tokens that were."""
+        length, state = self._known
+        if not 0 < length <= self._length:
+            return 0
+        try:
+            self._context.set_state_seq_data(_streams(state, self._batch), 0)
+        except ValueError:
+            length = 0
+        if length and int(self._context.memory_seq_pos_max(0)) == length - 1:
+            return length
+        self._context.memory_seq_rm(0, -1, -1)
+        return 0
 
     def cache_bytes(self) -> int:
         """Bytes of all sequences."""
@@ -103,6 +125,19 @@ class Model:
         if self._context is not None:
             self._context.close()
         self._context = None
+
+
+def _streams(state: bytes, count: int) -> bytes:
+    """The first sequence's state as a cache for so many writes it: their number, its cells, and 0 cells of the others.
+
+    A magic number and the sequence's own stand in front. What is written otherwise is refused, and the prompt read.
+    """
+    return state[:8] + count.to_bytes(4, "little") + state[12:] + bytes(4 * (count - 1))
+
+
+def _one_stream(state: bytes, count: int) -> bytes:
+    """Undo `_streams`."""
+    return state[:8] + (1).to_bytes(4, "little") + state[12 : len(state) - 4 * (count - 1)]
 
 
 class _Named(llama.LlamaModel):  # type: ignore[misc]

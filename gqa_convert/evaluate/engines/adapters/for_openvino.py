@@ -62,7 +62,10 @@ class Model:
         return time.perf_counter() - started
 
     def fill(self, batch: int, context: int, room: int) -> None:
-        """Read two tokens for the states' shapes, and put random ones of the context's length in their place."""
+        """Read two tokens for the states' shapes, and put random ones of the context's length in their place.
+
+        States of one shape get the same values, which are in memory once.
+        """
         self._request = self._compiled.create_infer_request()
         self._ids = np.full((batch, 1), 3)
         self._infer(self._request, np.full((batch, 2), 3), 0)
@@ -70,10 +73,11 @@ class Model:
         if not shapes or any(len(shape) != 4 for shape in shapes.values()):
             raise ValueError("its states are not keys and values in every layer")
         draw = np.random.default_rng(0)
-        self._values = {
-            name: openvino.Tensor(draw.standard_normal((shape[0], shape[1], context, shape[3]), dtype=np.float32))
-            for name, shape in shapes.items()
+        drawn = {
+            shape: openvino.Tensor(draw.standard_normal((shape[0], shape[1], context, shape[3]), dtype=np.float32))
+            for shape in set(shapes.values())
         }
+        self._values = {name: drawn[shape] for name, shape in shapes.items()}
         self._length = context
         self._rewind()
 
