@@ -9,7 +9,7 @@ from gqa_convert.console import size
 from gqa_convert.evaluate import metrics
 from gqa_convert.evaluate.deals import conclusions
 from gqa_convert.evaluate.decode.results import DecodeResult, lengths
-from gqa_convert.evaluate.metric import Figures, Metric
+from gqa_convert.evaluate.metric import Against, Apart, Figures, Metric
 from gqa_convert.evaluate.results import Comparison, Evaluation, Part, Tasks, part_words, recall_rows
 from gqa_convert.evaluate.samples import Sample
 from gqa_convert.evaluate.sweep.points import SweepPoint
@@ -65,6 +65,7 @@ class Quality:
     tasks: Table | None = field(default=None)
     recall: Table | None = field(default=None)
     where: tuple[Table, ...] = ()
+    asked: Table | None = field(default=None)
 
 
 def _heads(shown: Sequence[Metric]) -> tuple[Column, ...]:
@@ -104,16 +105,38 @@ def quality(evaluation: Evaluation) -> Quality:
     compared = (*evaluation.converted, *evaluation.quantised)
     pairs = [(comparison.model, comparison.model.figures | comparison.figures) for comparison in compared]
     shown = metrics.shown("page", [base.figures, *(figures for _, figures in pairs)])
-    rows = [_row(f"{base.name} (original)", base.heads, base.figures, shown)]
-    rows += [_row(model.name, model.heads, figures, shown) for model, figures in pairs]
+    scored = [metric for metric in shown if not _is_asked(metric)]
+    rows = [_row(f"{base.name} (original)", base.heads, base.figures, scored)]
+    rows += [_row(model.name, model.heads, figures, scored) for model, figures in pairs]
     return Quality(
-        table=Table(caption="Quality of the conversions", head=_heads(shown), rows=tuple(rows)),
+        table=Table(caption="Quality of the conversions", head=_heads(scored), rows=tuple(rows)),
+        asked=_asked_table(evaluation, [metric for metric in shown if _is_asked(metric)]),
         measured_on=measured_on(evaluation, shown),
         conclusions=tuple(conclusions(evaluation)),
         tasks=tasks_table(evaluation.tasks),
         recall=recall_table(evaluation),
         where=tuple(where_table(comparison) for comparison in evaluation.converted if comparison.parts),
     )
+
+
+def _is_asked(metric: Metric) -> bool:
+    """Whether it comes from questions (suite, recall), and not from scoring text."""
+    own = metrics.row(metric.compute.metric) if isinstance(metric.compute, Against) else metric
+    return isinstance(own.compute, Apart)
+
+
+def _asked_table(evaluation: Evaluation, shown: Sequence[Metric]) -> Table | None:
+    """What models answer: a row per kind of question, a column per model; None where nothing was asked."""
+    if not shown:
+        return None
+    base = evaluation.base
+    columns = [base.figures, *(each.model.figures | each.figures for each in evaluation.converted)]
+    names = [f"{base.name} (original)", *(each.model.name for each in evaluation.converted)]
+    rows = tuple(
+        Row((metric.column, *(metric.cell(figures.get(metric.name)) for figures in columns))) for metric in shown
+    )
+    head = (Column("what they answer"), *map(Column, names))
+    return Table(caption="What they answer", head=head, rows=rows)
 
 
 def where_table(comparison: Comparison) -> Table:

@@ -201,6 +201,7 @@ def test_the_command_and_the_page_show_it(long_llama: Path, tmp_path: Path) -> N
     assert paged.exit_code == 0, paged.output
     page = "".join(page.read_text() for page in out.parent.rglob("*.html"))
     assert "--suite --suite-kinds=continuations,agreement,arithmetic --suite-items 3 --suite-seed 0" in page
+    assert page.index("Quality of the conversions") < page.index("what they answer") < page.index("arithmetic, change")
 
 
 def test_what_does_not_go_is_refused(llama: Path, lines: Path) -> None:
