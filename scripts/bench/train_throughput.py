@@ -62,6 +62,7 @@ def ours(options: argparse.Namespace, work: Path, distil: str | None) -> dict[st
             "source": {"kind": "jsonl", "paths": [options.train]},
             "context": options.context,
             "separate_documents": False,
+            "held_out_fraction": 0.05,
         },
         "objective": {"distillation": {"teacher": distil} if distil else None},
         "schedule": {"kind": "constant", "peak": 1e-4},
@@ -168,7 +169,7 @@ def make(work: Path, size: str, vocabulary: int, tokens: int) -> tuple[Path, Pat
         tokenizer.save_pretrained(folder)
     draw = random.Random(0)
     with open(work / "text.jsonl", "w") as file:
-        for _ in range(tokens // 500 + 40):
+        for _ in range(tokens // 500 + 100):
             file.write(json.dumps({"text": " ".join(draw.choices(words[3:], k=500))}) + "\n")
     return *folders, work / "text.jsonl"
 
