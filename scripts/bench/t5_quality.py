@@ -3,7 +3,8 @@
 
     python scripts/bench/t5_quality.py T5_FOLDER --groups 3,2,1 --out scripts/bench/results/t5_quality.json
 
-Prompts are docstrings of Python's standard library: some to measure on, others to calibrate on. The original answers
+Prompts are docstrings of Python's standard library: some to measure on, others to calibrate on, and all but those
+that are measured on to heal on. The original answers
 each greedily; every conversion then reads the same prompts and answers, and is compared token by token: KL divergence
 of its next-token distribution from the original's, and how often both would choose the same token. For each number of
 groups a process that has no gqa_convert loads the folder with `trust_remote_code=True`, generates with and without
@@ -79,7 +80,10 @@ def main() -> None:
     measured, calibration = texts[0 : 2 * args.prompts : 2], texts[1::2]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        (work / "calibration.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in calibration))
+        apart = set(measured)
+        healing = [text for text in prompts("**/*.py") if text not in apart]
+        for name, chosen in (("calibration", calibration), ("healing", healing)):
+            (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
         answers = original_answers(args.model, measured, args.tokens)
         result: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
         if "strangers" not in result:
@@ -102,17 +106,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=24, help="longest answer")
     parser.add_argument("--sequences", type=int, default=128, help="times the length: tokens to calibrate on")
     parser.add_argument("--length", type=int, default=128, help="longest document")
-    parser.add_argument("--heal-tokens", type=int, default=204_800, help="to heal on, padding included")
+    parser.add_argument("--heal-tokens", type=int, default=61_440, help="to heal on, padding included")
+    parser.add_argument("--heal-rate", type=float, help="peak learning rate of healing; by default its own rule")
     parser.add_argument("--rows", type=lambda text: text.split(";"), help=f"of {'; '.join(ROWS)}")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
 
 
-def prompts() -> Iterator[str]:
+def prompts(pattern: str = "*.py") -> Iterator[str]:
     """First paragraphs of the standard library's docstrings, each once, in the order of files."""
     seen: set[str] = set()
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_bytes())):
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.glob(pattern)):
+        if {"site-packages", "test", "tests"} & set(path.relative_to(library).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # kept by the library for its own tests
+            continue
+        for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
                 if 8 <= len(text.split()) <= 60 and text not in seen:
@@ -214,8 +226,10 @@ def convert_one(args: argparse.Namespace, name: str, groups: int, out: Path, wor
     if healed:
         from gqa_convert.uptrain.heal import HealOptions, heal
 
-        text = str(work / "calibration.jsonl")
-        options = HealOptions(text=text, answers=True, tokens=args.heal_tokens, context=args.length)
+        text = str(work / "healing.jsonl")
+        options = HealOptions(
+            text=text, answers=True, tokens=args.heal_tokens, context=args.length, rate=args.heal_rate
+        )
         heal(start, args.model, out=out, options=options, quiet=True)
 
 
