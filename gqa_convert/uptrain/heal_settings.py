@@ -21,6 +21,8 @@ SEQUENCES = 2
 """Of a step, or one for each process. More and smaller steps came closer on the same tokens."""
 RATE_TIMES_WIDTH = 0.9
 """Peak learning rate times hidden size; `docs/healing.md` has the trials."""
+OF_ENCODER_DECODERS = 1 / 6
+"""Share of that rate for encoder-decoders: a T5's weights of queries are a fifth of a Llama's, and whole steps harm."""
 MOST = 4e-3
 """Highest peak learning rate."""
 HIDDEN_WEIGHT = 10.0
@@ -125,7 +127,7 @@ def heal_settings(
         },
         "schedule": {
             "kind": "cosine",
-            "peak": options.rate or heal_rate(width),
+            "peak": options.rate or heal_rate(width) * (OF_ENCODER_DECODERS if encodes else 1.0),
             "final_fraction": 0.0,
             "warmup_fraction": 0.1,
         },

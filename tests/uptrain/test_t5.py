@@ -18,7 +18,7 @@ from gqa_convert.data.encoding import Encoder
 from gqa_convert.data.packing import filled
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import loop
-from gqa_convert.uptrain.heal import HealOptions, heal, heal_settings
+from gqa_convert.uptrain.heal import HealOptions, heal, heal_rate, heal_settings
 from gqa_convert.uptrain.metrics import read_metrics
 from gqa_convert.uptrain.read_config import parse_config
 from tests.support import load_with_info
@@ -223,6 +223,7 @@ def test_an_encoder_decoder_is_healed_on_its_originals_answers(
     assert settings["objective"]["kind"] == "text_to_text"
     settings = heal_settings(HealOptions(text=str(text_file)), converted, t5_folder, tmp_path)
     assert settings["objective"]["kind"] == "span_corruption"
+    assert settings["schedule"]["peak"] < heal_rate(32)
 
 
 def test_only_encoder_decoders_answer(tiny_folder: Path, t5_folder: Path, text_file: Path, tmp_path: Path) -> None:
