@@ -11,7 +11,7 @@ from gqa_convert.budget.machine import matmul_rate
 from gqa_convert.budget.memory import TrainingSetup, training_memory
 from gqa_convert.budget.shape import shape_of_folder
 from gqa_convert.hf.loading import Source
-from gqa_convert.uptrain.model import attention_linears, attention_norms, head_sides
+from gqa_convert.uptrain.model import attention_parameters, head_sides
 from gqa_convert.uptrain.optim import get_optimizer, vocabulary_weights
 
 if TYPE_CHECKING:
@@ -54,10 +54,7 @@ def forecast(config: UptrainConfig, source: Path, teacher: Path, *, tokens: int,
     shape, taught = shape_of_folder(source), shape_of_folder(teacher)
     converted = Source.open(source, trust_remote_code=config.trust_remote_code)
     model = converted.meta_model
-    parts = [model]
-    if config.train.parameters == "attention":
-        parts = [*attention_linears(model).values(), *attention_norms(model).values()]
-    chosen = [parameter for part in parts for parameter in part.parameters()]
+    chosen = attention_parameters(model) if config.train.parameters == "attention" else list(model.parameters())
     trained = sum(math.prod(parameter.shape) for parameter in chosen)
     outer = vocabulary_weights(model)
     heads = head_sides(model) if config.optimizer.per_head else {}

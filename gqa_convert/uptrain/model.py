@@ -345,6 +345,12 @@ def attention_norms(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What is trained of attention: its projections, and its norms. Raises as `attention_linears`."""
+    parts = (*attention_linears(model).values(), *attention_norms(model).values())
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
 def set_dropout(model: nn.Module, share: float) -> None:
     """Set every dropout of a model, modules and plain numbers (`attention_dropout`) alike."""
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside a model, attention's head by head; AdamW for embeddings, vectors and the rest."""
+"""Muon for the matrices inside a model, whole or head by head; AdamW for embeddings, vectors and the rest."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         momentum: Tensor = state["momentum_buffer"]
         momentum.lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(momentum, group["momentum"])
-        step = _on_whole(ahead, lambda whole: orthogonal_by_heads(whole, group[HEADS]))
+        step = _on_whole(ahead, lambda whole: orthogonal_by_heads(whole, group.get(HEADS)))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(step, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
 

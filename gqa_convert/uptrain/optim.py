@@ -85,7 +85,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
     A step moves the rows of an embedding whose tokens it met; decay would shrink the others at every step, rare tokens
     the more the rarer they are.
     """
-    from gqa_convert.uptrain.model import head_sides
+    from gqa_convert.uptrain.model import attention_parameters, head_sides
 
     row = get_optimizer(settings.kind)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -110,7 +110,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> torch.optim.
             {**groups[1], BY_ADAMW: True},
         ]
     if settings.outside_attention != 1:
-        groups = [part for group in groups for part in _by_place(group, _attention(model), settings.outside_attention)]
+        inside = {id(parameter) for parameter in attention_parameters(model)}
+        groups = [part for group in groups for part in _by_place(group, inside, settings.outside_attention)]
     return row.make([group for group in groups if group["params"]], settings)
 
 
@@ -119,14 +120,6 @@ def _by_place(group: dict[str, Any], inside: set[int], share: float) -> Paramete
     within = [p for p in group["params"] if id(p) in inside]
     rest = [p for p in group["params"] if id(p) not in inside]
     return [{**group, "params": within}, {**group, "params": rest, RATE_SHARE: share}]
-
-
-def _attention(model: nn.Module) -> set[int]:
-    """Ids of the parameters of attention: its projections, and norms of queries and keys."""
-    from gqa_convert.uptrain.model import attention_linears, attention_norms
-
-    parts = (*attention_linears(model).values(), *attention_norms(model).values())
-    return {id(parameter) for part in parts for parameter in part.parameters()}
 
 
 def _embeddings(model: nn.Module) -> set[int]:

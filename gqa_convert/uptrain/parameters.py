@@ -9,7 +9,7 @@ from torch import nn
 
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain.config import LoraSection, TrainSection
-from gqa_convert.uptrain.model import attention_linears, attention_norms
+from gqa_convert.uptrain.model import attention_linears, attention_parameters
 
 
 def choose_parameters(model: Any, settings: TrainSection) -> Any:
@@ -21,12 +21,11 @@ def choose_parameters(model: Any, settings: TrainSection) -> Any:
     if settings.parameters == "all":
         return model.requires_grad_(True)
     model.requires_grad_(False)
-    projections = attention_linears(model)
     if settings.parameters == "attention":
-        for layer in (*projections.values(), *attention_norms(model).values()):
-            layer.requires_grad_(True)
+        for parameter in attention_parameters(model):
+            parameter.requires_grad_(True)
         return model
-    return _with_lora(model, projections, settings.lora)
+    return _with_lora(model, attention_linears(model), settings.lora)
 
 
 def _with_lora(model: Any, projections: Mapping[str, nn.Module], settings: LoraSection) -> Any:
