@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decode import llama
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from gqa_convert.budget.counts import parse_bytes, parse_counts
 from gqa_convert.cli.show_bench import point_line, show_bench
@@ -57,18 +57,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def write_model(folder: Path, args: argparse.Namespace, kv_heads: int) -> Path:
     """Write a Llama of random weights in float16 and return its folder."""
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.width,
-        intermediate_size=args.width * 11 // 4,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max(parse_counts(args.context, "--context")) + 512,
-        tie_word_embeddings=False,
-    )
+    model_class, config = llama(args, kv_heads)
+    config.max_position_embeddings += 512  # engines ask for room behind the longest context
     torch.manual_seed(0)
-    LlamaForCausalLM._from_config(config, dtype=torch.float16).save_pretrained(folder)
+    model_class._from_config(config, dtype=torch.float16).save_pretrained(folder)
     return folder
 
 
