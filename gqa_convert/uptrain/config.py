@@ -79,7 +79,7 @@ class OptimizerSection(Section):
     decay_embeddings: bool = False
     """Decay embeddings too; a step meets few of their rows, and decay would shrink the rest at each."""
     per_head: bool = False
-    """muon: take attention head by head; a seventh of its cost and less, but a little less is learnt from a token."""
+    """muon: take attention head by head; a fifth of its cost and less, but a little less is learnt from a token."""
     outside_attention: Positive = 1.0
     """Learning rate of everything but the attention's projections and norms, as a share of the schedule's."""
     clip: Positive | None = 1.0
