@@ -102,7 +102,9 @@ def score_logits(
     ce = -(log_s_NV.gather(-1, safe_N1)[:, 0] * valid_N).sum()
     gradient = None
     if with_gradient and spec.ce_weight:
-        gradient = log_s_NV.exp()
+        # Memory of this size costs more to get than to fill, so what nobody reads again is written over.
+        read_again = teacher_NV is not None and spec.kl_weight and spec.temperature == 1.0
+        gradient = log_s_NV.exp() if read_again else log_s_NV.exp_()
         gradient.scatter_add_(-1, safe_N1, gradient.new_full(safe_N1.shape, -1.0))
         gradient *= (spec.ce_weight * valid_N)[:, None]
     kl = ce.new_zeros(())
@@ -168,7 +170,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head = Head(cast, None if bias is None else bias.to(dtype))
         sums = hidden_ND.new_zeros(2, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if by_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if weight is not None and by_weight else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and by_bias else None
         for start in range(0, len(hidden_ND), spec.chunk):
             part = slice(start, start + spec.chunk)
@@ -185,8 +187,8 @@ class _ChunkedLoss(torch.autograd.Function):
             narrow = by_logits.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = narrow @ cast
-            if grad_weight is not None:
-                grad_weight += narrow.T @ piece
+            if by_weight:
+                grad_weight = _added(grad_weight, narrow.T, piece)
             if grad_bias is not None:
                 grad_bias += by_logits.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -197,16 +199,25 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:
         scale = outputs[0]
-        by_hidden, by_weight, by_bias = ctx.saved_tensors
+        by_hidden, by_weight, by_bias = ctx.saved_tensors  # scaled in place: autograd refuses to come here twice
         return (
-            None if by_hidden is None else by_hidden * scale.to(by_hidden.dtype),
-            None if by_weight is None else (by_weight * scale).to(ctx.dtypes[0]),
-            None if by_bias is None else (by_bias * scale).to(ctx.dtypes[1]),
+            None if by_hidden is None else by_hidden.mul_(scale.to(by_hidden.dtype)),
+            None if by_weight is None else by_weight.mul_(scale).to(ctx.dtypes[0]),
+            None if by_bias is None else by_bias.mul_(scale).to(ctx.dtypes[1]),
             None,
             None,
             None,
             None,
         )
+
+
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right` in float32, written over `total` where there is one."""
+    if total is None:
+        return (left @ right).float()
+    if left.dtype == total.dtype:
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
 
 
 def chunked_loss(

@@ -95,6 +95,18 @@ def test_a_frozen_head_gets_no_gradient_and_evaluation_computes_none(case: Case)
     assert (sums > 0).all()
 
 
+def test_going_backward_twice_is_refused_since_gradients_are_scaled_in_place(case: Case) -> None:
+    hidden, weight, bias, labels, _ = case
+    loss, _ = chunked_loss(hidden, Head(weight, bias), labels, None, LossSpec(chunk=10))
+    (loss / 3).backward(retain_graph=True)
+    kept = hidden.grad.clone() if hidden.grad is not None else None
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+    assert kept is not None
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad, kept)
+
+
 def test_a_model_equal_to_its_teacher_has_no_divergence(case: Case) -> None:
     hidden, weight, *_, labels, _ = case
     teacher = TeacherOutput(hidden.detach(), Head(weight.detach()))
