@@ -20,6 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from gqa_convert.data.split import is_held_out
 from gqa_convert.data.store import clear_errors
 from gqa_convert.errors import GQAConvertError, UsageError
 
-PART_CHARACTERS = 1 << 22
+PART_CHARACTERS = 1 << 21
 """Characters of text of a part."""
 _WORTH_IT = 2
 """Parts that must be left for other processes to be started, which takes a second or two."""
@@ -137,20 +138,26 @@ def _made(
         done(size)
         return number
 
+    def submitted(number: int, texts: list[str], after: Position) -> None:
+        assert pool is not None
+        future = pool.submit(_make_there, _path(folder, number), texts, after, fraction)
+        waiting.append((number, sum(map(len, texts)), future))
+
     try:
-        parts = _with_more(_parts(corpus, position, stopped))
-        for number, (texts, after, more) in enumerate(parts, start=first):
-            path, size = _path(folder, number), sum(map(len, texts))
+        parts = enumerate(_with_more(_parts(corpus, position, stopped)), start=first)
+        for number, (texts, after, more) in parts:
             if pool is not None:
-                waiting.append((number, size, pool.submit(_make_there, path, texts, after, fraction)))
+                submitted(number, texts, after)
                 # As many more as there are processes lie ready; the text of no more is in memory.
                 while len(waiting) > 2 * processes:
                     yield finished()
                 continue
             if processes > 1 and more >= _WORTH_IT:
-                pool = _pool(encoder, processes)  # they start while this process makes a part
-            _make(encoder, path, texts, after, fraction)
-            done(size)
+                pool = _pool(encoder, processes)  # they start while this process makes a part, and find work then
+                for later, (texts_then, after_then, _) in islice(parts, _WORTH_IT):
+                    submitted(later, texts_then, after_then)
+            _make(encoder, _path(folder, number), texts, after, fraction)
+            done(sum(map(len, texts)))
             yield number
         while waiting:
             yield finished()

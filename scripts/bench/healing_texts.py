@@ -5,7 +5,9 @@
 
 FOLDER gets a .jsonl file for each kind, about so many tokens of each: `en` and `py`, prose and Python out of the files
 of `--texts`; `languages`, manual pages in seven languages (French is left out, to be measured on); `manuals`, English
-ones; `code`, headers, Perl, shell, Tcl, SQL and the like. `own` is what the model wrote: answers to questions of this
+ones; `code`, headers, Perl, shell, Tcl, SQL and the like. `copies` are passages of all of those that come back after
+something else, and lists whose lines come back in another order: what a model can only predict by looking back, which
+is what it loses first with its heads. `own` is what the model wrote: answers to questions of this
 script in its chat template (stories, scenes of plays, JavaScript, everyday questions), and plain beginnings carried on.
 It goes on where it stopped: a file that is there is not made again, and `own` is added to until it is long enough.
 `gqa heal --text FOLDER` takes it as it is.
@@ -25,7 +27,7 @@ from typing import Any
 
 from gqa_convert.budget.counts import parse_count
 
-SHARES = {"en": 142_000, "py": 205_000, "languages": 45_000, "manuals": 25_000, "code": 40_000}
+SHARES = {"en": 142_000, "py": 205_000, "languages": 45_000, "manuals": 25_000, "code": 40_000, "copies": 100_000}
 LANGUAGES = ("de", "es", "it", "nl", "pl", "pt", "sv")
 CODE = (
     "/usr/include/**/*.h", "/usr/share/perl/**/*.pm", "/usr/share/bash-completion/**/*", "/usr/share/doc/**/*.sh",
@@ -58,6 +60,7 @@ def main() -> None:
         "languages": lambda: manual_pages(LANGUAGES, draw),
         "manuals": lambda: manual_pages(("man1", "man5", "man7", "man8"), draw),
         "code": lambda: code(draw),
+        "copies": lambda: copies(args.out, draw),
     }  # fmt: skip
     for kind, documents in sources.items():
         path = args.out / f"{kind}.jsonl"
@@ -95,6 +98,30 @@ def code(draw: random.Random, count: int = 12) -> Iterator[str]:
             content = file.read_bytes()
             if b"\0" not in content[:2000]:
                 yield content.decode(errors="ignore")[:3500]
+
+
+def copies(folder: Path, draw: random.Random, count: int = 400) -> Iterator[str]:
+    """Passages of the other kinds that come back, and lists whose lines do."""
+    kinds = [folder / f"{kind}.jsonl" for kind in SHARES if kind != "copies"]
+    texts: list[list[str]] = [
+        [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()] for path in kinds
+    ]
+    names = sorted({word for text in texts[0] for word in re.findall(r"\b[a-z]{4,10}\b", text)})
+
+    def passage(shortest: int, longest: int) -> str:
+        text, length = draw.choice(draw.choice(texts)), draw.randint(shortest, longest)
+        start = draw.randrange(max(1, len(text) - length))
+        return text[start : start + length].partition(" ")[2].strip()
+
+    for number in range(count):
+        if number % 3:
+            again = passage(150, 600)
+            yield "\n\n".join([again, passage(50, 500), again])
+            continue
+        lines = [f"{draw.choice(names)} {draw.choice(names)}: {draw.choice(names)} {draw.randint(10, 9999)}"
+                 for _ in range(draw.randint(6, 14))]  # fmt: skip
+        others = draw.sample(lines, len(lines))
+        yield "\n".join([*lines, "", *others])
 
 
 def take(path: Path, documents: list[str], wanted: int, tokenizer: Any, draw: random.Random) -> int:

@@ -4,10 +4,11 @@
     python scripts/bench/tokenise_speed.py MODEL --megabytes 100 --out scripts/bench/results/tokenise_speed.json
 
 The corpus is sources of this Python's modules, each time under another first line, as .jsonl. Both counts of processes
-tokenise it into a new folder in turn, `--repeats` times. Then two processes are killed (SIGKILL) when half of the parts
-are there, and started again: parts that were there must be the same files afterwards. Last, `gqa uptrain` is started on
-MODEL for a step of one sequence: on the tokens that are there, while the corpus is streamed, and from nothing; seconds
-from the start of the process to the end of its first step.
+tokenise it into a new folder in turn, `--repeats` times. Beside them, two runs of one process each at the same time,
+which share nothing but the machine: that is the most that two processors give here. Then two processes are killed
+(SIGKILL) when half of the parts are there, and started again: parts that were there must be the same files afterwards.
+Last, `gqa uptrain` is started on MODEL for a step of one sequence: on the tokens that are there, while the corpus is
+streamed, and from nothing; seconds from the start of the process to the end of its first step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -46,16 +48,22 @@ def main() -> None:
         work = Path(name)
         size = write_corpus(work / "text.jsonl", round(args.megabytes * 1e6))
         runs: dict[int, list[float]] = {1: [], 2: []}
+        apart: list[float] = []
         for number, processes in itertools.product(range(args.repeats), runs):
             seconds = timed(args.model, work, f"run-{number}-{processes}", processes)
             runs[processes].append(size / 1e6 / seconds)
             print(f"{processes} processes: {runs[processes][-1]:.2f} MB/s", flush=True)
+            if processes == 2:
+                apart.append(2 * size / 1e6 / both_at_once(args.model, work, number))
+                print(f"two runs of one process: {apart[-1]:.2f} MB/s", flush=True)
         result = {
             "what": "tokenising a corpus, and the time to the first step of training",
             "command": f"python scripts/bench/tokenise_speed.py {Path(args.model).name} --megabytes {args.megabytes:g}",
             "bytes": size,
             "megabytes_per_second": {str(count): [round(rate, 2) for rate in rates] for count, rates in runs.items()},
+            "two_runs_at_once": [round(rate, 2) for rate in apart],
             "two_over_one": round(median(runs[2]) / median(runs[1]), 3),
+            "most_over_one": round(median(apart) / median(runs[1]), 3),
             "killed": killed(args.model, work),
             "first_step_seconds": {
                 "tokens are there": first_step(args.model, work, cache="run-0-2"),
@@ -114,9 +122,15 @@ def timed(model: str, work: Path, folder: str, processes: int) -> float:
     return float(json.loads(done.stdout.strip().splitlines()[-1])["seconds"])
 
 
+def both_at_once(model: str, work: Path, number: int) -> float:
+    """Seconds of the slower of two runs of one process, started together."""
+    with ThreadPoolExecutor(2) as pool:
+        return max(pool.map(lambda side: timed(model, work, f"apart-{number}-{side}", 1), range(2)))
+
+
 def killed(model: str, work: Path) -> dict[str, Any]:
     """Kill it half way, and see what the next start makes again."""
-    parts = max(4, round((work / "text.jsonl").stat().st_size / (1 << 22)))
+    parts = max(4, round((work / "text.jsonl").stat().st_size / (1 << 21)))
     arguments = command(model, work, "killed", 2)
     process = subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.DEVNULL)
     before: dict[Path, tuple[int, int]] = {}
