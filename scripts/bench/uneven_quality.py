@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, help="tokens of a calibration sequence; those of --context if not given")
+    parser.add_argument("--refit-steps", type=int)
     parser.add_argument("--random", type=int, default=200)
     parser.add_argument("--no-proxies", action="store_true", help="leave out the estimates of single layers")
     parser.add_argument("--kv-costs", default="measured", help="as of gqa-convert")
@@ -79,7 +81,12 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
     examples = make_task(subject, subject.source.tokenizer(), settings).examples
     choosing, held_out = examples[::2], examples[1::2]
     recipe = make_recipe(
-        args.preset, calibrate=args.calibrate, sequences=args.sequences, length=args.context, seed=seed
+        args.preset,
+        calibrate=args.calibrate,
+        sequences=args.sequences,
+        length=args.length or args.context,
+        refit_steps=args.refit_steps,
+        seed=seed,
     )
     present = present_heads(subject.source)
     options = [legal_counts(heads) for heads in present]
@@ -117,6 +124,9 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
             even = _sums(assembly, [same[0]] * len(present), present)
             run["even"] = {"groups": same[0]} | _figures(even)
             run["uneven_minus_even"] = {name: _difference(uneven, even, name) for name in ("kl", "loss")}
+        spread = _spread(allocation.groups.counts, options)
+        if spread is not None:
+            run["spread"] = {"groups_per_layer": spread} | _figures(_sums(assembly, spread, present))
         if text == args.budgets.split(",")[0] and not args.no_proxies:
             run["proxies"] = _proxies(Assembly(plans, solved, choosing), allocation, present)
         run["random"] = _random(assembly, allocation, present, weights, budget, args.random, seed)
@@ -144,6 +154,16 @@ def _proxies(assembly: Assembly, allocation: Allocation, present: Sequence[int])
         "seconds": round(time.monotonic() - started, 1),
         "correlation": {name: _spearman(values, measured) for name, values in estimated.items()},
     }
+
+
+def _spread(counts: Sequence[int], options: Sequence[Sequence[int]]) -> list[int] | None:
+    """As many layers of each number of heads, the larger ones at even distances; None where there are not just two."""
+    if any(sorted(each) != sorted(options[0]) for each in options) or len(options[0]) != 2:
+        return None
+    less, more = sorted(options[0])
+    many, layers = list(counts).count(more), len(counts)
+    kept = {int((number + 0.5) * layers / many) for number in range(many)}
+    return [more if layer in kept else less for layer in range(layers)]
 
 
 def _sums(assembly: Assembly, counts: Sequence[int], present: Sequence[int]) -> tuple[WindowSums, WindowSums]:
