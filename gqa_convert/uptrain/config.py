@@ -80,6 +80,8 @@ class OptimizerSection(Section):
     """Decay embeddings too; a step meets few of their rows, and decay would shrink the rest at each."""
     per_head: bool = False
     """muon: take attention head by head; a fifth of its cost and less, but a little less is learnt from a token."""
+    muon_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """muon: what its products are computed in; many processors are far slower in bfloat16."""
     outside_attention: Positive = 1.0
     """Learning rate of everything but the attention's projections and norms, as a share of the schedule's."""
     clip: Positive | None = 1.0

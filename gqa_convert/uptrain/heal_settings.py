@@ -95,6 +95,8 @@ def heal_settings(
     width = int(getattr(text, "hidden_size", None) or USUAL_WIDTH)
     longest = max_positions(model)
     context = options.context or min(CONTEXT, longest or CONTEXT)
+    precision = training_precision()
+    quick = "float32" if precision == "float32" else "bfloat16"  # where bfloat16 is slow, it is slow everywhere
     encodes = bool(getattr(model, "is_encoder_decoder", False))
     if options.answers and not encodes:
         raise UsageError(f"heal: answers: a {model.model_type} carries on what it reads. Leave it out.")
@@ -118,11 +120,12 @@ def heal_settings(
         "data": data,
         "objective": {
             "kind": kind,
-            "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT},
+            "distillation": {"teacher": str(teacher), "hidden_weight": HIDDEN_WEIGHT, "dtype": quick},
         },
         "optimizer": {
             "kind": heal_optimizer(),
             "outside_attention": OUTSIDE_ATTENTION,
+            "muon_dtype": quick,
             "per_head": _by_heads(opened, source, tokens=batch_tokens, context=context),
         },
         "schedule": {
@@ -134,7 +137,7 @@ def heal_settings(
         "train": {
             "batch_sequences": micro_batch * processes(),
             "micro_batch": micro_batch,
-            "precision": training_precision(),
+            "precision": precision,
             "parameters": options.parameters,
             "dropout": 0.0,
             "seed": options.seed,

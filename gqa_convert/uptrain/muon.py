@@ -29,11 +29,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: of AdamW.
         eps: of AdamW.
         momentum: of Muon.
+        dtype: what Muon's products are computed in.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, momentum: float = 0.95
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        self._dtype = dtype
         self._options: dict[str, Any] = {"betas": betas, "eps": eps}
         defaults = {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, BY_ADAMW: False, HEADS: None}
         super().__init__(groups, defaults)
@@ -76,40 +84,42 @@ class MuonWithAdamW(torch.optim.Optimizer):
         momentum: Tensor = state["momentum_buffer"]
         momentum.lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(momentum, group["momentum"])
-        step = _on_whole(ahead, lambda whole: orthogonal_by_heads(whole, group.get(HEADS)))
+        step = _on_whole(ahead, lambda whole: orthogonal_by_heads(whole, group.get(HEADS), self._dtype))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(step, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
 
 
-def orthogonal_by_heads(x: Tensor, heads: tuple[int, int] | None) -> Tensor:
+def orthogonal_by_heads(x: Tensor, heads: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:
     """A matrix with the singular values of each head's part made alike, or of the whole where `heads` is None.
 
     Args:
         x: (rows, columns).
         heads: the side that holds the heads one after the other, 0 or 1, and the width of one.
+        dtype: to compute in.
 
     Returns:
-        (rows, columns), in bfloat16, scaled so that its root mean square is what the whole matrix's would be.
+        (rows, columns), in `dtype`, scaled so that its root mean square is what the whole matrix's would be.
     """
     if heads is None:
-        return orthogonal(x[None])[0]
+        return orthogonal(x[None], dtype)[0]
     side, width = heads
     turned = x if side == 0 else x.T
     parts_HDE = turned.reshape(-1, width, turned.shape[1])
     # Parts of unit singular values have a mean square of one over their longer side.
     scale = (max(parts_HDE.shape[1:]) / max(x.shape)) ** 0.5
-    whole: Tensor = (orthogonal(parts_HDE) * scale).reshape(turned.shape)
+    whole: Tensor = (orthogonal(parts_HDE, dtype) * scale).reshape(turned.shape)
     return whole if side == 0 else whole.T
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """Matrices with the same singular vectors, singular values about 1: five Newton-Schulz rounds in bfloat16.
+def orthogonal(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrices with the same singular vectors, singular values about 1: five Newton-Schulz rounds in `dtype`.
 
     Args:
         x: (matrices, rows, columns).
+        dtype: to compute in.
     """
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).bfloat16()
+    y = (x.mT if tall else x).to(dtype)
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(_ROUNDS):
         gram = y @ y.mT

@@ -161,9 +161,12 @@ def _adafactor(groups: ParameterGroups, settings: OptimizerSection) -> torch.opt
 
 def _muon(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Optimizer:
     """Matrices inside the model by Muon, everything else by AdamW, at the same learning rate."""
+    import torch
+
     from gqa_convert.uptrain.muon import MuonWithAdamW
 
-    return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps)
+    dtype = torch.float32 if settings.muon_dtype == "float32" else torch.bfloat16
+    return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps, dtype=dtype)
 
 
 # AdamW keeps two float32 moments; Adafactor the sums of rows and columns, almost nothing; Muon the momentum.
