@@ -225,6 +225,16 @@ def test_heads_are_taken_apart_where_whole_matrices_would_cost_more_than_the_pas
     assert values["optimizer"]["per_head"] is apart
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("float32", "float32")])
+def test_where_bfloat16_is_slow_nothing_computes_in_it(
+    precision: str, dtype: str, converted: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_convert.uptrain.forecast.training_precision", lambda: precision)
+    values = healing.heal_settings(HealOptions(tokens=1000), converted, original, tmp_path)
+    assert values["train"]["precision"] == precision
+    assert values["optimizer"]["muon_dtype"] == values["objective"]["distillation"]["dtype"] == dtype
+
+
 def test_wide_models_move_less() -> None:
     assert heal_rate(576) == pytest.approx(2 * heal_rate(1152))
     assert heal_rate(4096) < 3e-4

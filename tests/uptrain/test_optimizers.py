@@ -13,6 +13,7 @@ from gqa_convert.uptrain import optim, zero
 from gqa_convert.uptrain.config import OptimizerSection
 from gqa_convert.uptrain.loop import uptrain
 from gqa_convert.uptrain.model import head_sides
+from gqa_convert.uptrain.muon import orthogonal
 from gqa_convert.uptrain.optim import Optimizer, make_optimizer
 from gqa_convert.uptrain.plan import plan_rows, resolve
 from gqa_convert.uptrain.read_config import parse_config
@@ -153,6 +154,19 @@ def test_muon_takes_each_head_apart_where_that_is_asked_for(tiny_folder: Path) -
             away = (value.detach().narrow(side, start, width) - alone).norm()
             assert away < 0.05 * step, "more than bfloat16 rounds"
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("shape", [(24, 24), (40, 8), (8, 40)])
+def test_muons_products_keep_the_singular_vectors(shape: tuple[int, int], dtype: torch.dtype, rounding: float) -> None:
+    """Jordan et al. 2024: singular values between 0.7 and 1.2, vectors as they were; to what the dtype rounds."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, values, vh = torch.linalg.svd(x, full_matrices=False)
+    turned = u.T @ orthogonal(x[None], dtype)[0].float() @ vh.T
+    found = turned.diagonal()
+    large = values > 0.05 * values[0]
+    assert ((found > 0.6) & (found < 1.25))[large].all()
+    assert (turned - found.diag()).abs().max() < rounding
 
 
 def test_heads_are_found_in_weights_that_are_stored_the_other_way_round() -> None:
