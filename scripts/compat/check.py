@@ -25,6 +25,8 @@ def main() -> None:
         "load": loads,
         "evaluate": evaluates,
         "fast": fast,
+        "heal": heals,
+        "stop and go on": goes_on,
         "encoder-decoder with its modelling file": ships_code,
     }
     results: dict[str, Any] = {}
@@ -87,6 +89,34 @@ def fast(folder: Path) -> None:
     evaluation = gqa_convert.evaluate("demo", folders, data="demo", context=64, stride=64, max_windows=4)
     mean, pca = (each.loss_difference for each in evaluation.converted)
     assert pca < mean, f"{pca} is not below {mean}"
+
+
+def heals(folder: Path) -> None:
+    """Four steps of distillation from the original, by Muon, with hidden states: the loss falls."""
+    from gqa_convert.uptrain.heal import HealOptions, heal
+
+    options = HealOptions(text="demo", held_out="demo", tokens=4096)
+    result = heal(folder / "fast", "demo", out=folder / "healed", options=options, quiet=True)
+    assert result.loss_after < result.loss_before, f"{result.loss_after} is not below {result.loss_before}"
+
+
+def goes_on(folder: Path) -> None:
+    """Uptraining that ended after two steps goes on from its checkpoint to four."""
+    from gqa_convert.uptrain.loop import uptrain
+    from gqa_convert.uptrain.read_config import parse_config
+
+    values: dict[str, Any] = {
+        "model": str(folder / "mean"),
+        "output": str(folder / "run"),
+        "data": {"source": {"kind": "python", "paths": ["gqa_convert.data.stdlib:held_out_texts"]}, "context": 64},
+        "schedule": {"peak": 1e-3, "kind": "constant"},
+        "train": {"batch_sequences": 2, "precision": "float32"},
+        "evaluation": {"tokens": 256},
+        "log": {"trackers": []},
+    }
+    for steps in (2, 4):
+        result = uptrain(parse_config(values | {"budget": {"steps": steps}}), quiet=True)
+    assert result.tokens == 4 * 2 * 64, result.tokens
 
 
 def ships_code(folder: Path) -> None:
