@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int], None]
 
 _SHORT_ANSWER = 16
+PIECE = 256
+"""Tokens of the longest document that is written from nothing; see `docs/merging.md` for what longer ones cost."""
 
 
 def self_tokens(
@@ -29,13 +31,15 @@ def self_tokens(
     seed: int = 0,
     temperature: float = 1.0,
     batch: int = 32,
+    piece: int = PIECE,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Tensor:
     """Sample windows of text from a decoder-only model, whole in memory in its stored dtype.
 
     Windows start with BOS, or with a token drawn evenly from the vocabulary where there is none. When the model ends a
-    document, the window goes on with a new one.
+    document, the window goes on with a new one; so it does every `piece` tokens, as what a model writes from nothing
+    loses its way, and every token costs more than the last.
 
     Args:
         source: the checkpoint.
@@ -44,6 +48,7 @@ def self_tokens(
         seed: for the sampling.
         temperature: of the sampling; nothing else bends the model's distribution.
         batch: windows written at a time.
+        piece: tokens of the longest document.
         device: where to run.
         progress: called with the number of windows written since the last call.
 
@@ -61,13 +66,14 @@ def self_tokens(
             f"{source.folder}: an encoder-decoder cannot write text from nothing. Name a text to calibrate on."
         )
     begin, ends = document_marks(model)
-    written = []
+    pieces, written = -(-length // piece), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for start in range(0, sequences, batch):
             count = min(batch, sequences - start)
-            first = _first_tokens(model, count, begin).to(device)
-            written.append(_sample(model, {"input_ids": first}, length, temperature, begin, ends).cpu())
+            first = _first_tokens(model, count * pieces, begin).to(device)
+            drawn = _sample(model, {"input_ids": first}, min(piece, length), temperature, begin, ends).cpu()
+            written.append(drawn.reshape(count, -1)[:, :length])
             if progress:
                 progress(count)
     return torch.cat(written)

@@ -62,6 +62,13 @@ def heal_command(
             "--answers", help="Of an encoder-decoder: the original answers --text first, and that is trained on."
         ),
     ] = False,
+    copies: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the tokens that are passages of --text which come back, to learn copying. (default: 0)",
+            metavar="SHARE",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the order of the text. (default: 0)")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Keep the training run here. (default: beside --out, removed at the end)")
@@ -88,6 +95,7 @@ def heal_command(
         "context": context,
         "parameters": parameters,
         "answers": answers or None,
+        "copies": copies,
         "seed": seed,
     }
     options = HealOptions(**{name: value for name, value in given.items() if value is not None})

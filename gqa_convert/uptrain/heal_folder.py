@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from gqa_convert.conversion.recipe import SELF
 from gqa_convert.errors import OutputError, UsageError
 from gqa_convert.uptrain.heal_settings import (
     CONTEXT,
+    COPIES,
+    HELD_OUT,
+    MOST_COPIED,
     OWN_ANSWERS,
     OWN_TEXT,
     OWN_TOKENS,
@@ -87,6 +91,8 @@ def settled(
         write_own_text(options, teacher, folder / OWN_TEXT, trust_remote_code=trust_remote_code, tell=say)
     if options.answers and is_main():
         write_own_answers(options, teacher, folder / OWN_ANSWERS, trust_remote_code=trust_remote_code, tell=say)
+    if options.copies and is_main():
+        write_copies(options, teacher, folder, trust_remote_code=trust_remote_code)
     values = heal_settings(options, source, teacher, folder, trust_remote_code=trust_remote_code)
     config = parse_config(values, where="heal")
     if is_main():
@@ -111,7 +117,7 @@ def write_own_text(options: HealOptions, teacher: Path, path: Path, *, trust_rem
     length = options.context or min(CONTEXT, max_positions(source.config) or CONTEXT)
     count = max(64, min(options.tokens, OWN_TOKENS) // length)
     tell(f"the original writes {count * length:,} tokens to be healed on")
-    ids_NT = self_tokens(source, sequences=count, length=length, seed=options.seed)
+    ids_NT = self_tokens(source, sequences=count, length=length, piece=length, seed=options.seed)
     tokenizer = source.tokenizer()
     texts = tokenizer.batch_decode(ids_NT[:, 1:])
     _write_whole(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -142,6 +148,44 @@ def write_own_answers(options: HealOptions, teacher: Path, path: Path, *, trust_
         said, answered = (tokenizer.batch_decode(side, skip_special_tokens=True) for side in sides)
         lines += [json.dumps({"input": a, "target": b}) for a, b in zip(said, answered, strict=True) if a and b]
     _write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_copies(options: HealOptions, teacher: Path, folder: Path, *, trust_remote_code: bool) -> None:
+    """Make passages of the text come back, as many tokens as their share of the run.
+
+    What the run holds out of the text is left out.
+
+    Raises:
+        UsageError: if the text is conversations alone.
+        CheckpointError: if the original's tokenizer cannot be loaded.
+    """
+    path = folder / COPIES
+    if path.is_file():
+        return
+    from gqa_convert.data.conversations import Conversation
+    from gqa_convert.data.copies import copies
+    from gqa_convert.data.sampling import documents
+    from gqa_convert.data.split import is_held_out
+    from gqa_convert.hf.loading import Source, max_positions
+
+    texts: list[str] = []
+    for name, _ in weighted_texts(options.text):
+        read = documents(str(folder / OWN_TEXT) if name == SELF else name, seed=options.seed)
+        plain = (text for text in read if text and not isinstance(text, Conversation))
+        texts += islice((text for text in plain if not is_held_out(text, HELD_OUT)), MOST_COPIED)
+    if not texts:
+        raise UsageError("heal: copies: the text is conversations alone. Name plain text too, or leave it out.")
+    source = Source.open(teacher, trust_remote_code=trust_remote_code)
+    sample = "\n".join(text[:2000] for text in texts[:100])
+    each = len(sample) / max(1, len(source.tokenizer()(sample, add_special_tokens=False)["input_ids"]))
+    context = options.context or min(CONTEXT, max_positions(source.config) or CONTEXT)
+    left, lines = each * options.copies * options.tokens, []
+    for document in copies(texts, length=max(24, int(0.9 * context * each)), seed=options.seed):
+        lines.append(json.dumps({"text": document}) + "\n")
+        left -= len(document)
+        if left <= 0:
+            break
+    _write_whole(path, "".join(lines))
 
 
 def _write_whole(path: Path, text: str) -> None:

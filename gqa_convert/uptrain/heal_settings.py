@@ -31,10 +31,16 @@ OUTSIDE_ATTENTION = 0.3
 """Share of the rate for what is not attention, where all parameters are trained."""
 OWN_TOKENS = 131_072
 """Most tokens that the original writes; they are then met more than once."""
+HELD_OUT = 0.02
+"""Share of the documents that are measured on and not trained on."""
+MOST_COPIED = 20_000
+"""Documents of each source that passages are taken from."""
 USUAL_WIDTH = 1024
 """Hidden size that is assumed where a configuration states none."""
 OWN_TEXT, OWN_ANSWERS = "original-wrote.jsonl", "original-answered.jsonl"
 """Names of the files, in the run's folder, that hold what the original wrote."""
+COPIES = "copies.jsonl"
+"""And of the one with passages that come back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,9 @@ class HealOptions:
     """What is trained; everything outside attention at a share of the rate, see `OUTSIDE_ATTENTION`."""
     answers: bool = False
     """Of an encoder-decoder: the original answers the text first, and its answers are what is trained on."""
+    copies: float = 0.0
+    """Share of the tokens that are passages of the text which come back, and lists whose lines do: a converted model
+    copies badly, and natural text hardly teaches it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +87,10 @@ class HealOptions:
             problems.append(f"parameters={self.parameters!r}: attention or all")
         if self.answers and (not isinstance(self.text, str) or self.text == SELF):
             problems.append("answers: needs one text to answer")
+        if not 0 <= self.copies < 1:
+            problems.append(f"copies={self.copies}: must be at least 0 and below 1")
+        if self.copies and self.answers:
+            problems.append("copies: an encoder-decoder that learns answers copies nothing")
         if problems:
             raise UsageError(f"heal: {'; '.join(problems)}.")
 
@@ -106,11 +119,11 @@ def heal_settings(
     micro_batch = -(-SEQUENCES // processes())
     batch_tokens = micro_batch * processes() * context
     tokens = max(options.tokens, batch_tokens)
-    data: dict[str, Any] = {**_sources(options.text, folder), "context": context}
+    data: dict[str, Any] = {**_sources(options, folder), "context": context}
     if options.answers:
         data["source"] = {"kind": "jsonl", "paths": [str(folder / OWN_ANSWERS)]}
     if options.held_out is None:
-        data["held_out_fraction"] = 0.02
+        data["held_out_fraction"] = HELD_OUT
     else:
         data["held_out_source"] = _source(options.held_out, folder, held_out=True)
     return {
@@ -176,11 +189,15 @@ def weighted_texts(text: str | tuple[str, ...]) -> list[tuple[str, float]]:
     return named
 
 
-def _sources(text: str | tuple[str, ...], folder: Path) -> dict[str, Any]:
-    named = weighted_texts(text)
-    if len(named) == 1:
+def _sources(options: HealOptions, folder: Path) -> dict[str, Any]:
+    named = weighted_texts(options.text)
+    if len(named) == 1 and not options.copies:
         return {"source": _source(named[0][0], folder)}
-    return {"sources": [{"source": _source(name, folder), "weight": weight} for name, weight in named]}
+    sources = [{"source": _source(name, folder), "weight": weight} for name, weight in named]
+    if options.copies:
+        weight = options.copies / (1 - options.copies) * sum(weight for _, weight in named)
+        sources.append({"source": {"kind": "jsonl", "paths": [str(folder / COPIES)]}, "weight": weight})
+    return {"sources": sources}
 
 
 def _source(text: str, folder: Path, *, held_out: bool = False) -> str | dict[str, Any]:

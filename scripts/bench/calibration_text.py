@@ -6,8 +6,8 @@
 Converts with every text of `--texts` and scores the result on the same windows of every `--data`. Figures go to `--out`
 text by text; started again with the same file, it goes on where it stopped. The texts:
 
-    self       the model writes windows as long as the calibration's
-    pieces     the model writes pieces of 256 tokens, joined to windows
+    self       the model writes pieces of 256 tokens, joined to windows
+    windows    the model writes windows as long as the calibration's
     sources    source files of the standard library (`--calibrate demo`)
     docs       its docstrings and the language reference's topics
     both       sources and docs, shuffled together
@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 
 from measure import processor
-
-PIECE = 256
 
 
 def main() -> None:
@@ -55,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--data", action="append", required=True, help="held-out text; can be repeated")
     parser.add_argument(
-        "--texts", type=lambda text: text.split(","), default=["self", "pieces", "sources", "docs", "both"]
+        "--texts", type=lambda text: text.split(","), default=["self", "windows", "sources", "docs", "both"]
     )
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048, help="tokens of a calibration sequence")
@@ -89,8 +87,8 @@ def text_of(name: str, args: argparse.Namespace, folder: Path) -> str:
     """What `--calibrate` is given for a text of this script."""
     from gqa_convert.data import stdlib
 
-    if name == "pieces":
-        return written(folder / "pieces.jsonl", pieces(args))
+    if name == "windows":
+        return written(folder / "windows.jsonl", windows(args))
     if name == "docs":
         return written(folder / "docs.jsonl", stdlib.documentation_texts())
     if name == "both":
@@ -104,13 +102,13 @@ def written(path: Path, texts: Iterable[str]) -> str:
     return str(path)
 
 
-def pieces(args: argparse.Namespace) -> Iterable[str]:
-    """Documents of `PIECE` tokens that the model writes: as many tokens as the calibration wants."""
+def windows(args: argparse.Namespace) -> Iterable[str]:
+    """Documents as long as a window that the model writes, as many as the calibration wants."""
     from gqa_convert.calibrate.self_text import self_tokens
     from gqa_convert.hf.loading import Source
 
     source = Source.open(Path(args.model))
-    ids = self_tokens(source, sequences=args.sequences * args.length // PIECE, length=PIECE, batch=256)
+    ids = self_tokens(source, sequences=args.sequences, length=args.length, piece=args.length)
     texts: list[str] = source.tokenizer().batch_decode(ids, skip_special_tokens=True)
     return texts
 

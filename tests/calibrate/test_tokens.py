@@ -182,6 +182,18 @@ def test_a_model_writes_its_own_text(saved: Callable[..., Saved]) -> None:
     assert (one[:, 0] == 1).all()
 
 
+@pytest.mark.parametrize(("length", "piece"), [(20, 7), (21, 7), (6, 7)])
+def test_long_windows_are_pieces_that_each_begin(saved: Callable[..., Saved], length: int, piece: int) -> None:
+    told: list[int] = []
+    source = saved("llama").source
+    ids = self_text.self_tokens(source, sequences=5, length=length, piece=piece, batch=2, progress=told.append)
+    assert ids.shape == (5, length)
+    assert (ids[:, ::piece] == 1).all()
+    assert sum(told) == 5
+    again = self_text.self_tokens(source, sequences=5, length=length, piece=piece, batch=2)
+    assert torch.equal(ids, again)
+
+
 def test_the_text_follows_the_model(saved: Callable[..., Saved]) -> None:
     """At a low temperature it is what greedy decoding gives."""
     source = saved("llama")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from gqa_convert import convert
@@ -233,6 +234,29 @@ def test_where_bfloat16_is_slow_nothing_computes_in_it(
     values = healing.heal_settings(HealOptions(tokens=1000), converted, original, tmp_path)
     assert values["train"]["precision"] == precision
     assert values["optimizer"]["muon_dtype"] == values["objective"]["distillation"]["dtype"] == dtype
+
+
+def test_passages_of_the_text_come_back_in_their_share_of_the_run(
+    original: Path, converted: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = HealOptions(text=(str(text_file), f"{text_file}=3"), copies=0.25, **{**OPTIONS, "tokens": 4000})
+    result = heal(converted, original, out=tmp_path / "healed", options=options, work=tmp_path / "work", quiet=True)
+    assert result.tokens >= 4000
+    values = json.loads((tmp_path / "work" / "uptrain.json").read_text())
+    weights = [source["weight"] for source in values["data"]["sources"]]
+    assert weights[-1] / sum(weights) == pytest.approx(0.25)
+    made = [json.loads(line)["text"] for line in (tmp_path / "work" / "copies.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    count = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in made)
+    assert 0.15 * 4000 < count < 0.6 * 4000
+    passages = made[0].split("\n\n")
+    assert passages[0] == passages[-1]
+
+
+@pytest.mark.parametrize("wrong", [{"copies": 1.0}, {"copies": -0.1}, {"copies": 0.1, "answers": True, "text": "a"}])
+def test_a_share_of_copies_that_means_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="copies"):
+        HealOptions(**wrong)
 
 
 def test_wide_models_move_less() -> None:
