@@ -3,10 +3,13 @@
 
     python scripts/compat/run.py --work /tmp/compat --torch 2.6.0,2.8.0,2.13.0 --transformers 4.57.0,5.0.0,5.10.0,5.23.0
     python scripts/compat/run.py --work /tmp/compat --torch 2.13.0+cpu --transformers 5.10.0 --python python3.12
+    python scripts/compat/run.py --work /tmp/compat --torch 2.6.0 --transformers 5.0.0 --least
 
-Each environment gets the two, what pip finds fit for the rest of the dependencies, and this package without asking it
-for its bounds. Then `check.py` runs in it. What was installed and what came out goes to `results.json`, pair by pair;
-pairs that are there already are left out unless `--again`. An environment is removed after its pair unless `--keep`.
+With `--least` the rest of the dependencies are the oldest that `pyproject.toml` allows; otherwise what pip finds fit.
+
+Each environment gets the two, the rest of the dependencies, and this package without asking it for its bounds. Then
+`check.py` runs in it. What was installed and what came out goes to `results.json`, pair by pair; pairs that are there
+already are left out unless `--again`. An environment is removed after its pair unless `--keep`.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +48,7 @@ def main() -> None:
     parser.add_argument("--torch", type=lambda text: text.split(","), required=True)
     parser.add_argument("--transformers", type=lambda text: text.split(","), required=True)
     parser.add_argument("--python", default=sys.executable, help="the Python of the environments")
+    parser.add_argument("--least", action="store_true", help="the oldest of the other dependencies")
     parser.add_argument("--work", type=Path, required=True, help="where environments are made")
     parser.add_argument("--pip", default="", help="more arguments of `pip install`, such as an index of CPU wheels")
     parser.add_argument("--keep", action="store_true", help="keep the environments")
@@ -56,7 +61,7 @@ def main() -> None:
         check=True,
     ).stdout.strip()
     for torch, transformers in product(args.torch, args.transformers):
-        name = f"python {python}, torch {torch}, transformers {transformers}"
+        name = f"python {python}, torch {torch}, transformers {transformers}{', least' if args.least else ''}"
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         if name in results and not args.again:
             continue
@@ -73,7 +78,8 @@ def one(args: argparse.Namespace, torch: str, transformers: str) -> dict[str, An
     python = str(folder / "bin" / "python")
     pip = [python, "-m", "pip", "install", "-q", *args.pip.split()]
     try:
-        for wanted in ([f"torch=={torch}", f"transformers=={transformers}", *OTHERS], ["--no-deps", str(ROOT)]):
+        others = least() if args.least else OTHERS
+        for wanted in ([f"torch=={torch}", f"transformers=={transformers}", *others], ["--no-deps", str(ROOT)]):
             done = subprocess.run([*pip, *wanted], capture_output=True, text=True, check=False)
             if done.returncode:
                 return {"install": " ".join(done.stderr.split())[-400:]}
@@ -88,6 +94,14 @@ def one(args: argparse.Namespace, torch: str, transformers: str) -> dict[str, An
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def least() -> list[str]:
+    """The rest of the dependencies at the lower bounds of `pyproject.toml`."""
+    stated = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert stated is not None
+    bounds = re.findall(r'"([\w.-]+)>=([\w.]+)"', stated[1])
+    return [f"{name}=={bound}" for name, bound in bounds if name not in ("torch", "transformers")] + ["numpy"]
 
 
 if __name__ == "__main__":
