@@ -37,6 +37,19 @@ def matmul_rate(dtype: torch.dtype | None = None) -> float:
     return 2 * _SIZE**3 * units / max(best, 1e-9)
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether a kind of device multiplies in bfloat16 by instructions of its own: `cpu` by AVX-512 or AMX, or a GPU.
+
+    The same answer every time, unlike a measured rate.
+    """
+    import torch
+
+    if device != "cpu":
+        return True
+    tests = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(test() for test in tests if test is not None)
+
+
 def free_memory() -> int:
     """Return the bytes this process could still take without swapping, a container's limit included."""
     import psutil

@@ -29,6 +29,7 @@ from gqa_convert.uptrain.model import (
     check_isolation,
     check_reads_text,
     set_dropout,
+    teacher_dtype,
 )
 from gqa_convert.uptrain.objective import LossSpec, TeacherOutput
 from gqa_convert.uptrain.plan import UptrainPlan
@@ -223,7 +224,7 @@ def _teacher(plan: UptrainPlan, engine: Engine, student: Any) -> Teacher:
     settings = plan.config.objective.distillation
     assert settings is not None
     assert plan.teacher is not None
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    dtype = teacher_dtype(settings.dtype, engine.device)
     original = Source.open(plan.teacher, trust_remote_code=plan.config.trust_remote_code)
     model, twin = _frozen(original, plan.config, engine, dtype, f"objective.distillation.teacher={settings.teacher}")
     if plan.config.separate_documents:

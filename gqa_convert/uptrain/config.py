@@ -37,8 +37,8 @@ class DistillationSection(Section):
     """Compare on the teacher's k likeliest tokens only, its probabilities scaled to sum to 1."""
     hidden_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of 1 - cosine of the two models' hidden states, averaged over layers."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """The teacher's weights."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """The teacher's weights; auto: bfloat16 but on processors that have no instructions for it."""
     compile: bool = False
     """torch.compile the teacher."""
     cache: Place | None = None

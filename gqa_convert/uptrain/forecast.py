@@ -11,7 +11,7 @@ from gqa_convert.budget.machine import matmul_rate
 from gqa_convert.budget.memory import TrainingSetup, training_memory
 from gqa_convert.budget.shape import shape_of_folder
 from gqa_convert.hf.loading import Source
-from gqa_convert.uptrain.model import attention_parameters, head_sides
+from gqa_convert.uptrain.model import attention_parameters, head_sides, teacher_dtype
 from gqa_convert.uptrain.optim import get_optimizer, vocabulary_weights
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def training_setup(config: UptrainConfig, *, processes: int = 1, trained: int | 
     train, distillation = config.train, config.objective.distillation
     engine = config.expect.engine or ("single" if processes == 1 else "ddp")
     each = train.micro_batch * processes
+    device = "cuda" if train.device == "auto" and torch.cuda.is_available() else "cpu"
     return TrainingSetup(
         engine=engine,
         devices=processes,
@@ -104,11 +105,11 @@ def training_setup(config: UptrainConfig, *, processes: int = 1, trained: int | 
         state_bytes=get_optimizer(config.optimizer.kind).state_bytes,
         checkpointing=train.gradient_checkpointing,
         chunk=config.objective.loss_chunk,
-        teacher_bytes=2 if distillation and distillation.dtype == "bfloat16" else 4,
+        teacher_bytes=teacher_dtype(distillation.dtype, device).itemsize if distillation else 2,
         hidden=bool(distillation and distillation.hidden_weight),
         step_sync=train.fsdp_sync == "step",
         averages=config.averaging.decay is not None,
-        device="cuda" if train.device == "auto" and torch.cuda.is_available() else "cpu",
+        device=device,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gqa_convert.budget.machine import has_bfloat16
 from gqa_convert.checkpoint.dtypes import not_finite
 from gqa_convert.errors import CheckpointError, UsageError
 from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, chunked_loss, hidden_cosine
@@ -244,6 +245,13 @@ def probe_inputs(model: Any, rows: int, length: int, *, restart: int | None) -> 
         return {"input_ids": ids}
     positions = torch.cat([torch.arange(restart), torch.arange(length - restart)]).to(device)
     return {"input_ids": ids, "position_ids": positions.expand(rows, -1)}
+
+
+def teacher_dtype(chosen: str, device: torch.device | str) -> torch.dtype:
+    """What the teacher's weights are held in: what was chosen, `auto` going by what the device multiplies fast."""
+    if chosen == "auto":
+        chosen = "bfloat16" if has_bfloat16(torch.device(device).type) else "float32"
+    return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
 class Teacher:

@@ -24,7 +24,7 @@ from gqa_convert.hf.loading import Source, load_model
 from gqa_convert.uptrain.config import UptrainConfig
 from gqa_convert.uptrain.corpus import TrainingData, prepare_data
 from gqa_convert.uptrain.fused import chosen_attention
-from gqa_convert.uptrain.model import ScoredModel, Teacher, check_finite, check_isolation
+from gqa_convert.uptrain.model import ScoredModel, Teacher, check_finite, check_isolation, teacher_dtype
 from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, TopLogits
 from gqa_convert.uptrain.plan import UptrainPlan, resolve
 
@@ -183,7 +183,7 @@ def cache_teacher(
     before = _described(out)
     if before is not None and (before["identity"], before["top_k"]) != (json.loads(json.dumps(identity)), top_k):
         raise UsageError(f"{out}: holds the cache of other text, or of another number of tokens. Choose another --out.")
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    dtype = teacher_dtype(settings.dtype, device)
     original = Source.open(plan.teacher, trust_remote_code=config.trust_remote_code)
     attention = chosen_attention(config.train, original.model_class, device)
     model = load_model(original, dtype=dtype, attention=attention, device=device)

@@ -13,6 +13,7 @@ from gqa_convert.uptrain.model import (
     check_isolation,
     run_model,
     set_dropout,
+    teacher_dtype,
 )
 from gqa_convert.uptrain.objective import LossSpec
 from gqa_convert.uptrain.unused_parameters import freeze_unreached
@@ -159,3 +160,12 @@ def test_dropout_is_set_everywhere() -> None:
     set_dropout(model, 0.0)
     ids = torch.randint(3, 59, (1, 9))
     assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_teacher_is_held_in_what_its_device_multiplies_fast(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gqa_convert.uptrain.model.has_bfloat16", lambda device: fast or device != "cpu")
+    assert teacher_dtype("auto", "cpu") is (torch.bfloat16 if fast else torch.float32)
+    assert teacher_dtype("auto", torch.device("cuda", 1)) is torch.bfloat16
+    assert teacher_dtype("bfloat16", "cpu") is torch.bfloat16
+    assert teacher_dtype("float32", "cuda") is torch.float32
