@@ -32,6 +32,10 @@ class Pace:
     def __init__(self, *, at_once: bool = False) -> None:
         self._last = -self.seconds if at_once else time.monotonic()
 
+    def restart(self) -> None:
+        """Let the next line wait for a minute."""
+        self._last = time.monotonic()
+
     def due(self) -> bool:
         """Whether a minute has passed since this last said so."""
         if time.monotonic() - self._last < self.seconds:
@@ -99,6 +103,11 @@ class Counter:
             self._from, self._since = self._done if self._done < count else 0, time.monotonic()
         self._total = count
         self.bar.update(self._task, total=count)
+
+    def begin_now(self) -> None:
+        """Count time from now on: until now it was something else that took it."""
+        self._from, self._since = self._done, time.monotonic()
+        self._pace.restart()
 
     def advance(self, count: int = 1) -> None:
         """Count some as done."""
@@ -194,6 +203,7 @@ def conversion_progress(total_bytes: int, *, quiet: bool) -> Iterator[tuple[OnBy
         live.update(Group(layers.bar, written.bar))
         layers.total(total)
         layers.reach(done, what=what, last=True)
+        written.begin_now()  # by then what it counts has not begun
 
     with live if written.on_terminal else nullcontext():
         yield written.advance, on_layer

@@ -40,6 +40,19 @@ def test_layers_name_what_is_done_to_them_and_their_last_one_is_told(
     assert capsys.readouterr().err.splitlines() == ["solved: 2 of 2 layers", "refitted: 2 of 2 layers"]
 
 
+def test_writing_is_timed_from_the_last_layer_on(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """Hours of solving say nothing of how long the rest of the bytes will take."""
+    with progress.conversion_progress(1 << 20, quiet=False) as (on_bytes, on_layer):
+        on_layer("refitting", 0, 1)
+        clock[0] += 7200
+        on_layer("refitting", 1, 1)
+        on_bytes(1 << 10)
+        clock[0] += 61
+        on_bytes((1 << 18) - (1 << 10))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "written" in line]
+    assert lines == ["written 256.0 KiB of 1.0 MiB, about 3 min left"]
+
+
 def test_a_training_run_tells_its_first_and_last_step(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with Display() as display:
         display.start(3, 0)

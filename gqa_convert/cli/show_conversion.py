@@ -181,9 +181,10 @@ def quality_lines(result: ConvertResult, quality: Quality | None) -> list[str]:
         f"{quality.agreement or 0.0:.0%}) on {quality.tokens} tokens of {quality.sample}: {quality.verdict}."
     ]
     if not quality.usable:
-        recipe = result.plan.recipe
-        better = "" if recipe.refit else "gqa-convert --preset best --calibrate TEXT (minutes to hours), then "
-        lines.append(f"next: {better}gqa heal (hours), or gqa uptrain (configs/ has documented runs).")
+        heal = f"gqa heal {result.out} {result.plan.source} --text TEXT --out {result.out}-healed (hours)"
+        if not result.plan.recipe.refit:
+            heal = "gqa-convert --preset best --calibrate TEXT (minutes to hours), then gqa heal (hours)"
+        lines.append(f"next: {heal}, or gqa uptrain (configs/ has documented runs).")
     return lines
 
 
