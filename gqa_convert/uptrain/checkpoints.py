@@ -255,7 +255,10 @@ def _digests(paths: list[Path]) -> list[str]:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+        while part := file.read(1 << 20):
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:
