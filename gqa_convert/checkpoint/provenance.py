@@ -74,7 +74,7 @@ def _file_identity(file: Path, repo: Path | None, hash_file: bool) -> dict[str, 
         # The hub names a large file's blob by the SHA-256 of its contents.
         identity["blob"] = file.resolve().name
     if hash_file:
-        identity["sha256"] = _hash(_chunks(file))
+        identity["sha256"] = file_sha256(file)
     return identity
 
 
@@ -96,6 +96,11 @@ def _header_hash(file: Path) -> str:
             return _hash(iter(table + pickles))
     with open(file, "rb") as stream:
         return _hash(iter([stream.read(_CHUNK)]))
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex digits (`hashlib.file_digest` came with Python 3.11)."""
+    return _hash(_chunks(file))
 
 
 def _chunks(file: Path) -> Iterator[bytes]:

@@ -25,7 +25,7 @@ def copies(texts: Sequence[str], *, length: int, seed: int = 0) -> Iterator[str]
 
     Args:
         texts: to take passages and words from.
-        length: characters of the longest document.
+        length: characters of the longest document, lists about.
         seed: of what is drawn.
     """
     draw = random.Random(f"{seed} copies")

@@ -7,7 +7,6 @@ match. Older ones are removed only after a newer one is committed, and never bel
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gqa_convert.checkpoint.provenance import file_sha256
 from gqa_convert.errors import CheckpointError, OutputError
 
 MARKER = "complete.json"
@@ -250,15 +250,7 @@ def _files(folder: Path) -> list[Path]:
 def _digests(paths: list[Path]) -> list[str]:
     """SHA-256 of each file, several at a time: every device waits for it, and a sharded checkpoint has many files."""
     with ThreadPoolExecutor(_READERS, thread_name_prefix="digests") as pool:
-        return list(pool.map(_sha256, paths))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
-        while part := file.read(1 << 20):
-            digest.update(part)
-        return digest.hexdigest()
+        return list(pool.map(file_sha256, paths))
 
 
 def _write(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from gqa_convert.uptrain.heal_settings import (
     OWN_TOKENS,
     HealOptions,
     heal_settings,
+    sequence_length,
     weighted_texts,
 )
 
@@ -111,10 +112,10 @@ def write_own_text(options: HealOptions, teacher: Path, path: Path, *, trust_rem
     if path.is_file():
         return
     from gqa_convert.calibrate.self_text import self_tokens
-    from gqa_convert.hf.loading import Source, max_positions
+    from gqa_convert.hf.loading import Source
 
     source = Source.open(teacher, trust_remote_code=trust_remote_code)
-    length = options.context or min(CONTEXT, max_positions(source.config) or CONTEXT)
+    length = sequence_length(options, source.config)
     count = max(64, min(options.tokens, OWN_TOKENS) // length)
     tell(f"the original writes {count * length:,} tokens to be healed on")
     ids_NT = self_tokens(source, sequences=count, length=length, piece=length, seed=options.seed)
@@ -166,7 +167,7 @@ def write_copies(options: HealOptions, teacher: Path, folder: Path, *, trust_rem
     from gqa_convert.data.copies import copies
     from gqa_convert.data.sampling import documents
     from gqa_convert.data.split import is_held_out
-    from gqa_convert.hf.loading import Source, max_positions
+    from gqa_convert.hf.loading import Source
 
     texts: list[str] = []
     for name, _ in weighted_texts(options.text):
@@ -178,9 +179,10 @@ def write_copies(options: HealOptions, teacher: Path, folder: Path, *, trust_rem
     source = Source.open(teacher, trust_remote_code=trust_remote_code)
     sample = "\n".join(text[:2000] for text in texts[:100])
     each = len(sample) / max(1, len(source.tokenizer()(sample, add_special_tokens=False)["input_ids"]))
-    context = options.context or min(CONTEXT, max_positions(source.config) or CONTEXT)
     left, lines = each * options.copies * options.tokens, []
-    for document in copies(texts, length=max(24, int(0.9 * context * each)), seed=options.seed):
+    for document in copies(
+        texts, length=max(24, int(0.9 * sequence_length(options, source.config) * each)), seed=options.seed
+    ):
         lines.append(json.dumps({"text": document}) + "\n")
         left -= len(document)
         if left <= 0:

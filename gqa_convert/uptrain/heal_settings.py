@@ -99,15 +99,14 @@ def heal_settings(
     options: HealOptions, source: Path, teacher: Path, folder: Path, *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """The uptraining as `gqa uptrain` would read it from a file."""
-    from gqa_convert.hf.loading import Source, max_positions
+    from gqa_convert.hf.loading import Source
     from gqa_convert.uptrain.forecast import training_precision
 
     opened = Source.open(source, trust_remote_code=trust_remote_code)
     model = opened.config
     text = model.get_text_config(decoder=True)
     width = int(getattr(text, "hidden_size", None) or USUAL_WIDTH)
-    longest = max_positions(model)
-    context = options.context or min(CONTEXT, longest or CONTEXT)
+    context = sequence_length(options, model)
     precision = training_precision()
     quick = "float32" if precision == "float32" else "bfloat16"  # where bfloat16 is slow, it is slow everywhere
     encodes = bool(getattr(model, "is_encoder_decoder", False))
@@ -163,6 +162,13 @@ def heal_settings(
         },
         "trust_remote_code": trust_remote_code,
     }
+
+
+def sequence_length(options: HealOptions, config: Any) -> int:
+    """Tokens of a sequence: those that were asked for, or 512 where the model reads as many."""
+    from gqa_convert.hf.loading import max_positions
+
+    return options.context or min(CONTEXT, max_positions(config) or CONTEXT)
 
 
 def weighted_texts(text: str | tuple[str, ...]) -> list[tuple[str, float]]:

@@ -22,6 +22,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ CODE = (
 PIECE = 6000
 """Characters of the longest document."""
 BATCH, ANSWER = 32, 288
+COPIED = 1500
+"""Characters of the longest document of passages that come back."""
 
 
 def main() -> None:
@@ -60,7 +63,7 @@ def main() -> None:
         "languages": lambda: manual_pages(LANGUAGES, draw),
         "manuals": lambda: manual_pages(("man1", "man5", "man7", "man8"), draw),
         "code": lambda: code(draw),
-        "copies": lambda: copies(args.out, draw),
+        "copies": lambda: copied(args.out, args.seed),
     }  # fmt: skip
     for kind, documents in sources.items():
         path = args.out / f"{kind}.jsonl"
@@ -100,28 +103,13 @@ def code(draw: random.Random, count: int = 12) -> Iterator[str]:
                 yield content.decode(errors="ignore")[:3500]
 
 
-def copies(folder: Path, draw: random.Random, count: int = 400) -> Iterator[str]:
-    """Passages of the other kinds that come back, and lists whose lines do."""
-    kinds = [folder / f"{kind}.jsonl" for kind in SHARES if kind != "copies"]
-    texts: list[list[str]] = [
-        [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()] for path in kinds
-    ]
-    names = sorted({word for text in texts[0] for word in re.findall(r"\b[a-z]{4,10}\b", text)})
+def copied(folder: Path, seed: int, count: int = 400) -> Iterator[str]:
+    """Passages of the other kinds that come back, and lists whose lines do, as `gqa heal --copies` makes them."""
+    from gqa_convert.data.copies import copies
 
-    def passage(shortest: int, longest: int) -> str:
-        text, length = draw.choice(draw.choice(texts)), draw.randint(shortest, longest)
-        start = draw.randrange(max(1, len(text) - length))
-        return text[start : start + length].partition(" ")[2].strip()
-
-    for number in range(count):
-        if number % 3:
-            again = passage(150, 600)
-            yield "\n\n".join([again, passage(50, 500), again])
-            continue
-        lines = [f"{draw.choice(names)} {draw.choice(names)}: {draw.choice(names)} {draw.randint(10, 9999)}"
-                 for _ in range(draw.randint(6, 14))]  # fmt: skip
-        others = draw.sample(lines, len(lines))
-        yield "\n".join([*lines, "", *others])
+    files = [folder / f"{kind}.jsonl" for kind in SHARES if kind != "copies"]
+    texts = [json.loads(line)["text"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return islice(copies(texts, length=COPIED, seed=seed), count)
 
 
 def take(path: Path, documents: list[str], wanted: int, tokenizer: Any, draw: random.Random) -> int:
