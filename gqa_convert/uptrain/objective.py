@@ -22,6 +22,9 @@ from gqa_convert.data.batches import IGNORE
 STATISTICS = ("ce", "kl", "cosine")
 """What the second result of `ScoredModel` holds, in this order: sums over scored positions, in nats (cosine: 1)."""
 
+_IN_CACHE = 2**17
+"""Logits that a processor core takes at a time: with the teacher's and what lies between, 1.5 MiB."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
@@ -43,9 +46,9 @@ class Head:
     bias: Tensor | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Float32 logits (N, V)."""
+        """Float32 logits (N, V), which the caller may write over."""
         if self.weight is None:
-            return hidden_ND.float()
+            return hidden_ND.to(torch.float32, copy=True)
         return functional.linear(hidden_ND, self.weight, self.bias).float()
 
 
@@ -90,61 +93,100 @@ def score_logits(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cross-entropy and KL of a chunk, and the gradient of their weighted sum by the logits.
 
+    Both logits are written over: memory of this size costs more to get than to fill. On a processor a few positions are
+    taken at a time, so that the dozen passes over their logits find them in its cache.
+
     KL is multiplied by the temperature squared, which keeps its gradient's size (Hinton et al. 2015, section 2). With
     `top_k`, the teacher's k likeliest tokens are renormalised and the model is held to its full distribution on them.
 
     Returns:
         CE sum, KL sum, gradient (N, V) or None.
     """
-    valid_N = labels_N != IGNORE
-    safe_N1 = labels_N.clamp_min(0)[:, None]
-    log_s_NV = logits_NV.log_softmax(-1)
-    ce = -(log_s_NV.gather(-1, safe_N1)[:, 0] * valid_N).sum()
-    gradient = None
-    if with_gradient and spec.ce_weight:
-        # Memory of this size costs more to get than to fill, so what nobody reads again is written over.
-        read_again = teacher_NV is not None and spec.kl_weight and spec.temperature == 1.0
-        gradient = log_s_NV.exp() if read_again else log_s_NV.exp_()
-        gradient.scatter_add_(-1, safe_N1, gradient.new_full(safe_N1.shape, -1.0))
-        gradient *= (spec.ce_weight * valid_N)[:, None]
-    kl = ce.new_zeros(())
-    if teacher_NV is not None and spec.kl_weight:
-        if spec.temperature != 1.0:
-            log_s_NV = (logits_NV / spec.temperature).log_softmax(-1)
-            teacher_NV = teacher_NV / spec.temperature
-        kl, by_kl = _distil(log_s_NV, valid_N, teacher_NV, spec, with_gradient=with_gradient)
-        if by_kl is not None:
-            gradient = by_kl if gradient is None else gradient.add_(by_kl)
-    return ce, kl, gradient
+    positions, words = logits_NV.shape
+    rows = max(1, positions)
+    if logits_NV.device.type == "cpu":
+        rows = max(1, _IN_CACHE * torch.get_num_threads() // words)
+    ce, kl = [], []
+    for start in range(0, max(1, positions), rows):
+        part = slice(start, start + rows)
+        taught = None if teacher_NV is None or not spec.kl_weight else teacher_NV[part]
+        one = _score_rows(logits_NV[part], labels_N[part], taught, spec, with_gradient=with_gradient)
+        ce.append(one[0])
+        kl.append(one[1])
+    return torch.stack(ce).sum(), torch.stack(kl).sum(), logits_NV if with_gradient else None
 
 
-def _distil(
-    log_s_NV: Tensor, valid_N: Tensor, teacher_NV: Tensor | TopLogits, spec: LossSpec, *, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """KL and its gradient; `log_s_NV` and the teacher's logits are already divided by the temperature.
-
-    `log_s_NV` becomes the gradient: memory of this size costs more to get than to fill.
-    """
+def _score_rows(
+    logits_RV: Tensor, labels_R: Tensor, teacher: Tensor | TopLogits | None, spec: LossSpec, *, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums of CE and KL of R positions; the gradient is left in `logits_RV`."""
+    valid_R = labels_R != IGNORE
     heat = spec.temperature
-    if isinstance(teacher_NV, TopLogits):
-        top, index = (x[:, : spec.top_k] for x in (teacher_NV.values_NK, teacher_NV.index_NK))
-        log_t, picked = top.log_softmax(-1), log_s_NV.gather(-1, index)
-    elif spec.top_k is None:
-        log_t, index, picked = teacher_NV.log_softmax(-1), None, log_s_NV
-    else:
-        top, index = teacher_NV.topk(min(spec.top_k, teacher_NV.shape[-1]), dim=-1)
-        log_t, picked = top.log_softmax(-1), log_s_NV.gather(-1, index)
-    t = log_t.exp()
-    kl = (torch.linalg.vecdot(t, log_t.sub_(picked)) * valid_N).sum() * heat**2
-    if not with_gradient:
-        return kl, None
-    gradient = log_s_NV.exp_()
-    if index is None:
-        gradient -= t
-    else:
-        gradient.scatter_add_(-1, index, -t)
-    gradient *= (spec.kl_weight * heat * valid_N)[:, None]
-    return kl, gradient
+    if teacher is None or heat == 1.0:
+        weights = (spec.ce_weight, spec.kl_weight)
+        return _at_one_heat(logits_RV, labels_R, valid_R, teacher, weights, spec.top_k, with_gradient=with_gradient)
+    cooled_RV = logits_RV / heat
+    weights = (0.0, spec.kl_weight * heat)  # heat squared, and 1 / heat from the division
+    _, kl = _at_one_heat(cooled_RV, labels_R, valid_R, teacher / heat, weights, spec.top_k, with_gradient=with_gradient)
+    weights = (spec.ce_weight, 0.0)
+    ce, _ = _at_one_heat(logits_RV, labels_R, valid_R, None, weights, None, with_gradient=with_gradient)
+    if with_gradient:
+        logits_RV += cooled_RV
+    return ce, kl * heat**2
+
+
+def _at_one_heat(
+    s_RV: Tensor,
+    labels_R: Tensor,
+    valid_R: Tensor,
+    teacher: Tensor | TopLogits | None,
+    weights: tuple[float, float],
+    top_k: int | None,
+    *,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """CE and KL of logits that are divided by the temperature already, with one exponential of each side's logits.
+
+    With s and t the logits less their maximum: KL = sum(p_t (t - s)) - log sum exp t + log sum exp s.
+    """
+    by_ce, by_kl = weights
+    safe_R1 = labels_R.clamp_min(0)[:, None]
+    s_RV -= s_RV.amax(-1, keepdim=True)
+    at_label = s_RV.gather(-1, safe_R1)[:, 0]
+    index, gap, size_t = None, None, None
+    if teacher is not None:
+        index, t = _likeliest(teacher, top_k)
+        t -= t.amax(-1, keepdim=True)
+        p_t = t.exp()
+        size_t = p_t.sum(-1)
+        t -= s_RV if index is None else s_RV.gather(-1, index)
+        gap = torch.linalg.vecdot(p_t, t) / size_t
+    p_s = s_RV.exp_()
+    size_s = p_s.sum(-1)
+    log_size = size_s.log()
+    ce = ((log_size - at_label) * valid_R).sum()
+    kl = ce.new_zeros(()) if gap is None or size_t is None else ((gap - size_t.log() + log_size) * valid_R).sum()
+    if with_gradient:
+        p_s *= ((by_ce + (by_kl if teacher is not None else 0.0)) * valid_R / size_s)[:, None]
+        if size_t is not None:
+            p_t *= (by_kl * valid_R / size_t)[:, None]
+            if index is None:
+                p_s -= p_t
+            else:
+                p_s.scatter_add_(-1, index, p_t.neg_())
+        if by_ce:
+            p_s.scatter_add_(-1, safe_R1, (-by_ce * valid_R.to(p_s.dtype))[:, None])
+    return ce, kl
+
+
+def _likeliest(teacher: Tensor | TopLogits, top_k: int | None) -> tuple[Tensor | None, Tensor]:
+    """Tokens and logits that the model is held to: the teacher's largest, or (None) all of them."""
+    if isinstance(teacher, TopLogits):
+        return teacher.index_NK[:, :top_k], teacher.values_NK[:, :top_k].clone()
+    if top_k is None:
+        return None, teacher
+    top = teacher.topk(min(top_k, teacher.shape[-1]), dim=-1)
+    return top.indices, top.values
 
 
 class _ChunkedLoss(torch.autograd.Function):

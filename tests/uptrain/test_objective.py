@@ -7,6 +7,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gqa_convert.data.batches import IGNORE
+from gqa_convert.uptrain import objective
 from gqa_convert.uptrain.objective import Head, LossSpec, TeacherOutput, chunked_loss, hidden_cosine
 
 N, D, V = 37, 8, 50
@@ -55,7 +56,11 @@ def plain(
     ],
     ids=["ce", "kl", "both", "top_k"],
 )
-def test_chunks_give_the_loss_and_gradients_of_the_whole(case: Case, weights: dict[str, Any], chunk: int) -> None:
+@pytest.mark.parametrize("in_cache", [1, 4 * V, 2**17], ids="{} logits in cache".format)
+def test_chunks_give_the_loss_and_gradients_of_the_whole(
+    case: Case, weights: dict[str, Any], chunk: int, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "_IN_CACHE", in_cache)
     *leaves, labels, teacher = case
     spec = LossSpec(chunk=chunk, **weights)
     expected, ce, kl = plain(leaves, labels, teacher, spec)
@@ -75,8 +80,10 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(case: Case, weights: di
 def test_logits_of_the_model_itself_are_scored_in_chunks_too(case: Case) -> None:
     hidden, weight, bias, labels, _ = case
     spec = LossSpec(chunk=8)
-    logits = functional.linear(hidden, weight, bias).detach().requires_grad_()
+    logits = functional.linear(hidden, weight, bias).detach().float().requires_grad_()
+    before = logits.detach().clone()
     loss, _ = chunked_loss(logits, Head(None), labels, None, spec)
+    assert torch.equal(logits, before)
     expected = functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     a, b = torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0]
