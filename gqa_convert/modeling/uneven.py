@@ -133,10 +133,7 @@ def engine_note(config: Any) -> str:
     """Return which engines read the blocks of a configuration."""
     if config.intermediate_size % _ENGINES_FFN:
         return (
-            f"llama.cpp and mlx-lm cannot read it: its feed-forward size ({config.intermediate_size}) is no multiple "
+            f"llama.cpp, mlx-lm and vLLM cannot read it: its feed-forward size ({config.intermediate_size}) is no multiple "
             f"of {_ENGINES_FFN}, which their form of {MODEL_TYPE} counts on"
         )
-    return (
-        f"llama.cpp (as `deci`) and mlx-lm were checked to read the KV heads of each layer; vLLM has {MODEL_TYPE} too, "
-        "where it was not shown yet"
-    )
+    return "llama.cpp (as `deci`), mlx-lm and vLLM were checked to read the KV heads of each layer"
