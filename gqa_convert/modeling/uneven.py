@@ -19,7 +19,7 @@ LIKE_LLAMA = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 """Model types that compute what Llama does, with the class whose tensors go by the same names."""
 
 _ENGINES_FFN = 256
-"""Engines take feed-forward sizes in multiples of this many only."""
+"""llama.cpp and mlx-lm take feed-forward sizes in multiples of this many only."""
 
 
 def is_uneven(values: Any) -> bool:
@@ -133,7 +133,7 @@ def engine_note(config: Any) -> str:
     """Return which engines read the blocks of a configuration."""
     if config.intermediate_size % _ENGINES_FFN:
         return (
-            f"llama.cpp, mlx-lm and vLLM cannot read it: its feed-forward size ({config.intermediate_size}) is no multiple "
-            f"of {_ENGINES_FFN}, which their form of {MODEL_TYPE} counts on"
+            f"vLLM was checked to read it; llama.cpp and mlx-lm cannot: its feed-forward size ({config.intermediate_size}) is "
+            f"no multiple of {_ENGINES_FFN}, which their form of {MODEL_TYPE} counts on"
         )
     return "llama.cpp (as `deci`), mlx-lm and vLLM were checked to read the KV heads of each layer"
