@@ -133,7 +133,7 @@ def engine_note(config: Any) -> str:
     """Return which engines read the blocks of a configuration."""
     if config.intermediate_size % _ENGINES_FFN:
         return (
-            f"vLLM was checked to read it; llama.cpp and mlx-lm cannot: its feed-forward size ({config.intermediate_size}) is "
-            f"no multiple of {_ENGINES_FFN}, which their form of {MODEL_TYPE} counts on"
+            "vLLM was checked to read it; llama.cpp and mlx-lm cannot: its feed-forward size "
+            f"({config.intermediate_size}) is no multiple of {_ENGINES_FFN}, which their form of {MODEL_TYPE} counts on"
         )
     return "llama.cpp (as `deci`), mlx-lm and vLLM were checked to read the KV heads of each layer"
