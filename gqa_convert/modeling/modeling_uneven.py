@@ -10,6 +10,7 @@ Written by gqa-convert. Licence: Apache-2.0.
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 import transformers
@@ -64,6 +65,10 @@ class DeciLMConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the blocks and make their entries attributes."""
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        self.read_blocks()
+
+    def read_blocks(self) -> None:
+        """Check the blocks and make their entries attributes."""
         blocks = [
             Settings({name: Settings(part) for name, part in block.items()}) for block in self.block_configs or []
         ]
@@ -107,6 +112,16 @@ class DeciLMConfig(LlamaConfig):
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:
         raise ValueError("per_layer_config: this configuration's layers are its block_configs")
+
+
+def _early_init(self: Any, *args: Any, block_configs: Any = None, **settings: Any) -> None:
+    LlamaConfig.__init__(self, *args, **settings)
+    self.block_configs = block_configs
+    self.read_blocks()
+
+
+if not dataclasses.is_dataclass(LlamaConfig):  # the first releases of transformers 5, which call no __post_init__
+    DeciLMConfig.__init__ = _early_init  # type: ignore[method-assign]
 
 
 def ffn_size(ffn: Any, width: int) -> Any:
