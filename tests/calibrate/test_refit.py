@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +14,13 @@ import torch
 from gqa_convert.anatomy.block_names import BlockNames
 from gqa_convert.calibrate.descent import DescentOptions, _step_calls, descend, held_out, schedule, tensor_lr
 from gqa_convert.calibrate.hooks import BlockRecord, part_of, watching
+from gqa_convert.calibrate.layer import corrected
 from gqa_convert.calibrate.layer_stream import LayerStream
 from gqa_convert.calibrate.least_squares import NormalEquations
 from gqa_convert.calibrate.parts import WholeModel
 from gqa_convert.calibrate.paused_forward import LayerCall
 from gqa_convert.calibrate.refit import RefitOptions, refit_block
-from gqa_convert.calibrate.residual import hidden_of, residual_scale
+from gqa_convert.calibrate.residual import hidden_of, residual_scale, with_hidden
 from gqa_convert.calibrate.solve import solve
 from gqa_convert.calibrate.tokens import batches
 from gqa_convert.conversion.recipe import Recipe
@@ -218,6 +221,36 @@ def test_how_attention_enters_the_stream_is_found(
     assert residual_scale(window.module, window.path, names, window.calls[0]) == (
         None if expected is None else pytest.approx(expected, abs=1e-4)
     )
+
+
+def given_back(target: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    return target
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_target_makes_up_for_what_earlier_layers_lost(
+    model_type: str, case: Callable[..., Case], tokens: torch.Tensor
+) -> None:
+    """With it as attention's output, a layer whose input has drifted gives what the source's gives."""
+    names, _, record, window = observed(case(model_type), tokens)
+    generator = torch.Generator().manual_seed(1)
+    calls, lost = [], []
+    for call in window.calls:
+        h = hidden_of(call)
+        assert h is not None
+        lost.append(0.1 * torch.randn(h.shape, generator=generator))
+        args, kwargs = with_hidden(call, h - lost[-1])
+        calls.append(LayerCall(call.path, args, kwargs))
+    targets = corrected(record.outputs, window, replace(window, calls=calls), names)
+    if model_type == "gemma3_text":  # a norm follows its attention: nothing can be made up for by a sum
+        assert all(torch.equal(a, b) for a, b in zip(targets, record.outputs, strict=True))
+        return
+    for call, drifted, target in zip(window.calls, calls, targets, strict=True):
+        with torch.no_grad():
+            expected = window.module(*call.args, **call.kwargs)
+            with watching(window.module, window.path, names, on_output=partial(given_back, target)):
+                given = window.module(*drifted.args, **drifted.kwargs)
+        torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_hidden_states_are_found_by_place_or_name() -> None:
