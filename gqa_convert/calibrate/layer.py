@@ -156,7 +156,9 @@ def refit_layer(
     reports = {}
     for names in blocks:
         started = time.monotonic()
-        targets = corrected(records[names.module].outputs, source, shadow, names)
+        targets: Sequence[Tensor] = records[names.module].outputs
+        if options.least_squares and not options.steps:
+            targets = corrected(targets, source, shadow, names)
         module = part_of(student.model, "", names.module)
         calls = attention_calls(shadow, names, keep)
         fitted, report = refit_block(
@@ -173,8 +175,8 @@ def corrected(
 ) -> Sequence[Tensor]:
     """Add to each target what the student's stream already lacks, where attention enters the stream as a plain sum.
 
-    Layer after layer the stream drifts away from the original's; a block that is asked for the difference too takes a
-    part of it back. Where attention enters the stream otherwise the targets stay as they are.
+    This helps a least squares, which can do little else about the error. A descent gains little by it (docs/merging.md):
+    deep in a model most of the lack cannot be told from what the block sees.
     """
     call = source.calls[0]
     args, kwargs = to_device((call.args, call.kwargs), source.device)

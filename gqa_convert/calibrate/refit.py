@@ -1,9 +1,9 @@
 """Local refit of one merged attention block against its original: no language-model training, one layer at a time.
 
 The block is given what the converted model will really feed it, its earlier layers being refitted already, and fitted
-to what the original block gave in the source and what earlier layers lost on the way (`layer.corrected`). Two steps,
-either or both: its q, k, v and o are trained (`descent`), and its o projection is solved for (`least_squares`). Both
-measure on windows that they do not fit, and keep what they started from where they cannot better it.
+to what the original block gave in the source. Two steps, either or both: its q, k, v and o are trained (`descent`), and
+its o projection is solved for (`least_squares`). Both measure on windows that they do not fit, and keep what they
+started from where they cannot better it.
 """
 
 from __future__ import annotations

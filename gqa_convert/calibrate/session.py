@@ -86,9 +86,7 @@ class Session:
         self.moments = statistics_store(work, {**known, "tokens": "by the attention received"})
         chosen = {name: value for name, value in recipe.to_json().items() if name not in _TEXT_FIELDS}
         groups = anatomy.groups if isinstance(anatomy.groups, int) else anatomy.groups.counts
-        result: dict[str, Any] = {"groups": groups, "recipe": chosen, "freedom": asdict(freedom)}
-        if self.refit:
-            result["target"] = "with what earlier layers lost"
+        result = {"groups": groups, "recipe": chosen, "freedom": asdict(freedom)}
         self.store = LayerStore(work, "layers", {**known, **result})
         self.alike: list[str] = []
 

@@ -57,11 +57,21 @@ def inputs_of_the_original() -> Iterator[None]:
 
 
 @contextmanager
-def earlier_losses_left_alone() -> Iterator[None]:
-    """Fit each layer to the original's output alone, not also to what earlier layers lost."""
-    from gqa_convert.calibrate import layer
+def what_the_stream_lacks() -> Iterator[None]:
+    """Fit each layer to the original's output plus what earlier layers lost."""
+    from gqa_convert.calibrate import session
+    from gqa_convert.calibrate.layer import corrected
+    from gqa_convert.calibrate.layer import refit_layer as real
 
-    with patch.object(layer, "corrected", lambda targets, *_: targets):
+    def refit_layer(
+        blocks: Any, records: Any, source: Any, student: Any, shadow: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        for names in blocks:
+            record = records[names.module]
+            record.outputs[:] = corrected(record.outputs, source, shadow, names)
+        return real(blocks, records, source, student, shadow, *args, **kwargs)
+
+    with patch.object(session, "refit_layer", refit_layer):
         yield
 
 
@@ -119,7 +129,7 @@ VARIANTS: dict[str, Variant] = {
     "half the learning rate": (partial(learning_rate, 0.5), {}),
     "twice the learning rate": (partial(learning_rate, 2.0), {}),
     "inputs of the original": (inputs_of_the_original, {}),
-    "earlier losses left alone": (earlier_losses_left_alone, {}),
+    "what the stream lacks": (what_the_stream_lacks, {}),
     "least squares afterwards": (least_squares_afterwards, {}),
     "contiguous groups": (as_it_is, {"grouping": "contiguous"}),
     "fast": (as_it_is, {"preset": "fast"}),
