@@ -175,8 +175,8 @@ def corrected(
 ) -> Sequence[Tensor]:
     """Add to each target what the student's stream already lacks, where attention enters the stream as a plain sum.
 
-    This helps a least squares, which can do little else about the error. A descent gains little by it (docs/merging.md):
-    deep in a model most of the lack cannot be told from what the block sees.
+    This helps a least squares, which can do little else about the error. A descent gains little by it: deep in a model
+    most of the lack cannot be told from what the block sees (docs/merging.md, making up for earlier layers).
     """
     call = source.calls[0]
     args, kwargs = to_device((call.args, call.kwargs), source.device)
