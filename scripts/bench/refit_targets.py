@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gqa_convert.calibrate.descent import DescentOptions, schedule, tensor_lr
+from gqa_convert.calibrate.descent import DescentOptions, held_out, schedule, tensor_lr
 from gqa_convert.calibrate.tokens import calibration_tokens
 
 
@@ -99,9 +99,10 @@ def main() -> None:
         machine = {"processor": platform.machine(), "python": platform.python_version()}
         described = {"model": Path(args.original).name, **settings, "versions": versions, "machine": machine}
         args.out.write_text(json.dumps({**described, "rows": rows}, indent=1) + "\n")
-    print("\n| row | " + " | ".join(name for name, _ in args.texts) + " | processor s |\n|---|" + "--:|--:|" * 2)
+    names = [name for name, _ in args.texts]
+    print("\n| row | " + " | ".join(names) + " | processor s |\n|---|" + "--:|" * (len(names) + 1))
     for name, row in rows.items():
-        cells = (f"{row[text]['increase']:+.3f} (KL {row[text]['kl']:.3f})" for text, _ in args.texts)
+        cells = (f"{row[text]['increase']:+.3f} (KL {row[text]['kl']:.3f})" for text in names)
         print(f"| {name} | " + " | ".join(cells) + f" | {row['processor_seconds']:.0f} |")
 
 
@@ -241,8 +242,7 @@ def descend(
     peaks = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
     optimiser = torch.optim.Adam(groups, betas=options.betas, eps=1e-12, foreach=False)
     generator = torch.Generator().manual_seed(0)
-    count = len(input_NTX)
-    train, check = count - count // 16, range(count - count // 16, count)
+    train, check = held_out(len(input_NTX))
     each = max(1, 2048 // input_NTX.shape[1])
     order: list[int] = []
 
@@ -256,13 +256,13 @@ def descend(
     for step in range(options.steps + 1):
         if step % max(1, options.steps // 6) == 0 or step == options.steps:
             with torch.no_grad():
-                now = float(error(list(check)))
+                now = float(error(check))
             if now < best:
                 best, kept = now, [w.detach().clone() for w in weights]
         if step == options.steps:
             break
-        if len(order) < each:
-            order += torch.randperm(train, generator=generator).tolist()
+        while len(order) < each:
+            order += [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
         chosen = [order.pop() for _ in range(each)]
         for group, peak in zip(optimiser.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step, options)

@@ -79,20 +79,18 @@ class Case:
     Attributes:
         model_type: of the source.
         changes: to its configuration.
-        groups: KV heads to convert to.
+        groups: KV heads to convert to, in turn: one number for all layers, or one for each.
         route: how it becomes a grouped-query model: `setting`, `native` (another family) or `remote-code`.
         sizes: what its configuration calls its sizes.
         spelling: `both` spellings of rotary settings and dtype in the source, or those of transformers `5` alone.
-        uneven: KV heads of each layer, in the place of one number for all.
     """
 
     model_type: str
     changes: dict[str, Any] = field(default_factory=dict)
-    groups: tuple[int, ...] = (2,)
+    groups: tuple[int | tuple[int, ...], ...] = (2,)
     route: str = "setting"
     sizes: dict[str, Any] = field(default_factory=lambda: SIZES)
     spelling: str = "both"
-    uneven: tuple[int, ...] = ()
 
 
 _NEOX = {"intermediate_size": 4 * WIDTH, "hidden_act": "gelu", "num_key_value_heads": None}
@@ -100,7 +98,7 @@ CASES = {
     "Llama": Case("llama", groups=(4, 2, 1)),
     "Llama, theta 50,000": Case("llama", _rope(50000.0), spelling="5"),
     "Llama, head_dim 64": Case("llama", {"head_dim": 64}),
-    "Llama, uneven": Case("llama", {"num_hidden_layers": 4}, groups=(), uneven=(HEADS, 2, 1, 4)),
+    "Llama, uneven": Case("llama", {"num_hidden_layers": 4}, groups=((HEADS, 2, 1, 4),)),
     "Mistral": Case("mistral", {"sliding_window": None}),
     "Mixtral": Case("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Qwen2": Case("qwen2"),
@@ -186,11 +184,12 @@ def write_models(root: Path, name: str) -> list[tuple[str, Path]]:
     folders = [(f"MHA {HEADS}", source)]
     for groups in case.groups:
         route = "auto" if case.route == "setting" else case.route
-        done = convert(source, groups=groups, out=source.with_name(f"gqa{groups}"), force=True, route=route)
-        folders.append((f"{'MQA' if groups == 1 else 'GQA'} {groups}", done.out))
-    if case.uneven:
-        done = convert(source, groups=case.uneven, out=source.with_name("uneven"), force=True)
-        folders.append((f"uneven {','.join(map(str, case.uneven))}", done.out))
+        label = f"{'MQA' if groups == 1 else 'GQA'} {groups}"
+        if isinstance(groups, tuple):
+            label = f"uneven {','.join(map(str, groups))}"
+        out = source.with_name(label.lower().replace(" ", "").replace(",", "-"))
+        done = convert(source, groups=groups, out=out, force=True, route=route)
+        folders.append((label, done.out))
     for _, folder in folders:
         write_reference(folder)
     return folders
