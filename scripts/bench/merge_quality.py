@@ -6,7 +6,8 @@
 
 Converts by every row of the table to every number of groups, evaluates each conversion against the original on the same
 windows, and writes the figures with versions as JSON, row by row: started again with the same `--out`, it goes on where
-it stopped, and `--again ROW,ROW` measures rows anew. `demo` is the model that comes with the package, and its text:
+it stopped, and `--again ROW;ROW` measures rows anew. With `--heal-tokens` conversions by `fast` and `best` are also
+healed, on the calibration text. `demo` is the model that comes with the package, and its text:
 the held-out modules of the standard library to measure on, the others to calibrate on.
 """
 
@@ -20,6 +21,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from gqa_convert.budget.counts import parse_count
 
 # Row -> what is chosen about the merge; `calibrated` rows are left out where no text is given.
 ROWS: dict[str, dict[str, Any]] = {
@@ -38,6 +41,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "fast + o_proj refit": {"preset": "fast", "refit": True, "refit_steps": 0, "calibrated": True},
     "best": {"preset": "best", "calibrated": True},
     "best: self": {"preset": "best"},
+    "fast, healed": {"preset": "fast", "calibrated": True, "healed": True},
+    "best, healed": {"preset": "best", "calibrated": True, "healed": True},
 }
 
 
@@ -105,8 +110,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, help="tokens per window")
     parser.add_argument("--max-windows", type=int)
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences")
-    parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--again", type=lambda text: text.split(","), default=[], help="rows to measure again")
+    parser.add_argument("--rows", type=lambda text: text.split(";"), help=f"of {'; '.join(ROWS)}")
+    parser.add_argument("--again", type=lambda text: text.split(";"), default=[], help="rows to measure again")
+    parser.add_argument("--heal-tokens", type=parse_count, help="tokens to heal on; without it no row is healed")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
 
@@ -122,19 +128,24 @@ def demo_text(folder: Path) -> Path:
 
 
 def convert_one(base: str, out: Path, name: str, groups: int, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Convert by one row; None where it makes no sense (no text, one group to search)."""
+    """Convert by one row and heal where it says so; None where a row lacks what it needs."""
     from gqa_convert import convert
     from gqa_convert.conversion.recipe import make_recipe
+    from gqa_convert.uptrain.heal import HealOptions, heal
 
     chosen = dict(ROWS[name])
-    calibrated = chosen.pop("calibrated", False)
-    if calibrated and not args.calibrate:
+    calibrated, healed = chosen.pop("calibrated", False), chosen.pop("healed", False)
+    if (calibrated and not args.calibrate) or (healed and not args.heal_tokens):
         return None
     if calibrated:
         chosen["calibrate"] = args.calibrate
     recipe = make_recipe(chosen.pop("preset", None), sequences=args.sequences, **chosen)
     started, worked = time.perf_counter(), time.process_time()
-    convert(base, groups=groups, out=out, recipe=recipe)
+    start = out.with_name("start") if healed else out
+    convert(base, groups=groups, out=start, recipe=recipe)
+    if healed:
+        options = HealOptions(text=args.calibrate, tokens=args.heal_tokens, context=args.context)
+        heal(start, base, out=out, options=options, quiet=True)
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "processor_seconds": round(time.process_time() - worked, 1),

@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
         if same:
             even = _sums(assembly, [same[0]] * len(present), present)
             run["even"] = {"groups": same[0]} | _figures(even)
-            run["uneven_minus_even"] = {name: _difference(uneven, even, name) for name in ("kl", "loss")}
+            run["uneven_minus_even"] = {name: difference(uneven[1], even[1], name) for name in ("kl", "loss")}
         spread = _spread(allocation.groups.counts, options)
         if spread is not None:
             run["spread"] = {"groups_per_layer": spread} | _figures(_sums(assembly, spread, present))
@@ -183,9 +183,11 @@ def _figures(sums: tuple[WindowSums, WindowSums]) -> dict[str, Any]:
     }
 
 
-def _difference(one: tuple[Any, WindowSums], other: tuple[Any, WindowSums], name: str) -> dict[str, float]:
-    pairs = zip(one[1].sums[name], other[1].sums[name], strict=True)
-    return mean_per_token([a - b for a, b in pairs], one[1].tokens).to_json()
+def difference(one: WindowSums, other: WindowSums, name: str) -> dict[str, float]:
+    """Mean per token of what sets two models apart on the same windows, with its interval."""
+    pairs = zip(one.sums[name], other.sums[name], strict=True)
+    apart: dict[str, float] = mean_per_token([a - b for a, b in pairs], one.tokens).to_json()
+    return apart
 
 
 def _random(
