@@ -46,6 +46,8 @@ class Row:
             gradient of the likelihood of tokens that the original draws, `e^T E[g g^T] e`. The rest is a plain square.
         token: every token's error is divided by its target's size to this power.
         steps: of each layer, as a multiple of the usual ones.
+        solved: o is solved for by least squares before the first step, and at so many looks at the held-out windows
+            (six in a descent, the last one after its end).
     """
 
     drift: float = 0.0
@@ -53,6 +55,7 @@ class Row:
     metric: float = 0.0
     token: float = 0.0
     steps: float = 1.0
+    solved: tuple[int, ...] = ()
 
 
 ROWS = {
@@ -66,6 +69,10 @@ ROWS = {
     "by token": Row(token=1.0),
     "the layer's output": Row(whole=True, drift=1.0),
     "three times the steps": Row(steps=3.0),
+    "o solved first": Row(solved=(0,)),
+    "o solved last": Row(solved=(6,)),
+    "o solved at every look": Row(solved=(0, 1, 2, 3, 4, 5, 6)),
+    "o solved first, all of the drift": Row(solved=(0,), drift=1.0),
     "metric .9, all of the drift, three times the steps": Row(metric=0.9, drift=1.0, steps=3.0),
 }
 
@@ -166,6 +173,23 @@ class Trial:
         return whole_out
 
     @torch.no_grad()
+    def solve_o(self, layer: Any, chosen: list[int], input_NTX: Tensor, target_NTX: Tensor) -> None:
+        """Least squares for o's weight on these windows, with a thousandth of the mean square as ridge."""
+        seen: list[Tensor] = []
+        handle = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+        width = layer.self_attn.o_proj.weight.shape[1]
+        square, mixed = torch.zeros(width, width), torch.zeros(width, target_NTX.shape[-1])
+        for first in range(0, len(chosen), 4):
+            seen.clear()
+            windows = chosen[first : first + 4]
+            self.call(layer, input_NTX[windows], whole=False)
+            square += seen[0].T @ seen[0]
+            mixed += seen[0].T @ target_NTX[windows].flatten(0, 1)
+        handle.remove()
+        square.diagonal().add_(1e-3 * square.diagonal().mean())
+        layer.self_attn.o_proj.weight.copy_(torch.linalg.solve(square, mixed).T)
+
+    @torch.no_grad()
     def all_windows(self, layer: nn.Module, input_NTX: Tensor, whole: bool = True) -> Tensor:
         """`call`, four windows at a time."""
         return torch.cat([self.call(layer, part, whole) for part in input_NTX.split(4)])
@@ -253,8 +277,16 @@ def descend(
         return measure(added - target_NTX[chosen], target_NTX[chosen])
 
     best, kept = float("inf"), [w.detach().clone() for w in weights]
+    every = max(1, -(-options.steps // 6))
     for step in range(options.steps + 1):
-        if step % max(1, options.steps // 6) == 0 or step == options.steps:
+        if step % every == 0 or step == options.steps:
+            if (6 if step == options.steps else step // every) in row.solved:
+                before = weights[-1].detach().clone()
+                with torch.no_grad():
+                    worse = float(error(check))
+                    trial.solve_o(layer, train, input_NTX, target_NTX)
+                    if float(error(check)) > worse:
+                        weights[-1].copy_(before)
             with torch.no_grad():
                 now = float(error(check))
             if now < best:

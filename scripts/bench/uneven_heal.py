@@ -56,8 +56,9 @@ def main() -> None:
         "settings": {
             name: Path(value).name if name in ("model", "data", "calibrate", "text") and value else str(value)
             for name, value in vars(args).items()
-            if name not in ("out", "work")
+            if name not in ("plans", "out", "work")
         },
+        "plans": dict(args.plans),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {platform.system()}",
         "runs": [],
