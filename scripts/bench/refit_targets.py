@@ -280,15 +280,16 @@ def descend(
     every = max(1, -(-options.steps // 6))
     for step in range(options.steps + 1):
         if step % every == 0 or step == options.steps:
-            if (6 if step == options.steps else step // every) in row.solved:
-                before = weights[-1].detach().clone()
-                with torch.no_grad():
-                    worse = float(error(check))
-                    trial.solve_o(layer, train, input_NTX, target_NTX)
-                    if float(error(check)) > worse:
-                        weights[-1].copy_(before)
+            look = 6 if step == options.steps else step // every
             with torch.no_grad():
                 now = float(error(check))
+                if look in row.solved:
+                    before = weights[-1].clone()
+                    trial.solve_o(layer, train, input_NTX, target_NTX)
+                    solved = float(error(check))
+                    if solved > now:
+                        weights[-1].copy_(before)
+                    now = min(now, solved)
             if now < best:
                 best, kept = now, [w.detach().clone() for w in weights]
         if step == options.steps:

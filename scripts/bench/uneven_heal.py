@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from heal_quality import named
-from uneven_quality import difference
+from uneven_quality import difference, recipe_of
 
 from gqa_convert import convert
 from gqa_convert.budget.counts import parse_count
-from gqa_convert.conversion.recipe import make_recipe
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, make_task
 from gqa_convert.evaluate.scoring import score_beside
@@ -74,19 +73,11 @@ def main() -> None:
 def make(args: argparse.Namespace, name: str, plan: str, seed: int) -> dict[str, Path]:
     """The converted and the healed folder of a plan."""
     counts = [int(each) for each in plan.split(",")]
-    recipe = make_recipe(
-        args.preset,
-        calibrate=args.calibrate,
-        sequences=args.sequences,
-        length=args.length or args.context,
-        refit_steps=args.refit_steps,
-        seed=seed,
-    )
     folders = {stage: args.work / f"{name}-{seed}-{stage}" for stage in STAGES}
     started = time.process_time()
     if not folders["converted"].is_dir():
         groups = counts if len(counts) > 1 else counts[0]
-        convert(args.model, groups, recipe=recipe, out=folders["converted"])
+        convert(args.model, groups, recipe=recipe_of(args, seed), out=folders["converted"])
     if not folders["healed"].is_dir():
         options = HealOptions(text=args.text or args.calibrate, tokens=args.tokens, context=args.context, seed=seed)
         heal(
@@ -115,21 +106,12 @@ def measure(args: argparse.Namespace, made: dict[str, dict[str, Path]]) -> dict[
     first = next(iter(made))
     found: dict[str, Any] = {"original_loss": before.mean("loss"), "tokens": sum(before.tokens), "plans": {}}
     for name in made:
-        found["plans"][name] = {
-            stage: {
-                "kl": sums[name, stage].mean("kl"),
-                "increase": difference(sums[name, stage], before, "loss"),
-                **(
-                    {
-                        f"{kind}_minus_{first}": difference(sums[name, stage], sums[first, stage], kind)
-                        for kind in ("kl", "loss")
-                    }
-                    if name != first
-                    else {}
-                ),
-            }
-            for stage in STAGES
-        }
+        plan = found["plans"][name] = {}
+        for stage in STAGES:
+            here, beside = sums[name, stage], sums[first, stage]
+            plan[stage] = {"kl": here.mean("kl"), "increase": difference(here, before, "loss")}
+            if name != first:
+                plan[stage] |= {f"{kind}_minus_{first}": difference(here, beside, kind) for kind in ("kl", "loss")}
     return found
 
 

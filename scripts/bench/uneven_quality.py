@@ -26,7 +26,7 @@ from typing import Any
 
 from gqa_convert.conversion.head_plan import budget_bytes, legal_counts
 from gqa_convert.conversion.plan import ConvertPlan, plan_source, present_heads
-from gqa_convert.conversion.recipe import make_recipe
+from gqa_convert.conversion.recipe import Recipe, make_recipe
 from gqa_convert.conversion.solve import solve_blocks
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.allocation import BATCH, Allocation, Assembly, allocate, layer_bytes
@@ -74,13 +74,9 @@ def main() -> None:
             print(json.dumps({k: v for k, v in run.items() if k not in ("random", "proxies")}), flush=True)
 
 
-def measure(args: argparse.Namespace, seed: int) -> Any:
-    """Yield one run for each budget."""
-    subject = models.subject(args.model)
-    settings = EvalSettings(data=args.data, context=args.context, stride=args.context, max_windows=args.windows)
-    examples = make_task(subject, subject.source.tokenizer(), settings).examples
-    choosing, held_out = examples[::2], examples[1::2]
-    recipe = make_recipe(
+def recipe_of(args: argparse.Namespace, seed: int) -> Recipe:
+    """How the command line wants heads merged."""
+    return make_recipe(
         args.preset,
         calibrate=args.calibrate,
         sequences=args.sequences,
@@ -88,6 +84,15 @@ def measure(args: argparse.Namespace, seed: int) -> Any:
         refit_steps=args.refit_steps,
         seed=seed,
     )
+
+
+def measure(args: argparse.Namespace, seed: int) -> Any:
+    """Yield one run for each budget."""
+    subject = models.subject(args.model)
+    settings = EvalSettings(data=args.data, context=args.context, stride=args.context, max_windows=args.windows)
+    examples = make_task(subject, subject.source.tokenizer(), settings).examples
+    choosing, held_out = examples[::2], examples[1::2]
+    recipe = recipe_of(args, seed)
     present = present_heads(subject.source)
     options = [legal_counts(heads) for heads in present]
 
