@@ -8,6 +8,8 @@ from gqa_convert.report.collect import Run
 
 _SAME = 0.03
 """Decode times this near to the original's are no difference, where no benchmark said so itself."""
+_SENTENCES = 4
+"""Most that are said of models which were measured without a sweep."""
 
 
 def verdict(run: Run) -> str:
@@ -56,19 +58,25 @@ def cost(point: SweepPoint, run: Run) -> str:
 
 
 def _single(run: Run) -> str:
-    parts = []
+    several = len({evaluation.data for evaluation in run.evaluations}) > 1
+    shares: dict[str, float] = {}
+    changes: dict[str, list[str]] = {}
     for evaluation in run.evaluations:
         for comparison in evaluation.converted:
             if not {"loss_difference", "cache_ratio"} <= comparison.figures.keys():
                 continue
-            low, high = comparison.loss_difference_interval
-            parts.append(
-                f"{comparison.model.name}: the KV cache shrinks to {comparison.figures['cache_ratio'].value:.0%}, and "
-                f"the loss changes by {comparison.loss_difference:+.4f} nats per token (95 % interval {low:+.4f} to "
-                f"{high:+.4f})."
+            name, (low, high) = comparison.model.name, comparison.loss_difference_interval
+            shares.setdefault(name, comparison.figures["cache_ratio"].value)
+            changes.setdefault(name, []).append(
+                f"{comparison.loss_difference:+.4f} nats per token (95 % interval {low:+.4f} to {high:+.4f})"
+                + (f" on {evaluation.data}" if several else "")
             )
+    parts = [
+        f"{name}: the KV cache shrinks to {shares[name]:.0%}, and the loss changes by {' and '.join(changes[name])}."
+        for name in changes
+    ]
     parts += [line + ("" if line.endswith(".") else ".") for timed in run.benches for line in timed.conclusions]
-    return " ".join(parts[:3]) or "An uptraining run; nothing was compared yet."
+    return " ".join(parts[:_SENTENCES]) or "An uptraining run; nothing was compared yet."
 
 
 def written_by(run: Run) -> str:

@@ -220,6 +220,20 @@ def test_single_measurements_make_a_report(tmp_path: Path) -> None:
     assert "left out: does not fit" in text
 
 
+def test_losses_on_several_texts_are_said_of_each_model_with_the_text(tmp_path: Path) -> None:
+    prose = evaluation(comparison("two", 2, 0.1), comparison("one", 1, 0.3))
+    code = replace(prose, data="code.jsonl", converted=(comparison("two", 2, 0.2), comparison("one", 1, 0.4)))
+    for name, measured in (("a", prose), ("b", code)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(measured.to_json()))
+    first, second = re.split(r"(?<=\.) (?=one)", verdict(read_run(tmp_path)))
+    for said, name, rises in ((first, "two", ("+0.1000", "+0.2000")), (second, "one", ("+0.3000", "+0.4000"))):
+        assert said.startswith(f"{name}: the KV cache shrinks to ")
+        assert re.findall(r"(\S+) nats per token \(.*?\) on (\S+?)[ .]j", said) == [
+            (rises[0], "poems"),
+            (rises[1], "code"),
+        ]
+
+
 def test_lm_eval_results_are_shown(tmp_path: Path) -> None:
     results = evaluation(comparison("tiny-gqa2", 2, 0.1)).to_json()
     results["tasks"] = {"tiny": {"boolq": {"acc": 0.5}}, "tiny-gqa2": {"boolq": {"acc": 0.25}}}
