@@ -51,7 +51,18 @@ class _DescriptionUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description is made of")
+
+
+def _memory_format(kind: Any, name: Any) -> Any:
+    """What Python 3.11.0 to 3.11.3 (Debian 12 has one of them) pickles torch's enumeration as: getattr of a name."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError("it asks for an attribute, which no description is made of")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def read_description(folder: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from gqa_convert.errors import CheckpointError
 from gqa_convert.uptrain import optim, shards
@@ -73,6 +74,11 @@ class Harm:
         return os.mkdir, ("harmed",)
 
 
+class Attribute:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (Metadata, "__init__")
+
+
 def replace_bytes(folder: Path, change: Callable[[bytes], bytes]) -> None:
     path = folder / "shards" / ".metadata"
     path.write_bytes(change(path.read_bytes()))
@@ -90,8 +96,9 @@ def outside(data: bytes) -> bytes:
     [
         lambda data: pickle.dumps(Harm()), lambda data: pickle.dumps([1]), lambda data: data[:-40], lambda data: b"",
         outside, lambda data: pickle.dumps(os.system), lambda data: b"\x80\x04" + b"(" * 1000,
+        lambda data: pickle.dumps(Attribute()),
     ],
-    ids=["code", "list", "cut", "empty", "outside", "function", "marks"],
+    ids=["code", "list", "cut", "empty", "outside", "function", "marks", "attribute"],
 )  # fmt: skip
 def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(
     sharded: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: Callable[[bytes], bytes]
@@ -103,6 +110,19 @@ def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(
     with pytest.raises(CheckpointError, match=r"\.metadata: cannot be used"):
         load_training_state(sharded, *trained(steps=0))
     assert not (tmp_path / "harmed").exists()
+
+
+def test_a_description_is_read_as_python_3_11_0_to_3_11_3_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = _MEM_FORMAT_ENCODING
+    monkeypatch.setattr(kind, "__reduce_ex__", lambda self, protocol: (getattr, (kind, self.name)))
+    module, optimizer = trained()
+    shards.save_shards(tmp_path, module, optimizer)
+    assert b"getattr" in (tmp_path / "shards" / ".metadata").read_bytes()
+    fresh = trained(seed=1, steps=0)
+    load_training_state(tmp_path, *fresh)
+    same(fresh, (module, optimizer))
 
 
 def test_plain_values_among_shards_are_unpickled_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
