@@ -57,7 +57,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
 
 
 def _memory_format(kind: Any, name: Any) -> Any:
-    """What Python 3.11.0 to 3.11.3 (Debian 12 has one of them) pickles torch's enumeration as: getattr of a name."""
+    """What Python 3.11.2 (Debian 12's) pickles a member of torch's enumeration as: getattr of its name."""
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
     if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:

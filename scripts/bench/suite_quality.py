@@ -75,9 +75,8 @@ def main() -> None:
             command = [sys.executable, "-m", "gqa_convert.cli", "eval", args.base, *args.converted, *asked[name]]
             subprocess.run([*command, "--dtype", "float32", "--out", str(out)], check=True)
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    first = next(iter(asked))
     folders = [f for f in (args.run / "parts").iterdir() if all((f / f"{name}.json").exists() for name in asked)]
-    folders.sort(key=lambda folder: (folder / f"{first}.json").stat().st_mtime)
+    folders.sort(key=lambda folder: (folder / "loss-english.json").stat().st_mtime)
     whole = [{name: read(folder / f"{name}.json") for name in asked} for folder in folders]
     if not whole:
         return

@@ -112,9 +112,7 @@ def test_a_description_of_shards_runs_nothing_and_reads_nothing_else(
     assert not (tmp_path / "harmed").exists()
 
 
-def test_a_description_is_read_as_python_3_11_0_to_3_11_3_write_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_description_is_read_as_python_3_11_2_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = _MEM_FORMAT_ENCODING
     monkeypatch.setattr(kind, "__reduce_ex__", lambda self, protocol: (getattr, (kind, self.name)))
     module, optimizer = trained()
