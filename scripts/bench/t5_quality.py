@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def main() -> None:
         work = Path(folder)
         apart = set(measured)
         healing = [text for text in prompts("**/*.py") if text not in apart]
+        healing += islice((text for text in prompts("**/*.py", "purelib") if text not in apart), args.installed)
         for name, chosen in (("calibration", calibration), ("healing", healing)):
             (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
         answers = original_answers(args.model, measured, args.tokens)
@@ -107,18 +109,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=128, help="times the length: tokens to calibrate on")
     parser.add_argument("--length", type=int, default=128, help="longest document")
     parser.add_argument("--heal-tokens", type=int, default=61_440, help="to heal on, padding included")
+    parser.add_argument("--installed", type=int, default=0, help="heal on so many docstrings of installed packages too")
     parser.add_argument("--heal-rate", type=float, help="peak learning rate of healing; by default its own rule")
     parser.add_argument("--rows", type=lambda text: text.split(";"), help=f"of {'; '.join(ROWS)}")
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     return parser.parse_args()
 
 
-def prompts(pattern: str = "*.py") -> Iterator[str]:
-    """First paragraphs of the standard library's docstrings, each once, in the order of files."""
+def prompts(pattern: str = "*.py", library: str = "stdlib") -> Iterator[str]:
+    """First paragraphs of docstrings, each once, in the order of files: the standard library's, or `purelib`'s."""
     seen: set[str] = set()
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.glob(pattern)):
-        if {"site-packages", "test", "tests"} & set(path.relative_to(library).parts):
+    root = Path(sysconfig.get_paths()[library])
+    for path in sorted(root.glob(pattern)):
+        if {"site-packages", "test", "tests"} & set(path.relative_to(root).parts):
             continue
         try:
             tree = ast.parse(path.read_bytes())
