@@ -27,6 +27,18 @@ def conclusions(evaluation: Evaluation) -> list[str]:
     return lines
 
 
+def better_quantised(evaluation: Evaluation) -> dict[str, str]:
+    """Conversions that a quantised cache of the original beats (no larger, clearly less loss), each with its format."""
+    evaluation = _in_16_bits(evaluation)
+    formats = len({comparison.model.cache for comparison in evaluation.quantised})
+    found = {}
+    for converted in evaluation.converted:
+        rivals = [rival for rival in evaluation.quantised[:formats] if _beats(rival, converted)]
+        if rivals:
+            found[converted.model.name] = min(rivals, key=lambda rival: rival.loss_difference).model.cache
+    return found
+
+
 def _in_16_bits(evaluation: Evaluation) -> Evaluation:
     """The same, with quantised caches set against the original's in 16 bits where the models ran in 32."""
     if evaluation.dtype != "float32":

@@ -13,7 +13,7 @@ from gqa_convert.evaluate.results import Part
 from gqa_convert.evaluate.sweep.points import SweepPoint, frontiers
 from gqa_convert.report.collect import Run
 from gqa_convert.report.labels import place_labels
-from gqa_convert.report.tables import told_apart
+from gqa_convert.report.tables import measured, told_apart
 
 COLORS = ("#2f7ed8", "#e0762f", "#3a9d5d", "#b455c8", "#c8a415", "#17a2b8", "#d14a61")
 """Each readable on white and on near black."""
@@ -182,16 +182,16 @@ def cache(axes: Any, run: Run) -> bool:
 def kinds(axes: Any, run: Run) -> bool:
     """KL per token by kind of token, a bar per conversion."""
     compared = told_apart(run)
-    names = list(dict.fromkeys(part.name for each in compared for part in each.parts if part.by == "kind"))
+    names = list(dict.fromkeys(part.name for _, each in compared for part in each.parts if part.by == "kind"))
     if not names:
         return False
     width = 0.8 / len(compared)
-    for number, (color, each) in enumerate(zip(COLORS * 9, compared, strict=False)):
+    for number, (color, (label, each)) in enumerate(zip(COLORS * 9, compared, strict=False)):
         shown = [part for part in each.parts if part.by == "kind"]
         places = [names.index(part.name) + (number - (len(compared) - 1) / 2) * width for part in shown]
         bars = _bars([(part.kl.value, part.kl.interval) for part in shown])
         axes.bar(
-            places, [part.kl.value for part in shown], width, color=color, label=each.model.name,
+            places, [part.kl.value for part in shown], width, color=color, label=label,
             yerr=bars, error_kw={"ecolor": "#8a8a8a", "capsize": 2},
         )  # fmt: skip
     axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
@@ -203,16 +203,14 @@ def kinds(axes: Any, run: Run) -> bool:
 def positions(axes: Any, run: Run) -> bool:
     """Top-1 agreement against the tokens before, a line per conversion; a dot in the middle of each stretch."""
     edges: set[int] = set()
-    for color, each in zip(COLORS * 9, told_apart(run), strict=False):
+    for color, (label, each) in zip(COLORS * 9, told_apart(run), strict=False):
         shown = [(part.top1_agreement, ends) for part in each.parts if (ends := _stretch(part))]
         if len(shown) < 2:
             continue
         values = [(figure.value, figure.interval) for figure, _ in shown]
         middles = [math.sqrt(low * high) for _, (low, high) in shown]
         heights = [value for value, _ in values]
-        axes.errorbar(
-            middles, heights, yerr=_bars(values), fmt="o-", color=color, capsize=2, markersize=4, label=each.model.name
-        )
+        axes.errorbar(middles, heights, yerr=_bars(values), fmt="o-", color=color, capsize=2, markersize=4, label=label)
         edges |= {end for _, (low, high) in shown for end in (low, high + 1)}
     if not edges:
         return False
@@ -221,6 +219,28 @@ def positions(axes: Any, run: Run) -> bool:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("tokens before")
     axes.set_ylabel("top-1 agreement")
+    axes.legend(fontsize=9)
+    return True
+
+
+def recall(axes: Any, run: Run) -> bool:
+    """The share of questions answered right against the length of the text, a line per model, all kinds together."""
+    right: dict[str, dict[int, list[bool]]] = {}
+    for result in (result for evaluation in measured(run) for result in evaluation.recall if result.right):
+        right.setdefault(result.model, {}).setdefault(result.context, []).extend(result.right)
+    contexts = sorted({context for answers in right.values() for context in answers})
+    if len(contexts) < 2:
+        return False
+    for color, (name, answers) in zip(COLORS * 9, right.items(), strict=False):
+        lengths = sorted(answers)
+        shares = [sum(answers[length]) / len(answers[length]) for length in lengths]
+        axes.plot(lengths, shares, "o-", color=color, markersize=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("tokens of text")
+    axes.set_ylabel("answered right")
     axes.legend(fontsize=9)
     return True
 
@@ -242,6 +262,7 @@ DRAWINGS: dict[str, Callable[[Any, Run], bool]] = {
     "cache": cache,
     "kinds": kinds,
     "positions": positions,
+    "recall": recall,
 }
 
 TITLES = {
@@ -253,6 +274,7 @@ TITLES = {
     "cache": "Cache against context",
     "kinds": "Which tokens differ",
     "positions": "Agreement within the window",
+    "recall": "Recall against the length of the text",
 }
 
 CAPTIONS = {
@@ -263,5 +285,6 @@ CAPTIONS = {
     "similarity": "Mean cosine of the weights of heads in a group; aligned: after rotating them onto each other.",
     "kinds": "KL(original || converted) by kind of token. Bars: 95 % intervals.",
     "positions": "Both models rank the same token first, by how many tokens stand before. Bars: 95 % intervals.",
+    "recall": "Numbers told somewhere in a text, asked for at its end; all kinds together, each alone in the table.",
     "cache": "From the measured bytes per token; both axes are logarithmic.",
 }

@@ -73,7 +73,7 @@ def page(run: Run, plots: dict[str, str]) -> str:
         deals=[point.deal for point in run.points if point.deal],
         measured_on=measured_on(run.base, points_metrics(run)) if run.base is not None else "",
         chosen_decoding=decoding(timed, chosen.name) if timed is not None and chosen is not None else None,
-        chosen_where=[where_table(comparison) for comparison in told_apart(run)] if run.points else [],
+        chosen_where=[where_table(comparison) for _, comparison in told_apart(run)] if run.points else [],
         evaluations=[quality(evaluation) for evaluation in run.evaluations],
         benches=[decoding(timed) for timed in run.benches],
         samples=samples(run),

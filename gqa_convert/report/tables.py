@@ -169,14 +169,24 @@ def _where_row(part: Part) -> Row:
     )
 
 
-def told_apart(run: Run) -> list[Comparison]:
-    """The conversions of a run whose tokens were told apart: of a sweep the chosen one."""
-    if run.points:
-        detail = run.details[run.chosen.name] if run.chosen is not None else None
-        evaluations = [detail.evaluation] if detail is not None and detail.evaluation is not None else []
-    else:
-        evaluations = list(run.evaluations)
-    return [each for evaluation in evaluations for each in evaluation.converted if each.parts]
+def measured(run: Run) -> list[Evaluation]:
+    """The evaluations that plots of a single model's answers are drawn from: of a sweep that of the chosen point."""
+    if not run.points:
+        return list(run.evaluations)
+    detail = run.details[run.chosen.name] if run.chosen is not None else None
+    return [detail.evaluation] if detail is not None and detail.evaluation is not None else []
+
+
+def told_apart(run: Run) -> list[tuple[str, Comparison]]:
+    """The conversions whose tokens were told apart, by name; where there are several texts, with the text's."""
+    evaluations = [each for each in measured(run) if any(comparison.parts for comparison in each.converted)]
+    several = len({each.data for each in evaluations}) > 1
+    return [
+        (f"{comparison.model.name}, {each.data}" if several else comparison.model.name, comparison)
+        for each in evaluations
+        for comparison in each.converted
+        if comparison.parts
+    ]
 
 
 def recall_table(evaluation: Evaluation) -> Table | None:

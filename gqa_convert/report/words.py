@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from gqa_convert import __version__
+from gqa_convert.evaluate.deals import better_quantised
+from gqa_convert.evaluate.results import Evaluation
 from gqa_convert.evaluate.sweep.points import SweepPoint, counted
 from gqa_convert.report.collect import Run
 
 _SAME = 0.03
 """Decode times this near to the original's are no difference, where no benchmark said so itself."""
-_SENTENCES = 4
-"""Most that are said of models which were measured without a sweep."""
+_CONVERSIONS, _TIMINGS = 4, 2
+"""Most that a sentence is said of, where models were measured without a sweep."""
 
 
 def verdict(run: Run) -> str:
@@ -75,8 +77,23 @@ def _single(run: Run) -> str:
         f"{name}: the KV cache shrinks to {shares[name]:.0%}, and the loss changes by {' and '.join(changes[name])}."
         for name in changes
     ]
-    parts += [line + ("" if line.endswith(".") else ".") for timed in run.benches for line in timed.conclusions]
-    return " ".join(parts[:_SENTENCES]) or "An uptraining run; nothing was compared yet."
+    parts = parts[:_CONVERSIONS] + [_rather_quantised(evaluation, several) for evaluation in run.evaluations]
+    timings = [pair for timed in run.benches for pair in enumerate(timed.conclusions)]
+    parts += [line.rstrip(".") + "." for _, line in sorted(timings, key=lambda pair: pair[0])[:_TIMINGS]]
+    return " ".join(filter(None, parts)) or "An uptraining run; nothing was compared yet."
+
+
+def _rather_quantised(evaluation: Evaluation, several: bool) -> str:
+    """For which conversions the original with a quantised cache is the better deal, if that was measured."""
+    better = better_quantised(evaluation)
+    if not better:
+        return ""
+    named = ", ".join(f"{name} ({cache})" for name, cache in better.items())
+    where = f" on {evaluation.data}" if several else ""
+    return (
+        "To save cache alone, quantise the original's and do not convert: that is no larger and loses clearly less"
+        f"{where} than {named}."
+    )
 
 
 def written_by(run: Run) -> str:

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from gqa_convert.cli.main import app
 from gqa_convert.errors import HubError, UsageError
+from gqa_convert.evaluate.metric import Figure
+from gqa_convert.evaluate.results import Recall
 from gqa_convert.report import writing
 from gqa_convert.report.collect import read_run
 from gqa_convert.report.drawings import DRAWINGS, TITLES, _stretch
@@ -25,8 +27,8 @@ from tests.report.make_run import HOSTILE, bench, comparison, evaluation, write_
 
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
 
-DRAWN = [name for name in DRAWINGS if name != "heads"]
-"""Of a run none of whose points has layers that differ; `tests/evaluate/test_sweep.py` draws one that has."""
+DRAWN = [name for name in DRAWINGS if name not in ("heads", "recall")]
+"""Of a run that asked nothing, none of whose points has layers that differ (`tests/evaluate/test_sweep.py` has one)."""
 
 
 class Outline(HTMLParser):
@@ -218,6 +220,48 @@ def test_single_measurements_make_a_report(tmp_path: Path) -> None:
     Outline(text)
     assert "tiny-gqa2: the KV cache shrinks to 25%" in text
     assert "left out: does not fit" in text
+
+
+def test_plots_of_several_texts_name_the_text_and_recall_is_drawn_against_length(tmp_path: Path) -> None:
+    asked = tuple(
+        Recall(model=name, kind=kind, context=context, right=right)
+        for name, right in (("tiny", (True, True)), ("two", (True, False)), ("unasked", ()))
+        for kind in ("needle", "keys")
+        for context in (256, 512)
+    )
+    prose = replace(evaluation(comparison("two", 2, 0.1)), recall=asked)
+    code = replace(evaluation(comparison("two", 2, 0.2)), data="code.jsonl")
+    for name, measured in (("a", prose), ("b", code)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(measured.to_json()))
+    run = read_run(tmp_path)
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for name, labels in (
+        ("kinds", ["two, poems.jsonl", "two, code.jsonl"]),
+        ("positions", ["two, poems.jsonl", "two, code.jsonl"]),
+        ("recall", ["tiny", "two"]),
+    ):
+        figure, axes = pyplot.subplots()
+        assert DRAWINGS[name](axes, run)
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == labels
+        if name == "recall":
+            assert [list(line.get_ydata()) for line in axes.get_lines()] == [[1.0, 1.0], [0.5, 0.5]]
+        pyplot.close(figure)
+
+
+@pytest.mark.parametrize(("rise", "better"), [(0.01, False), (0.3, True)])
+def test_the_verdict_says_where_a_quantised_cache_is_the_better_deal(tmp_path: Path, rise: float, better: bool) -> None:
+    stored = comparison("tiny", 8, 0.02)
+    stored = replace(
+        stored,
+        model=replace(stored.model, cache="int4"),
+        figures=stored.figures | {"cache_ratio": Figure(0.1)},  # of a cache in float32
+    )
+    both = replace(stored, model=replace(stored.model, name="two"))
+    measured = replace(evaluation(comparison("two", 2, rise)), quantised=(stored, both))
+    (tmp_path / "eval.json").write_text(json.dumps(measured.to_json()))
+    (tmp_path / "bench.json").write_text(json.dumps(bench("two", 0.5).to_json()))
+    assert ("quantise the original's and do not convert" in verdict(read_run(tmp_path))) is better
+    assert ("than two (int4)." in verdict(read_run(tmp_path))) is better
 
 
 def test_losses_on_several_texts_are_said_of_each_model_with_the_text(tmp_path: Path) -> None:
