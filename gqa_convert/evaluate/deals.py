@@ -17,7 +17,7 @@ def conclusions(evaluation: Evaluation) -> list[str]:
     A loss counts as higher only where its 95 % interval lies above the other's. Time is the benchmark's to say.
     """
     evaluation = _in_16_bits(evaluation)
-    formats = len({comparison.model.cache for comparison in evaluation.quantised})
+    formats = _formats(evaluation)
     of_original = evaluation.quantised[:formats]
     lines = [f"{c.model.name}: {_price(c)}, {_loss_in_words(c)}." for c in of_original]
     for number, converted in enumerate(evaluation.converted, start=1):
@@ -30,13 +30,23 @@ def conclusions(evaluation: Evaluation) -> list[str]:
 def better_quantised(evaluation: Evaluation) -> dict[str, str]:
     """Conversions that a quantised cache of the original beats (no larger, clearly less loss), each with its format."""
     evaluation = _in_16_bits(evaluation)
-    formats = len({comparison.model.cache for comparison in evaluation.quantised})
-    found = {}
-    for converted in evaluation.converted:
-        rivals = [rival for rival in evaluation.quantised[:formats] if _beats(rival, converted)]
-        if rivals:
-            found[converted.model.name] = min(rivals, key=lambda rival: rival.loss_difference).model.cache
-    return found
+    of_original = evaluation.quantised[: _formats(evaluation)]
+    rivals = {converted.model.name: (converted, _rival(converted, of_original)) for converted in evaluation.converted}
+    return {
+        name: rival.model.cache
+        for name, (converted, rival) in rivals.items()
+        if rival and _clearly_less(rival, converted)
+    }
+
+
+def _formats(evaluation: Evaluation) -> int:
+    return len({comparison.model.cache for comparison in evaluation.quantised})
+
+
+def _rival(converted: Comparison, of_original: Sequence[Comparison]) -> Comparison | None:
+    """The quantised original that is no larger than a conversion and loses least; None where all are larger."""
+    as_small = [rival for rival in of_original if _ratio(rival) <= _ratio(converted)]
+    return min(as_small, key=lambda rival: rival.loss_difference, default=None)
 
 
 def _in_16_bits(evaluation: Evaluation) -> Evaluation:
@@ -52,13 +62,12 @@ def _in_16_bits(evaluation: Evaluation) -> Evaluation:
 
 
 def _deal(converted: Comparison, of_original: Sequence[Comparison], together: Sequence[Comparison]) -> str:
-    as_small = [rival for rival in of_original if _ratio(rival) <= _ratio(converted)]
+    rival = _rival(converted, of_original)
     price = _price(converted)
-    if not as_small:
+    if rival is None:
         smallest = min(of_original, key=_ratio)
         verdict = f"{price}; no cache of the original's is as small (the smallest is {_ratio(smallest):.2f})."
     else:
-        rival = min(as_small, key=lambda r: r.loss_difference)
         beside = f"the original with its cache in {rival.model.cache} has {_price(rival)}"
         if _clearly_less(rival, converted):
             verdict = f"{price}; quantise the cache, do not convert for its size: {beside}."

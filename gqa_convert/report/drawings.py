@@ -13,7 +13,7 @@ from gqa_convert.evaluate.results import Part
 from gqa_convert.evaluate.sweep.points import SweepPoint, frontiers
 from gqa_convert.report.collect import Run
 from gqa_convert.report.labels import place_labels
-from gqa_convert.report.tables import measured, told_apart
+from gqa_convert.report.tables import measured, told_apart, with_texts
 
 COLORS = ("#2f7ed8", "#e0762f", "#3a9d5d", "#b455c8", "#c8a415", "#17a2b8", "#d14a61")
 """Each readable on white and on near black."""
@@ -226,8 +226,9 @@ def positions(axes: Any, run: Run) -> bool:
 def recall(axes: Any, run: Run) -> bool:
     """The share of questions answered right against the length of the text, a line per model, all kinds together."""
     right: dict[str, dict[int, list[bool]]] = {}
-    for result in (result for evaluation in measured(run) for result in evaluation.recall if result.right):
-        right.setdefault(result.model, {}).setdefault(result.context, []).extend(result.right)
+    for text, evaluation in with_texts([each for each in measured(run) if each.recall]):
+        for result in filter(lambda result: result.right, evaluation.recall):
+            right.setdefault(result.model + text, {}).setdefault(result.context, []).extend(result.right)
     contexts = sorted({context for answers in right.values() for context in answers})
     if len(contexts) < 2:
         return False

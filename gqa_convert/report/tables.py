@@ -177,13 +177,18 @@ def measured(run: Run) -> list[Evaluation]:
     return [detail.evaluation] if detail is not None and detail.evaluation is not None else []
 
 
-def told_apart(run: Run) -> list[tuple[str, Comparison]]:
-    """The conversions whose tokens were told apart, by name; where there are several texts, with the text's."""
-    evaluations = [each for each in measured(run) if any(comparison.parts for comparison in each.converted)]
+def with_texts(evaluations: Sequence[Evaluation]) -> list[tuple[str, Evaluation]]:
+    """Each with what follows a model's name in a plot of them all: its text, where there are several."""
     several = len({each.data for each in evaluations}) > 1
+    return [(f", {each.data}" if several else "", each) for each in evaluations]
+
+
+def told_apart(run: Run) -> list[tuple[str, Comparison]]:
+    """The conversions whose tokens were told apart, each as a plot names it."""
+    evaluations = [each for each in measured(run) if any(comparison.parts for comparison in each.converted)]
     return [
-        (f"{comparison.model.name}, {each.data}" if several else comparison.model.name, comparison)
-        for each in evaluations
+        (comparison.model.name + text, comparison)
+        for text, each in with_texts(evaluations)
         for comparison in each.converted
         if comparison.parts
     ]
