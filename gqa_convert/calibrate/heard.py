@@ -48,18 +48,28 @@ def recordings(data: str, extractor: Any, *, windows: int, seed: int = 0) -> lis
         HubError: if a hub dataset cannot be read.
     """
     rate = int(extractor.sampling_rate)
-    samples = int(getattr(extractor, "n_samples", 0) or _SECONDS * rate)
+    samples = window_samples(extractor)
     heard: list[dict[str, Tensor]] = []
     for recording in sounds(data, rate=rate, seed=seed):
         for window in _windows(recording, samples, round(_LEAST_SECONDS * rate)):
-            with api.quiet():
-                features = extractor(window, sampling_rate=rate, return_tensors="pt")
-            heard.append({name: tensor for name, tensor in features.items() if tensor.is_floating_point()})
+            heard.append(features_of(window, extractor))
             if len(heard) == windows:
                 return heard
     if not heard:
         raise UsageError(f"{data}: no recording is as long as {_LEAST_SECONDS} s. Use other sound.")
     return heard
+
+
+def window_samples(extractor: Any) -> int:
+    """Samples of the window that a model is given at once."""
+    return int(getattr(extractor, "n_samples", 0) or _SECONDS * int(extractor.sampling_rate))
+
+
+def features_of(window: Samples, extractor: Any) -> dict[str, Tensor]:
+    """What a model reads of a window of sound, (1, ...) each, float32, padded to a whole window."""
+    with api.quiet():
+        features = extractor(window, sampling_rate=int(extractor.sampling_rate), return_tensors="pt")
+    return {name: tensor for name, tensor in features.items() if tensor.is_floating_point()}
 
 
 def _windows(recording: Samples, samples: int, least: int) -> Iterator[Samples]:
@@ -121,38 +131,49 @@ class _Writer:
     """The model, loaded to write transcripts."""
 
     def __init__(self, source: Source, device: str) -> None:
-        import inspect
-
         import torch
 
         self.model = load_model(source, device=device, dtype=torch.float32 if device == "cpu" else "auto")
-        begin, self.ends = document_marks(self.model)
-        assert begin is not None
-        self.begin, self.device = begin, device
-        whole = "force_unique_generate_call" in inspect.signature(self.model.generate).parameters
-        self.choices: dict[str, Any] = {"do_sample": False, "max_new_tokens": _longest(source)}
-        self.choices |= {"force_unique_generate_call": True} if whole else {}  # Whisper's own leaves out its beginning
 
     def write(self, windows: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-        """What the decoder reads to write down each window, ids (T,); windows of one shape are written together."""
-        import torch
-
-        answers: list[Tensor] = []
-        for _, alike in groupby(windows, key=lambda window: [tuple(tensor.shape) for tensor in window.values()]):
-            parts = list(alike)
-            given = {
-                name: torch.cat([window[name] for window in parts]).to(self.device, self.model.dtype)
-                for name in parts[0]
-            }
-            with torch.no_grad(), api.quiet():
-                written = self.model.generate(**given, **self.choices)
-            for answer in written.cpu():
-                if int(answer[0]) != self.begin:
-                    answer = torch.cat([torch.tensor([self.begin]), answer])
-                answers.append(answer[: shorter(tokens_read(answer, self.ends))].clone())
-        return answers
+        """What the decoder reads to write down each window, ids (T,), cut to few lengths."""
+        ends = document_marks(self.model)[1]
+        answers = transcripts(self.model, windows)
+        return [answer[: shorter(tokens_read(answer, ends))].clone() for answer in answers]
 
 
-def _longest(source: Source) -> int:
+def transcripts(model: Any, windows: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """Let a loaded model write down windows, greedily, by its own `generate` and with all that it puts before them.
+
+    Args:
+        model: one that listens.
+        windows: features as `recordings` gives them; those of one shape that follow each other are written together.
+
+    Returns:
+        Ids (T,) of each window, from the decoder's start token on; behind the token that ends one may be padding.
+    """
+    import inspect
+
+    import torch
+
+    begin = document_marks(model)[0]
+    assert begin is not None
+    whole = "force_unique_generate_call" in inspect.signature(model.generate).parameters
+    choices: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": _longest(model.config)}
+    choices |= {"force_unique_generate_call": True} if whole else {}  # Whisper's own leaves out its beginning
+    answers: list[Tensor] = []
+    for _, alike in groupby(windows, key=lambda window: [tuple(tensor.shape) for tensor in window.values()]):
+        parts = list(alike)
+        given = {name: torch.cat([part[name] for part in parts]).to(model.device, model.dtype) for name in parts[0]}
+        with torch.no_grad(), api.quiet():
+            written = model.generate(**given, **choices)
+        for answer in written.cpu():
+            if int(answer[0]) != begin:
+                answer = torch.cat([torch.tensor([begin]), answer])
+            answers.append(answer)
+    return answers
+
+
+def _longest(config: Any) -> int:
     most = _SECONDS * _TOKENS_A_SECOND
-    return max(_LEAST_TOKENS, min(most, (max_positions(source.config) or most) // 2))
+    return max(_LEAST_TOKENS, min(most, (max_positions(config) or most) // 2))

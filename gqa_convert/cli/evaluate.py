@@ -70,13 +70,15 @@ def eval_command(
         typer.Option(
             "--suite",
             help="Also run tasks made here: the true continuation among four, greedy agreement, arithmetic, copying, "
-            "JSON repair, small functions that must run; and --recall at 1k and 2k where it is not set.",
+            "JSON repair, small functions that must run; and --recall at 1k and 2k where it is not set. Of an "
+            "encoder-decoder: ROUGE of its answers, word errors of its transcripts (needs the `eval` extra).",
         ),
     ] = False,
     suite_kinds: Annotated[
         str,
         typer.Option(
-            help="Of the suite only these: continuations, agreement, arithmetic, copying, json, code, a list."
+            help="Of the suite only these: continuations, agreement, arithmetic, copying, json, code, a list; of an "
+            "encoder-decoder rouge, of one that listens wer."
         ),
     ] = "",
     suite_items: Annotated[int, typer.Option(help="Items of each kind.", min=1)] = 50,
@@ -130,8 +132,9 @@ def eval_command(
 
         folders = [base, *(converted or [])]
         with Counter("items", quiet=json) as progress:
-            progress.total(len(asked.chosen) * asked.count * len(folders))
-            evaluation = with_suite(evaluation, folders, settings, asked, on_items=progress.advance)
+            evaluation = with_suite(
+                evaluation, folders, settings, asked, on_items=progress.advance, on_total=progress.total
+            )
     if recall:
         from gqa_convert.budget.counts import parse_counts
         from gqa_convert.evaluate.recall import with_recall

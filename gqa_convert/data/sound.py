@@ -11,6 +11,8 @@ import random
 import wave
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,17 @@ from gqa_convert.data.named import reading, unfit_name
 from gqa_convert.errors import HubError, UsageError
 
 Samples = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording by its name (a file's, without folder and suffix, or a row's number), and its words if known."""
+
+    name: str
+    samples: Samples
+    words: str | None = None
+
+
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au")
 """Of files that are looked for; all but `.wav` need `soundfile`."""
 SOUND_FORMS = "a .wav file (.flac, .ogg, .mp3 with `pip install soundfile`), a folder of those, or a hub dataset with "
@@ -53,6 +66,48 @@ def sounds(data: str, *, rate: int, seed: int = 0) -> Iterator[Samples]:
         return _hub(data, rate, seed)
     random.Random(seed).shuffle(files)
     return (resampled(*_decoded(file.read_bytes(), str(file)), rate) for file in files)
+
+
+def recordings(data: str, *, rate: int, field: str = "text") -> Iterator[Recording]:
+    """Yield the recordings of `data` in their order, with what is said in them where that is written down.
+
+    Args:
+        data: as for `sounds`, of a hub dataset the split `test` unless it names another. The words of a file stand in
+            a .txt beside it, of the same name.
+        rate: samples per second of what is yielded.
+        field: the column of a hub dataset that holds the words.
+
+    Raises:
+        UsageError: as `sounds`, and if the words of a file are no UTF-8 text.
+        HubError: if a hub dataset cannot be read.
+    """
+    files = local_files(data)
+    if files is None:
+        for number, (row, where, words) in zip(count(1), _rows(data, None, field, "test"), strict=False):
+            yield Recording(f"row {number}", resampled(*_decoded(row, where), rate), words)
+        return
+    for file in files:
+        yield Recording(file.stem, resampled(*_decoded(file.read_bytes(), str(file)), rate), _words_beside(file))
+
+
+def _words_beside(file: Path) -> str | None:
+    text = file.with_suffix(".txt")
+    try:
+        return text.read_text(encoding="utf-8") if text.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{text}: cannot be read as UTF-8 text ({_line(error)}).") from error
+
+
+def at_quiet(recording: Samples, *, rate: int, seconds: float) -> list[Samples]:
+    """Cut (samples,) into pieces of at most so many seconds, in their second half, where it is quietest."""
+    longest, loud = round(seconds * rate), max(1, rate // 5)  # loudness is judged over a fifth of a second
+    pieces = []
+    while len(recording) > longest:
+        energy = np.convolve(recording[longest // 2 : longest].astype(np.float64) ** 2, np.ones(loud), mode="valid")
+        cut = longest // 2 + int(energy.argmin()) + loud // 2
+        pieces.append(np.ascontiguousarray(recording[:cut]))
+        recording = recording[cut:]
+    return [*pieces, recording]
 
 
 def local_files(data: str) -> list[Path] | None:
@@ -138,15 +193,28 @@ def _wave(content: bytes, where: str) -> tuple[Samples, int]:
 
 
 def _hub(data: str, rate: int, seed: int) -> Iterator[Samples]:
+    for row, where, _ in _rows(data, seed):
+        yield resampled(*_decoded(row, where), rate)
+
+
+def _rows(
+    data: str, seed: int | None, field: str = "", usual_split: str = "train"
+) -> Iterator[tuple[bytes, str, str | None]]:
+    """The sound of each row of a hub dataset as the bytes of a file, what messages call it, and its words.
+
+    `seed` shuffles the rows; `field` is the column of the words, which may be none.
+    """
     name, _, rest = data.partition(":")
     configuration, _, split = rest.partition(":")
-    spec = SourceSpec(kind="hub", paths=(name,), config_name=configuration or None, split=split or "train")
+    spec = SourceSpec(kind="hub", paths=(name,), config_name=configuration or None, split=split or usual_split)
     try:
         with reading(data):
             rows = hub_rows(spec, waits=())
         column = audio_column(rows, data)
-        for row in _undecoded(rows, column).shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS):
-            yield resampled(*_decoded(*_content(row[column], data)), rate)
+        words = [field] if field and field in (rows.features or {}) else []
+        rows = _undecoded(rows, column, words)
+        for row in rows if seed is None else rows.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS):
+            yield (*_content(row[column], data), str(row[field] or "") if words else None)
     except (UsageError, HubError):
         raise
     except Exception as error:  # datasets lets errors of every library beneath it through
@@ -168,11 +236,11 @@ def audio_column(rows: Any, data: str) -> str:
     return str(column)
 
 
-def _undecoded(rows: Any, column: str) -> Any:
+def _undecoded(rows: Any, column: str, others: list[str]) -> Any:
     """The same rows with sound as the bytes of its files, so that datasets' own decoder (torchcodec) is not needed."""
     from datasets import Audio
 
-    return rows.select_columns([column]).cast_column(column, Audio(decode=False))
+    return rows.select_columns([column, *others]).cast_column(column, Audio(decode=False))
 
 
 def _content(cell: Any, data: str) -> tuple[bytes, str]:

@@ -69,7 +69,7 @@ class Task:
     """What the models are scored on, and what to call it.
 
     Attributes:
-        name: `next token`, `span corruption` or `pairs`.
+        name: `next token`, `span corruption`, `pairs` or `transcripts`.
         context: tokens per window.
         stride: tokens from one window to the next.
         examples: the windows.
@@ -245,10 +245,12 @@ def _conversation_task(documents: list[str], tokenizer: Any, settings: EvalSetti
 
 def _encoder_decoder_task(subject: models.Subject, tokenizer: Any, settings: EvalSettings, context: int) -> Task:
     start = _decoder_start(subject.config)
-    is_pairs = Path(settings.data).suffix in (".jsonl", ".ndjson") and "input" in next(
-        reading.read_records(settings.data), {}
-    )
-    if is_pairs:
+    if subject.listens:
+        from gqa_convert.evaluate.listening import transcript_examples
+
+        examples = transcript_examples(subject, tokenizer, settings)
+        return Task(name="transcripts", context=context, stride=context, examples=examples)
+    if holds_pairs(settings.data):
         pairs = ex.pair_examples(settings.data, tokenizer, start=start, context=context)[: settings.max_windows]
         return Task(name="pairs", context=context, stride=context, examples=pairs)
     sentinels = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(100)]
@@ -267,6 +269,11 @@ def _encoder_decoder_task(subject: models.Subject, tokenizer: Any, settings: Eva
     stream = text.encode(documents, tokenizer, special=settings.special, eos=settings.eos)
     spans = ex.span_examples(stream, sentinels, start=start, context=context, limit=settings.max_windows)
     return Task(name="span corruption", context=context, stride=context, examples=spans)
+
+
+def holds_pairs(data: str) -> bool:
+    """Whether data is a .jsonl file of inputs and targets."""
+    return Path(data).suffix in (".jsonl", ".ndjson") and "input" in next(reading.read_records(data), {})
 
 
 def _decoder_start(config: Any) -> int:

@@ -75,6 +75,7 @@ def with_means(
     evaluation: Evaluation,
     own: Mapping[str, Mapping[str, Sequence[float]]],
     of_pair: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    sizes: Mapping[str, Sequence[int]] | None = None,
     **changes: Any,
 ) -> Evaluation:
     """Add means over items to an evaluation, with bootstrap intervals; both of a pair are drawn together.
@@ -83,19 +84,24 @@ def with_means(
         evaluation: of the same models.
         own: by model and metric, a value per item; the items of all models are the same.
         of_pair: the same of metrics of a pair.
+        sizes: by metric, what each item's value is out of, where that is not 1.
         changes: to other fields of the evaluation.
     """
+
+    def mean(metric: str, values: Sequence[float]) -> Figure:
+        estimate = mean_per_token(values, (sizes or {}).get(metric) or [1] * len(values))
+        return Figure(estimate.value, (estimate.low, estimate.high))
 
     def pair(name: str) -> Figures:
         before = own.get(evaluation.base.name, {})
         differences = {
-            f"{metric}_difference": _share([a - b for a, b in zip(values, before[metric], strict=True)])
+            f"{metric}_difference": mean(metric, [a - b for a, b in zip(values, before[metric], strict=True)])
             for metric, values in own.get(name, {}).items()
         }
-        return differences | {metric: _share(values) for metric, values in (of_pair or {}).get(name, {}).items()}
+        return differences | {metric: mean(metric, values) for metric, values in (of_pair or {}).get(name, {}).items()}
 
     def of(model: ModelResult) -> ModelResult:
-        means = {metric: _share(values) for metric, values in own.get(model.name, {}).items()}
+        means = {metric: mean(metric, values) for metric, values in own.get(model.name, {}).items()}
         return replace(model, figures={**model.figures, **means})
 
     converted = tuple(
@@ -103,12 +109,6 @@ def with_means(
         for comparison in evaluation.converted
     )
     return replace(evaluation, base=of(evaluation.base), converted=converted, **changes)
-
-
-def _share(values: Sequence[float]) -> Figure:
-    """A mean over items with its bootstrap interval."""
-    estimate = mean_per_token(values, [1] * len(values))
-    return Figure(estimate.value, (estimate.low, estimate.high))
 
 
 def _mean(sums: list[float], windows: WindowSums, block: int) -> Figure:

@@ -201,6 +201,31 @@ SUITE = {
 }
 """Kinds of the suite that are shares of items, see `gqa_convert.evaluate.suite`, and what is counted."""
 
+ANSWERS: dict[str, tuple[str, str, bool]] = {
+    "rouge1": ("ROUGE-1", "F1 of the words that an answer and its reference share", True),
+    "rouge2": ("ROUGE-2", "the same of pairs of words", True),
+    "rougeL": ("ROUGE-L", "the same of their longest common subsequence of words", True),
+    "wer": ("word errors", "words changed, left out or put in, of the words that were said", False),
+    "cer": ("character errors", "the same of characters", False),
+}
+"""Kinds of what an encoder-decoder writes against a reference, see `gqa_convert.evaluate.suite.outputs`: what each is
+called and is, and whether more of it is better."""
+
+ANSWERS_BESIDE: dict[str, tuple[str, str, bool]] = {
+    "rouge_original": ("ROUGE-L, to the original", "ROUGE-L of an answer against the original's", True),
+    "same_output": ("same answer", "answers that are the original's, character by character", True),
+    "wer_original": ("word errors, to the original", "words that differ, of those that the original writes", False),
+}
+"""The same of what is set against the original's answer."""
+
+
+def suite_kind(kind: str) -> str:
+    """What `--suite-kinds` calls that which gives a figure of this kind."""
+    if kind in ANSWERS or kind in ANSWERS_BESIDE:
+        return "wer" if kind in ("wer", "cer", "wer_original") else "rouge"
+    return kind.removesuffix("_by_length")
+
+
 QUALITY = "loss_difference"
 """The figure that a sweep's tolerance, frontiers and recommendation go by."""
 
@@ -321,6 +346,23 @@ register(
         places=frozenset(("eval", "page", "card")),
     )
 )
+for _kind, (_label, _counted, _more) in (ANSWERS | ANSWERS_BESIDE).items():
+    register(
+        Metric(
+            name=f"suite_{_kind}",
+            label=_label,
+            better="higher" if _more else "lower",
+            of="model" if _kind in ANSWERS else "pair",
+            compute=Apart("gqa_convert.evaluate.suite.outputs"),
+            show=fixed(3) if "rouge" in _kind else percent,
+            meaning=_counted,
+            compared=Compared(how="difference", label=f"{_label}, change", places=frozenset(("eval", "page")))
+            if _kind in ANSWERS
+            else None,
+            brackets=_kind in ANSWERS_BESIDE,
+            places=frozenset(("eval", "page", "card")),
+        )
+    )
 _APART = [(f"suite_{kind}", kind.replace("_", " "), "suite.run", counted) for kind, counted in SUITE.items()]
 _APART += [(f"recall_{kind}", f"recall: {kind}", "recall", counted) for kind, counted in RECALL.items()]
 for _name, _label, _module, _counted in _APART:

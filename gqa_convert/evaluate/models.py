@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gqa_convert.anatomy.anatomy import read_fields
+from gqa_convert.calibrate.inputs import listens
 from gqa_convert.checkpoint.embedded import DEMO
 from gqa_convert.checkpoint.hub import resolve_model
 from gqa_convert.checkpoint.links import hub_snapshot
@@ -53,6 +54,11 @@ class Subject:
     def is_encoder_decoder(self) -> bool:
         """Whether it has an encoder and cross-attention."""
         return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def listens(self) -> bool:
+        """Whether its encoder is given sound."""
+        return listens(self.source)
 
     @property
     def max_context(self) -> int | None:

@@ -198,8 +198,14 @@ def with_recall(
 
 
 def usual_contexts(base: str | Path, *, trust_remote_code: bool = False) -> str:
-    """The contexts that are asked at where the user names none: 1k and 2k, as far as a model is made for them."""
-    longest = models.subject(str(base), trust_remote_code=trust_remote_code).max_context
+    """The contexts that are asked at where the user names none: 1k and 2k, as far as a model is made for them.
+
+    Empty for an encoder-decoder, which is not asked.
+    """
+    subject = models.subject(str(base), trust_remote_code=trust_remote_code)
+    if subject.is_encoder_decoder:
+        return ""
+    longest = subject.max_context
     return ",".join(str(context) for context in (1024, 2048) if longest is None or context <= longest)
 
 

@@ -228,15 +228,17 @@ class SuiteResult:
 
     Attributes:
         model: its name.
-        kind: of `metrics.SUITE`, or `agreement`.
+        kind: of `metrics.SUITE` or `metrics.ANSWERS`, or `agreement`.
         scores: of each item, 1 where it is right, of `agreement` the tokens; the items of all models are the same.
         written: the beginning of each answer, where it was generated.
+        sizes: of each item, what its score is out of (of word errors the words); empty: 1 each.
     """
 
     model: str
     kind: str
     scores: tuple[float, ...]
     written: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +246,7 @@ class Evaluation(Outcome):
     """An original, its conversions, and how they were measured.
 
     Attributes:
-        task: `next token`, `span corruption` or `pairs`.
+        task: `next token`, `span corruption`, `pairs` or `transcripts`.
         data: name of the data (no path).
         context: tokens per window.
         stride: tokens from one window to the next.

@@ -29,6 +29,8 @@ def chosen(examples: Sequence[Example], count: int) -> list[Example]:
 
 def prompt_ids(example: Example) -> list[int]:
     """The tokens that a model goes on from: the beginning of a window, or all that an encoder reads."""
+    if "input_ids" not in example.inputs:
+        return []  # sound
     ids: list[int] = example.inputs["input_ids"].tolist()
     return ids if "decoder_input_ids" in example.inputs else ids[: max(1, min(PROMPT, len(ids) // 2))]
 
@@ -37,17 +39,19 @@ def written(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[str
     """What a model writes after each beginning, its likeliest token at every step."""
     import torch
 
-    from gqa_convert.hf import api
+    from gqa_convert.calibrate.heard import transcripts
+    from gqa_convert.hf.greedy import greedy_ids
 
     texts = []
     for example in examples:
+        if "input_ids" not in example.inputs:
+            sound = {name: x[None] for name, x in example.inputs.items() if name != "decoder_input_ids"}
+            texts.append(str(tokenizer.decode(transcripts(model, [sound])[0], skip_special_tokens=True)))
+            continue
         prompt = torch.tensor([prompt_ids(example)], device=model.device)
         room = len(example.inputs["input_ids"]) - prompt.shape[1]
         steps = LONGEST if model.config.is_encoder_decoder else min(LONGEST, max(1, room))
-        with torch.no_grad(), api.quiet():
-            ids = model.generate(
-                input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=steps
-            )[0]
+        ids = greedy_ids(model, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}, tokens=steps)[0]
         new = ids if model.config.is_encoder_decoder else ids[prompt.shape[1] :]
         texts.append(str(tokenizer.decode(new, skip_special_tokens=True)))
     return texts
@@ -57,7 +61,8 @@ def side_by_side(
     examples: Sequence[Example], tokenizer: Any, said: Sequence[tuple[str, Sequence[str]]]
 ) -> tuple[Sample, ...]:
     """Samples from what each model wrote: (name, its texts)."""
-    prompts = [str(tokenizer.decode(prompt_ids(example), skip_special_tokens=True)) for example in examples]
+    begun = [prompt_ids(example) for example in examples]
+    prompts = [str(tokenizer.decode(ids, skip_special_tokens=True)) if ids else "(a recording)" for ids in begun]
     return tuple(
         Sample(prompt=prompt, texts=tuple((name, texts[i]) for name, texts in said)) for i, prompt in enumerate(prompts)
     )

@@ -52,7 +52,7 @@ class WindowSums:
 def logits_of(model: Any, batch: Batch) -> Tensor:
     """Return logits_BTV. Without attention mask and cache: see the module `examples`."""
     device = next(model.parameters()).device
-    inputs = {name: x.to(device) for name, x in batch.inputs.items()}
+    inputs = {name: x.to(device, model.dtype if x.is_floating_point() else None) for name, x in batch.inputs.items()}
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
 

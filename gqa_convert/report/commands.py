@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable
 
 from gqa_convert.conversion.recipe import PRESETS
+from gqa_convert.evaluate.metrics import suite_kind
 from gqa_convert.evaluate.results import Evaluation
 from gqa_convert.evaluate.sweep.points import Recommendation
 from gqa_convert.report.collect import Run, Timed
@@ -75,7 +76,7 @@ def _data(evaluation: Evaluation) -> list[str]:
     if evaluation.quantised:
         words.append(f"--quantised-cache={_list(comparison.model.cache for comparison in evaluation.quantised)}")
     if evaluation.suite:
-        kinds = [each.kind for each in evaluation.suite if each.kind != "continuations_by_length"]
+        kinds = [suite_kind(each.kind) for each in evaluation.suite]
         most = max(len(each.scores) for each in evaluation.suite)
         words += ["--suite", f"--suite-kinds={_list(kinds)}", "--suite-items", str(most)]
         words += ["--suite-seed", str(settings.get("suite_seed", 0))]

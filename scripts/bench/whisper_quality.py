@@ -3,7 +3,7 @@
 
     python scripts/bench/whisper_quality.py WHISPER --clips CLIPS --calibration SOUND --groups 3,2 --out RESULT.json
 
-CLIPS is a folder of .wav files, each with its words in a .txt of the same name (punctuation and case do not count).
+CLIPS is a folder of .wav files, each with its words in a .txt of the same name (case and punctuation do not count).
 Recordings longer than 28 seconds are cut where they are quietest. Loss is teacher-forced: every model reads the
 original's greedy transcript of each piece, and scores it token by token, its end included. SOUND calibrates `fast` and
 `best`; it should be other recordings than CLIPS. The figures are written as they come, and an interrupted run goes on
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,18 +22,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from measure import processor
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS: dict[str, dict[str, Any]] = {"mean": {}, "fast": {"preset": "fast"}, "best": {"preset": "best"}}
 """Row -> what is chosen about the merge; presets get the calibration sound."""
-RATE = 16000
-LONGEST, SHORTEST = 28 * RATE, 14 * RATE  # samples of a piece, where a recording is cut
-QUIET = RATE // 5  # samples over which loudness is judged
+RATE, LONGEST = 16000, 28  # samples a second; seconds of a piece, where a recording is cut
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ def main() -> None:
     args = parse_arguments()
     original = load(args.model)
     pieces = heard(args, original)
-    words = {file.stem: spoken(file.read_text()) for file in sorted(args.clips.glob("*.txt"))}
+    words = {file.stem: file.read_text() for file in sorted(args.clips.glob("*.txt"))}
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
     result.setdefault("rows", {})
     if "original" not in result:
@@ -105,29 +100,17 @@ def heard(args: argparse.Namespace, original: Any) -> list[Piece]:
     import torch
     from transformers import AutoFeatureExtractor
 
-    from gqa_convert.data.sound import sounds
+    from gqa_convert.data.sound import at_quiet, recordings
 
     extractor = AutoFeatureExtractor.from_pretrained(args.model)
     pieces = []
-    for file in sorted(args.clips.glob("*.wav")):
-        for recording in sounds(str(file), rate=RATE):
-            for stretch in stretches(recording):
-                features = extractor(stretch, sampling_rate=RATE, return_tensors="pt")["input_features"]
-                with torch.no_grad():
-                    ids = original.generate(features, do_sample=False, force_unique_generate_call=True)
-                pieces.append(Piece(clip=file.stem, features=features, transcript=ids))
+    for recording in recordings(str(args.clips), rate=RATE):
+        for stretch in at_quiet(recording.samples, rate=RATE, seconds=LONGEST):
+            features = extractor(stretch, sampling_rate=RATE, return_tensors="pt")["input_features"]
+            with torch.no_grad():
+                ids = original.generate(features, do_sample=False, force_unique_generate_call=True)
+            pieces.append(Piece(clip=recording.name, features=features, transcript=ids))
     return pieces
-
-
-def stretches(recording: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """Cut (samples,) into pieces of at most 28 seconds, where it is quietest."""
-    pieces = []
-    while len(recording) > LONGEST:
-        energy = np.convolve(recording[SHORTEST:LONGEST].astype(np.float64) ** 2, np.ones(QUIET), mode="valid")
-        cut = SHORTEST + int(energy.argmin()) + QUIET // 2
-        pieces.append(recording[:cut])
-        recording = recording[cut:]
-    return [*pieces, recording]
 
 
 def convert_one(args: argparse.Namespace, name: str, groups: int, work: Path) -> Path:
@@ -146,10 +129,13 @@ def convert_one(args: argparse.Namespace, name: str, groups: int, work: Path) ->
     return out
 
 
-def point(args: argparse.Namespace, model: Any, pieces: list[Piece], words: dict[str, list[str]]) -> dict[str, Any]:
+def point(args: argparse.Namespace, model: Any, pieces: list[Piece], words: dict[str, str]) -> dict[str, Any]:
     """Word errors of each clip, loss on the original's transcripts in nats per token, and what it wrote."""
     from transformers import AutoTokenizer
 
+    from gqa_convert.evaluate.suite.outputs import word_errors
+
+    score = word_errors()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     wrote: dict[str, str] = {}
     losses: list[Tensor] = []
@@ -160,8 +146,8 @@ def point(args: argparse.Namespace, model: Any, pieces: list[Piece], words: dict
         losses.append(token_losses(model, piece))
     clips = {}
     for clip, text in wrote.items():
-        errors = word_errors(words[clip], spoken(text))
-        clips[clip] = {"word_errors": errors, "words": len(words[clip]), "text": text}
+        found = score(clip, [text], [words[clip]], [text])[0]
+        clips[clip] = {"word_errors": int(found.scores[0]), "words": found.sizes[0], "text": text}
     every = [float(loss) for piece in losses for loss in piece]
     return {"loss": sum(every) / len(every), "tokens": len(every), "clips": clips}
 
@@ -177,21 +163,6 @@ def token_losses(model: Any, piece: Piece) -> Tensor:
     return losses[due != model.generation_config.no_timestamps_token_id]
 
 
-def spoken(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
-    return re.findall(r"[a-z0-9']+", text.lower())
-
-
-def word_errors(wanted: list[str], seen: list[str]) -> int:
-    """The least number of words to change, leave out or put in."""
-    costs = list(range(len(seen) + 1))
-    for i, word in enumerate(wanted, 1):
-        before, costs[0] = costs[0], i
-        for j, other in enumerate(seen, 1):
-            before, costs[j] = costs[j], min(before + (word != other), costs[j] + 1, costs[j - 1] + 1)
-    return costs[-1]
-
-
 def show(name: str, groups: int | str, seen: dict[str, Any]) -> None:
     """Print one line."""
     clips = "  ".join(f"{clip} {found['word_errors']}/{found['words']}" for clip, found in seen["clips"].items())
@@ -199,12 +170,12 @@ def show(name: str, groups: int | str, seen: dict[str, Any]) -> None:
 
 
 def described(
-    args: argparse.Namespace, pieces: list[Piece], words: dict[str, list[str]], result: dict[str, Any]
+    args: argparse.Namespace, pieces: list[Piece], words: dict[str, str], result: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures with what they were made of; names only, no paths."""
     return {
         "model": args.model.name,
-        "clips": {clip: len(said) for clip, said in words.items()},
+        "clips": {clip: len(said.split()) for clip, said in words.items()},
         "pieces": len(pieces),
         "calibration": Path(args.calibration).name,
         "machine": {"processor": processor(), "python": platform.python_version()},

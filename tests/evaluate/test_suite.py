@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from gqa_convert.cli.main import app
@@ -150,6 +150,22 @@ def test_greedy_is_the_first_choice_token_by_token(loaded: tuple[Any, Any]) -> N
     first = tokenizer.decode(written[0][:1])
     stopped = greedy(model, tokenizer, prompts[:1], tokens=6, stops=(first,), batch=1)
     assert stopped[0] == written[0][:1]
+
+
+def test_a_checkpoints_settings_bend_nothing(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    prompts = [tokenizer("grey geese")["input_ids"]]
+    plain = greedy(model, tokenizer, prompts, tokens=12, batch=1)
+    own = model.generation_config
+    bent = {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 3, "eos_token_id": plain[0][2]}
+    model.generation_config = GenerationConfig(**bent, pad_token_id=0)
+    try:
+        assert greedy(model, tokenizer, prompts, tokens=12, batch=1) == plain
+        ended = greedy(model, tokenizer, prompts, tokens=12, stops=("never",), batch=1)[0]
+        assert ended == plain[0][: plain[0].index(plain[0][2]) + 1], "its end token ends a text that may end"
+        assert model.generation_config.repetition_penalty == 5.0, "what the model asks for is put back"
+    finally:
+        model.generation_config = own
 
 
 def test_likelihoods_are_sums_over_the_continuation(loaded: tuple[Any, Any]) -> None:

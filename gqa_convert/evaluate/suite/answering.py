@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gqa_convert.evaluate.suite.items import Choice
+from gqa_convert.hf.greedy import greedy_ids
 
 
 def likelihoods(model: Any, tokenizer: Any, item: Choice) -> list[float]:
@@ -28,21 +29,13 @@ def _likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> 
     return float(logp_TV.gather(-1, ids[0, length:, None]).sum())
 
 
-@torch.inference_mode()
 def greedy(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, tokens: int, stops: Sequence[str] = (), batch: int
 ) -> list[list[int]]:
     """What a model writes behind prompts of token ids, until its end token, a stop or so many tokens.
 
-    Prompts of one length go together, so that none is padded; sampling, penalties and the like that a checkpoint's
-    generation settings ask for are left out, its end tokens kept.
+    Without stops its end token ends nothing. Prompts of one length go together, so that none is padded.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList
-
-    ends = getattr(model.generation_config, "eos_token_id", None) if stops else None
-    settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=tokens, eos_token_id=ends, pad_token_id=0, bos_token_id=None
-    )
     by_length: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(number)
@@ -51,10 +44,9 @@ def greedy(
         for start in range(0, len(numbers), batch):
             part = numbers[start : start + batch]
             ids = torch.tensor([list(prompts[i]) for i in part], device=next(model.parameters()).device)
-            enough = StoppingCriteriaList([_Stops(tokenizer, length, stops)] if stops else [])
-            output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=settings, stopping_criteria=enough
-            )
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            enough = [_Stops(tokenizer, length, stops)] if stops else []
+            output = greedy_ids(model, inputs, tokens=tokens, ends=bool(stops), stopping=enough)
             for i, row in zip(part, output[:, length:].tolist(), strict=True):
                 written[i] = row
     return written

@@ -11,6 +11,7 @@ from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings
 from gqa_convert.evaluate.figures import with_means
+from gqa_convert.evaluate.metrics import row
 from gqa_convert.evaluate.recall import plain_documents
 from gqa_convert.evaluate.results import Evaluation, SuiteResult
 from gqa_convert.evaluate.suite.answering import agreed, greedy, likelihoods, until
@@ -18,7 +19,9 @@ from gqa_convert.evaluate.suite.items import GENERATED, Choice, continuations
 from gqa_convert.evaluate.suite.sandbox import can_confine
 
 KINDS = ("continuations", "agreement", *GENERATED)
-"""What the suite holds, beside recall."""
+"""What the suite asks a model that goes on with a text, beside recall."""
+ANSWERED = ("rouge", "wer")
+"""What it measures of an encoder-decoder that reads text, and of one that listens."""
 AGREED_TOKENS = 64
 """Tokens that both models write at most for `agreement`, and tokens of text that they go on with."""
 KEPT = 300
@@ -30,7 +33,8 @@ class SuiteSettings:
     """What to run.
 
     Attributes:
-        kinds: of `KINDS`; by default all, without `code` where code cannot be confined.
+        kinds: of `KINDS` or `ANSWERED`; by default all that suit the models, without `code` where code cannot be
+            confined.
         count: items of each kind; of `code` at most as many as there are.
         seed: of the draw of items.
     """
@@ -40,9 +44,9 @@ class SuiteSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        unknown = [kind for kind in self.kinds if kind not in (*KINDS, *ANSWERED)]
         if unknown:
-            raise UsageError(f"--suite-kinds {unknown[0]}: choose from {', '.join(KINDS)}.")
+            raise UsageError(f"--suite-kinds {unknown[0]}: choose from {', '.join((*KINDS, *ANSWERED))}.")
         if self.count < 1:
             raise UsageError("--suite-items must be at least 1.")
         if "code" in self.kinds and not can_confine():
@@ -51,10 +55,21 @@ class SuiteSettings:
                 "x86-64 or arm64). Leave it out."
             )
 
-    @property
-    def chosen(self) -> tuple[str, ...]:
-        """The kinds that are run."""
-        return self.kinds or tuple(kind for kind in KINDS if kind != "code" or can_confine())
+    def chosen(self, subject: models.Subject) -> tuple[str, ...]:
+        """The kinds that are run on a model.
+
+        Raises:
+            UsageError: if one is asked for that does not suit it.
+        """
+        suited: tuple[str, ...]
+        if subject.is_encoder_decoder:
+            does, suited = "answers or transcribes", ("wer",) if subject.listens else ("rouge",)
+        else:
+            does, suited = "goes on with a text", tuple(kind for kind in KINDS if kind != "code" or can_confine())
+        unfit = next((kind for kind in self.kinds if kind not in suited), None)
+        if unfit:
+            raise UsageError(f"--suite-kinds {unfit}: {subject.name} {does}; choose from {', '.join(suited)}.")
+        return self.kinds or suited
 
 
 def with_suite(
@@ -64,6 +79,7 @@ def with_suite(
     suite: SuiteSettings,
     *,
     on_items: Callable[[int], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run the suite and add it to an evaluation of the same models.
 
@@ -73,21 +89,33 @@ def with_suite(
         settings: of the evaluation; its text is what items are drawn from.
         suite: what to run.
         on_items: called with the number of items done since the last call.
+        on_total: called once with the number of items of all models.
 
     Raises:
-        UsageError: for encoder-decoders, a model made for fewer tokens than an item takes, or too little plain text.
+        UsageError: for a kind that does not suit the models, a model made for fewer tokens than an item takes, or too
+            little plain text; where encoder-decoders are measured, if the library for it is not installed.
     """
     subjects = [models.subject(str(folder), trust_remote_code=settings.trust_remote_code) for folder in folders]
-    for subject in subjects:
-        if subject.is_encoder_decoder:
-            raise UsageError(f"--suite: {subject.name} is an encoder-decoder model, which does not go on with a text.")
+    kinds = suite.chosen(subjects[0])
+    mixed = next(
+        (subject for subject in subjects if subject.is_encoder_decoder != subjects[0].is_encoder_decoder), None
+    )
+    if mixed is not None:
+        raise UsageError(f"--suite: {mixed.name} is no conversion of {subjects[0].name}: one of them has an encoder.")
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
         raise UsageError(f"--suite: two models are called {max(names, key=names.count)}: rename a folder.")
+    if subjects[0].is_encoder_decoder:
+        from gqa_convert.evaluate.suite.outputs import answers
+
+        results = answers(
+            subjects, settings, count=suite.count, context=evaluation.context, on_items=on_items, on_total=on_total
+        )
+        return with_figures(evaluation, results, suite)
     words = " ".join(plain_documents(settings, "--suite")).split()
     tokenizer = subjects[0].source.tokenizer()
     items: dict[str, Any] = {}
-    for kind in suite.chosen:
+    for kind in kinds:
         if kind == "continuations":
             items[kind] = continuations(words, count=suite.count, seed=suite.seed)
         elif kind == "agreement":
@@ -95,11 +123,13 @@ def with_suite(
         else:
             items[kind] = GENERATED[kind](words, count=suite.count, seed=suite.seed)
     _check_lengths(subjects, tokenizer, items)
-    results: list[SuiteResult] = []
+    if on_total is not None:
+        on_total(sum(map(len, items.values())) * len(subjects))
+    results = []
     originals: list[list[int]] | None = None
     for subject in subjects:
         model = models.load(subject, dtype=settings.dtype, device=settings.device)
-        for kind in suite.chosen:
+        for kind in kinds:
             if kind == "agreement":
                 written = greedy(model, tokenizer, items[kind], tokens=AGREED_TOKENS, batch=settings.batch_size)
                 originals = originals or written
@@ -120,10 +150,15 @@ def with_figures(evaluation: Evaluation, results: Sequence[SuiteResult], suite: 
     own: dict[str, dict[str, list[float]]] = {}
     of_pair: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        table = of_pair if result.kind == "agreement" else own
+        table = of_pair if row(f"suite_{result.kind}").of == "pair" else own
         table.setdefault(result.model, {})[f"suite_{result.kind}"] = list(result.scores)
     return with_means(
-        evaluation, own, of_pair, suite=tuple(results), settings=evaluation.settings | {"suite_seed": suite.seed}
+        evaluation,
+        own,
+        of_pair,
+        sizes={f"suite_{result.kind}": result.sizes for result in results},
+        suite=tuple(results),
+        settings=evaluation.settings | {"suite_seed": suite.seed},
     )
 
 
