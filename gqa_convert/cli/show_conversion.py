@@ -166,14 +166,21 @@ def show_result(result: ConvertResult, quality: Quality | None = None) -> None:
         out.print(line, highlight=False, markup=False)
 
 
+def _measuring(result: ConvertResult) -> str:
+    from gqa_convert.calibrate.inputs import listens
+
+    data = "SOUND" if listens(result.plan.anatomy.source) else "TEXT"
+    return f"gqa eval {result.plan.source} {result.out} --data {data}"
+
+
 def quality_lines(result: ConvertResult, quality: Quality | None) -> list[str]:
     """What a conversion cost in words, and the next command where one is needed."""
     if quality is None:
-        return ["quality: not measured. See what it cost: gqa eval " + f"{result.plan.source} {result.out} --data TEXT"]
+        return ["quality: not measured. See what it cost: " + _measuring(result)]
     if quality.rise is None:
         lines = [f"quality: {quality.verdict}."]
         if quality.reason != "nothing was merged":
-            lines.append(f"next: gqa eval {result.plan.source} {result.out} --data TEXT")
+            lines.append(f"next: {_measuring(result)}")
         return lines
     before, after = (math.exp(min(loss, 700.0)) for loss in (quality.loss_before or 0.0, quality.loss_after or 0.0))
     lines = [

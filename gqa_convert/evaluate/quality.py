@@ -128,6 +128,10 @@ def measure_conversion(
     if not plan.merges_heads and not plan.recipe.uses_blocks:
         return Quality(reason="nothing was merged")
     if data is None and getattr(plan.anatomy.config, "is_encoder_decoder", False):
+        from gqa_convert.calibrate.inputs import listens
+
+        if listens(plan.anatomy.source):
+            return Quality(reason="it listens: name recordings with --data")
         return Quality(reason="an encoder-decoder writes no text from nothing: name some with --data")
     if not any((plan.source / name).is_file() for name in _TOKENIZER_FILES):
         return Quality(reason="the folder has no tokenizer")

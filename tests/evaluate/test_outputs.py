@@ -26,6 +26,7 @@ from gqa_convert.evaluate.suite.run import SuiteSettings, with_suite
 from gqa_convert.tiny.shrink import tiny_config
 from tests.evaluate.tiny import LINES, write_llama, write_tokenizer
 from tests.listening import save_tied_whisper, write_wave
+from tests.support import Command
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +230,17 @@ def test_the_command_and_the_page_show_word_errors(whisper: Path, clips: Path, t
     page = "".join(page.read_text() for page in out.parent.rglob("*.html"))
     assert "--suite --suite-kinds=wer --suite-items 3" in page
     assert page.index("Quality of the conversions") < page.index("word errors, change")
+
+
+def test_a_conversion_of_a_whisper_is_measured_on_recordings(
+    whisper: Path, clips: Path, tmp_path: Path, command: Command
+) -> None:
+    unmeasured = command("gqa-convert", whisper, "--groups", 1, "--out", tmp_path / "one")
+    assert "not measured (it listens: name recordings with --data)" in unmeasured.out
+    assert f"gqa eval {whisper} {tmp_path / 'one'} --data SOUND" in unmeasured.out
+    measured = command("gqa-convert", whisper, "--groups", 1, "--data", clips, "--out", tmp_path / "two")
+    assert (measured.code, measured.err) == (0, "")
+    assert f"tokens of {clips.name}: " in measured.out
 
 
 def test_what_does_not_go_is_refused(
