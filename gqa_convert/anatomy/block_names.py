@@ -74,6 +74,13 @@ class Freedom:
     key_gauge: Literal["full", "signs", "none"]
     value_gauge: Literal["full", "none"]
     permutable: bool
+    """Whether heads may change places in every block."""
+    cross_permutable: bool = False
+    """Whether they may in cross-attention, where those of other blocks are tied to theirs (T5)."""
     shift_invariant: bool = True
     extras: tuple[HeadExtra, ...] = ()
     """Other per-head parameters, which change places with their heads."""
+
+    def moves(self, names: BlockNames) -> bool:
+        """Whether the heads of this block may change places."""
+        return self.permutable or (self.cross_permutable and names.cross)

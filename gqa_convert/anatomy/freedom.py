@@ -59,10 +59,12 @@ class _Subject:
         """True if changing every block leaves the logits within float error. The model is restored."""
         return self._same_logits(freedom, lambda _, names, block, get: block_state(names, change(block)))
 
-    def permutes(self, freedom: Freedom, extras: Sequence[HeadExtra]) -> bool:
-        """True if heads may change place with those parameters, in every block by another order."""
+    def permutes(self, freedom: Freedom, extras: Sequence[HeadExtra], *, cross_alone: bool = False) -> bool:
+        """True if heads may change place with those parameters, in every block (or cross-attention) in new orders."""
 
         def state(number: int, names: BlockNames, block: AttentionBlock, get: Get) -> dict[str, Tensor]:
+            if cross_alone and not names.cross:
+                return {}
             grouping = _other_order(block.num_kv_heads, number)
             extra = moved_extras(get, names, extras, block.query_order(grouping), grouping.order)
             return block_state(names, block.permuted(grouping)) | extra
@@ -101,6 +103,9 @@ def prove_freedom(config: Any, model_class: Any = None) -> Freedom:
     freedom = _key_freedom(subject, freedom)
     extras = _extras(subject, freedom)
     freedom = replace(freedom, permutable=extras is not None, extras=extras or ())
+    if extras is None and any(names.cross for names in subject.blocks):
+        extras = _extras(subject, freedom, cross_alone=True)
+        freedom = replace(freedom, cross_permutable=extras is not None, extras=extras or ())
     return replace(freedom, shift_invariant=_shift_invariant(subject))
 
 
@@ -259,10 +264,10 @@ def _key_rows(names: BlockNames) -> Callable[[Tensor], Tensor]:
     return mask
 
 
-def _extras(subject: _Subject, freedom: Freedom) -> tuple[HeadExtra, ...] | None:
+def _extras(subject: _Subject, freedom: Freedom, *, cross_alone: bool = False) -> tuple[HeadExtra, ...] | None:
     """The fewest parameters that must move with their heads so that nothing changes; None if no choice does it."""
     for extras in itertools.islice(_choices(subject.extras), _MOST_CHOICES):
-        if subject.permutes(freedom, extras):
+        if subject.permutes(freedom, extras, cross_alone=cross_alone):
             return extras
     return None
 

@@ -77,7 +77,7 @@ class Merger:
             seen = statistics.get(names.module)
             merged, report = self._merge(names, block, None if seen is None else seen.steadied)
             state |= {name: tensor.float() for name, tensor in block_state(names, merged).items()}
-            if self.recipe.grouping == "search":
+            if self.recipe.grouping == "search" and self.freedom.moves(names):
                 grouping = Grouping(report.grouping)
                 moved = moved_extras(
                     tensors.get, names, self.freedom.extras, block.query_order(grouping), grouping.order
@@ -96,7 +96,9 @@ class Merger:
             method, MergeOptions(max_context=self.max_context, seed=self.recipe.seed, key=names.module)
         )
         grouping = Grouping.contiguous(block.num_kv_heads, names.groups)
-        search = self.recipe.grouping == "search" and 1 < names.groups < block.num_kv_heads
+        search = (
+            self.recipe.grouping == "search" and self.freedom.moves(names) and 1 < names.groups < block.num_kv_heads
+        )
         moments = block_moments(block, statistics, options) if search or method.maps is not None else None
         if search and moments is not None:
             measure = plain_method() if method.draws else method

@@ -48,8 +48,10 @@ class BlockPlan:
         if self.freedom.key_gauge != "full" and self.recipe.merge_method.touches_query_output:
             allowed = "only change sign" if self.freedom.key_gauge == "signs" else "not be changed"
             notes.append(f"keys may {allowed} in this architecture (something stands between k and the scores)")
-        if self.recipe.adaptable and self.recipe.grouping == "contiguous":
-            notes.append("groups are contiguous: heads cannot change places in this architecture")
+        tied = [names for names in self.blocks if not self.freedom.moves(names)]
+        if tied and (self.recipe.adaptable or self.recipe.grouping == "search"):
+            where = "" if len(tied) == len(self.blocks) else " in self-attention"
+            notes.append(f"groups are contiguous{where}: its heads cannot change places in this architecture")
         if self.freedom.value_gauge != "full" and self.recipe.merge_method.touches_query_output:
             notes.append("values may not be rotated in this architecture (something stands between v and o)")
         return tuple(notes)
@@ -73,9 +75,9 @@ def plan_blocks(checkpoint: Checkpoint, anatomy: Anatomy, recipe: Recipe) -> Blo
         freedom = prove_freedom(anatomy.config, anatomy.source.model_class)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{_asked(recipe)} cannot be used on {anatomy.model_type}: {error}") from error
-    if recipe.adaptable and not freedom.permutable:
+    if recipe.adaptable and not any(map(freedom.moves, blocks)):
         recipe = replace(recipe, grouping="contiguous")
-    _check_freedom(anatomy, recipe, freedom)
+    _check_freedom(anatomy, recipe, freedom, blocks)
     keys = _raw_keys(checkpoint, anatomy, blocks, freedom, recipe)
     return BlockPlan(recipe=recipe, blocks=blocks, freedom=freedom, keys=keys)
 
@@ -89,13 +91,13 @@ def _asked(recipe: Recipe) -> str:
     return " ".join(parts)
 
 
-def _check_freedom(anatomy: Anatomy, recipe: Recipe, freedom: Freedom) -> None:
+def _check_freedom(anatomy: Anatomy, recipe: Recipe, freedom: Freedom, blocks: tuple[BlockNames, ...]) -> None:
     if recipe.merge_method.touches_query_output and freedom.key_gauge == freedom.value_gauge == "none":
         raise UnsupportedModelError(
             f"--method {recipe.method} cannot be used on {anatomy.model_type}: on a tiny model of it, neither keys nor "
             "values could be rotated without changing the logits."
         )
-    if recipe.grouping == "search" and not freedom.permutable:
+    if recipe.grouping == "search" and not any(map(freedom.moves, blocks)):
         raise UnsupportedModelError(
             f"--grouping search cannot be used on {anatomy.model_type}: on a tiny model of it, moving heads changed "
             "the logits (other parameters are tied to the order of heads). Use --grouping contiguous."

@@ -213,8 +213,8 @@ def _common(info: TensorInfo, shard: str, shape: tuple[int, ...]) -> dict[str, A
 
 def _solved(blocks: BlockPlan) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """What `Solve` says of its block, by raw key."""
-    searched = blocks.recipe.grouping == "search"
     for names in blocks.blocks:
+        searched = blocks.recipe.grouping == "search" and blocks.freedom.moves(names)
         contiguous = None if searched else Grouping.contiguous(names.kv_heads, names.groups)
         block = {"block": names.module, "kv_heads": names.kv_heads, "groups": names.groups, "grouping": contiguous}
         for parameter in blocks.parameters(names):

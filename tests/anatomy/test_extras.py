@@ -14,6 +14,7 @@ from gqa_convert.anatomy.extras import moved_extras
 from gqa_convert.anatomy.freedom import _subject, prove_freedom
 from gqa_convert.conversion.recipe import Recipe
 from gqa_convert.heads import Grouping
+from gqa_convert.modeling import shipping
 from gqa_convert.tiny.forward import logits
 from gqa_convert.tiny.model import text_inputs, tiny_model
 from gqa_convert.tiny.shrink import tiny_config
@@ -58,7 +59,32 @@ def test_the_logits_stay_only_if_the_extras_move_too() -> None:
 
 def test_a_table_that_all_layers_share_ties_heads_to_their_places() -> None:
     """Layers move their heads in different orders; T5's position bias has one order for all of them."""
-    assert not prove_freedom(tiny_config("t5")).permutable
+    freedom = prove_freedom(tiny_config("t5"))
+    assert not freedom.permutable
+    assert freedom.cross_permutable, "cross-attention reads no positions"
+    assert not prove_freedom(tiny_config("bart")).cross_permutable, "said of what is tied elsewhere alone"
+    assert prove_freedom(tiny_config("bart")).permutable
+
+
+def test_tied_heads_of_t5s_cross_attention_are_found_where_they_lie_apart(tmp_path: Path) -> None:
+    """Its self-attention's lie side by side, where a search may not move them."""
+    model = tiny_model(tiny_config("t5"))
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if re.search(r"decoder.*EncDecAttention\.[kv]\.", name):
+            tensor[tensor.shape[0] // 2 :] = tensor[: tensor.shape[0] // 2]
+        elif re.search(r"decoder.*SelfAttention\.[kv]\.", name):
+            heads = tensor.view(8, -1, tensor.shape[1])
+            heads[1::2] = heads[::2]
+    model.save_pretrained(tmp_path / "source")
+    recipe = Recipe(method="mean", grouping="search")
+    conversion = convert(tmp_path / "source", groups=4, recipe=recipe, out=tmp_path / "out")
+    found = {"EncDec" in report.module: report.grouping for report in conversion.blocks}
+    assert found == {True: ((0, 4), (1, 5), (2, 6), (3, 7)), False: ((0, 1), (2, 3), (4, 5), (6, 7))}
+    converted = shipping.class_named(conversion.plan.anatomy.target_config.architectures[0])
+    grouped = converted.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    inputs = text_inputs(model)
+    torch.testing.assert_close(logits(grouped, inputs), logits(model, inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "olmo2"])
