@@ -82,6 +82,9 @@ class OptimizerSection(Section):
     """muon: take attention head by head; a fifth of its cost and less, but a little less is learnt from a token."""
     muon_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """muon: what its products are computed in; many processors are far slower in bfloat16."""
+    relative: bool = False
+    """muon: a step is as large, beside its matrix, as the rate says (a root mean square of it), as Adafactor's are:
+    where queries' weights are a tenth of the others', as T5's are, one rate suits them all. Else: beside 0.2."""
     outside_attention: Positive = 1.0
     """Learning rate of everything but the attention's projections and norms, as a share of the schedule's."""
     clip: Positive | None = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,10 @@ from gqa_convert.uptrain.optim import BY_ADAMW, HEADS
 _ROUNDS = 5
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 """The quintic of Jordan et al. 2024: singular values between 0.7 and 1.2 after five rounds."""
+
+
+USUAL_SIZE, SMALLEST_SIZE = 0.2, 1e-3
+"""Root mean square of an AdamW step at a rate of 1; the least that a matrix counts as, so that a new one can grow."""
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -29,6 +34,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: of AdamW.
         eps: of AdamW.
         momentum: of Muon.
+        relative: a step of Muon has the root mean square of its matrix times the rate (Shazeer and Stern 2018, arXiv
+            1804.04235, section 8), instead of `USUAL_SIZE` times the rate.
         dtype: what Muon's products are computed in.
     """
 
@@ -39,9 +46,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         momentum: float = 0.95,
+        relative: bool = False,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self._dtype = dtype
+        self._dtype, self._relative = dtype, relative
         self._options: dict[str, Any] = {"betas": betas, "eps": eps}
         defaults = {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, BY_ADAMW: False, HEADS: None}
         super().__init__(groups, defaults)
@@ -86,7 +94,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
         ahead = gradient.lerp(momentum, group["momentum"])
         step = _on_whole(ahead, lambda whole: orthogonal_by_heads(whole, group.get(HEADS), self._dtype))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(step, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
+        size = max(_root_mean_square(parameter), SMALLEST_SIZE) if self._relative else USUAL_SIZE
+        parameter.add_(step, alpha=-group["lr"] * size * max(parameter.shape) ** 0.5)
+
+
+def _root_mean_square(x: Tensor) -> float:
+    """Of a whole matrix, also where each process holds a shard of it."""
+    from torch.distributed.tensor import DTensor
+
+    norm = torch.linalg.vector_norm(x, dtype=torch.float32)
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return float(whole) / math.sqrt(x.numel())
 
 
 def orthogonal_by_heads(x: Tensor, heads: tuple[int, int] | None, dtype: torch.dtype) -> Tensor:

@@ -166,7 +166,7 @@ def _muon(groups: ParameterGroups, settings: OptimizerSection) -> torch.optim.Op
     from gqa_convert.uptrain.muon import MuonWithAdamW
 
     dtype = torch.float32 if settings.muon_dtype == "float32" else torch.bfloat16
-    return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps, dtype=dtype)
+    return MuonWithAdamW(groups, betas=settings.betas, eps=settings.eps, relative=settings.relative, dtype=dtype)
 
 
 # AdamW keeps two float32 moments; Adafactor the sums of rows and columns, almost nothing; Muon the momentum.

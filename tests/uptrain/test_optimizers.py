@@ -128,6 +128,36 @@ def test_what_is_outside_attention_learns_at_its_share_of_the_rate(tiny_folder: 
         assert steps[1][name] / whole == pytest.approx(expected, rel=1e-3), name
 
 
+def test_a_relative_step_is_as_large_as_the_rate_beside_its_matrix(tiny_folder: Path) -> None:
+    """Queries' weights of a tenth of the size move by a tenth, where a plain step moves all alike."""
+    moved: dict[bool, dict[str, float]] = {}
+    for relative in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "q_proj" in name:
+                    value.mul_(0.1)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        optimizer = make_optimizer(model, OptimizerSection(kind="muon", relative=relative, muon_dtype="float32"))
+        ids = torch.arange(24)[None] % 50
+        model(ids, labels=ids).loss.backward()
+        optim.set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+        moved[relative] = {
+            name: float((value.detach() - before[name]).norm() / before[name].norm())
+            for name, value in model.named_parameters()
+            if "_proj" in name
+        }
+    for name, share in moved[True].items():
+        assert share < 0.0125, (
+            "the five rounds leave singular values between 0.7 and 1.2, fewer where a gradient has few"
+        )
+        if "o_proj" in name or "q_proj" in name:
+            assert share > 0.006, name
+        size = float(dict(before)[name].pow(2).mean().sqrt())
+        assert moved[False][name] * size / 0.2 == pytest.approx(share, rel=1e-4), name
+
+
 def test_muon_takes_each_head_apart_where_that_is_asked_for(tiny_folder: Path) -> None:
     """Every head moves as a matrix of its own does by torch's Muon, whichever side of the weight it lies along."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)

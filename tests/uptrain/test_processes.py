@@ -165,7 +165,7 @@ def final_weights(folder: Path | str) -> dict[str, torch.Tensor]:
     [
         ({"kind": "adamw"}, 1e-5),
         ({"kind": "muon"}, 1e-3),  # computes in bf16
-        ({"kind": "muon", "per_head": True, "outside_attention": 0.5}, 1e-3),
+        ({"kind": "muon", "per_head": True, "outside_attention": 0.5, "relative": True}, 1e-3),
     ],
     ids=["adamw", "muon", "muon-per-head"],
 )
