@@ -21,8 +21,9 @@ SEQUENCES = 2
 """Of a step, or one for each process. More and smaller steps came closer on the same tokens."""
 RATE_TIMES_WIDTH = 0.9
 """Peak learning rate times hidden size; `docs/healing.md` has the trials."""
-OF_ENCODER_DECODERS = 1 / 6
-"""Share of that rate for encoder-decoders: a T5's weights of queries are a fifth of a Llama's, and whole steps harm."""
+ENCODER_DECODER_RATE = 3e-4
+"""Peak learning rate of encoder-decoders, beside each matrix's own size: a T5's weights of queries are a tenth of its
+others, and steps that suit the one harm the other; `docs/healing.md` has the trials."""
 MOST = 4e-3
 """Highest peak learning rate."""
 HIDDEN_WEIGHT = 10.0
@@ -138,11 +139,12 @@ def heal_settings(
             "kind": heal_optimizer(),
             "outside_attention": OUTSIDE_ATTENTION,
             "muon_dtype": quick,
+            "relative": encodes,
             "per_head": _by_heads(opened, source, tokens=batch_tokens, context=context),
         },
         "schedule": {
             "kind": "cosine",
-            "peak": options.rate or heal_rate(width) * (OF_ENCODER_DECODERS if encodes else 1.0),
+            "peak": options.rate or (ENCODER_DECODER_RATE if encodes else heal_rate(width)),
             "final_fraction": 0.0,
             "warmup_fraction": 0.1,
         },

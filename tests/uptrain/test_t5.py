@@ -224,6 +224,7 @@ def test_an_encoder_decoder_is_healed_on_its_originals_answers(
     settings = heal_settings(HealOptions(text=str(text_file)), converted, t5_folder, tmp_path)
     assert settings["objective"]["kind"] == "span_corruption"
     assert settings["schedule"]["peak"] < heal_rate(32)
+    assert settings["optimizer"]["relative"], "its queries' weights are far smaller than the others"
 
 
 def test_only_encoder_decoders_answer(tiny_folder: Path, t5_folder: Path, text_file: Path, tmp_path: Path) -> None:
