@@ -48,7 +48,12 @@ def heal_command(
     ] = None,
     tokens: Tokens = None,
     until: Until = None,
-    rate: Annotated[float | None, typer.Option(help="Peak learning rate. (default: by width)")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate; of an encoder-decoder a share of each matrix's size. (default: by width, or 3e-4)"
+        ),
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a sequence. (default: 512)")] = None,
     parameters: Annotated[
         str | None,
