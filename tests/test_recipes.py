@@ -46,10 +46,14 @@ def test_presets_go_without_search_where_heads_cannot_move(tmp_path: Path) -> No
     (tmp_path / "text.txt").write_text("words to calibrate on\n" * 20)
     text = str(tmp_path / "text.txt")
     planned = plan(source, groups=2, recipe=make_recipe("fast", calibrate=text))
+    assert planned.recipe.grouping == "search", "of cross-attention, which has no position bias"
+    assert any("contiguous in self-attention" in note for note in planned.notes)
+    biased = tiny_folder(tmp_path / "biased", "bloom")  # a slope for each head, and no cross-attention
+    planned = plan(biased, groups=2, recipe=make_recipe("fast", calibrate=text), allow_slow=True)
     assert planned.recipe.grouping == "contiguous"
     assert any("cannot change places" in note for note in planned.notes)
-    with pytest.raises(UnsupportedModelError, match="--grouping search cannot be used on t5"):
-        plan(source, groups=2, recipe=make_recipe("fast", grouping="search", calibrate=text))
+    with pytest.raises(UnsupportedModelError, match="--grouping search cannot be used on bloom"):
+        plan(biased, groups=2, recipe=make_recipe("fast", grouping="search", calibrate=text), allow_slow=True)
 
 
 def test_solved_layers_are_reused_and_give_the_same_bytes(tmp_path: Path) -> None:
