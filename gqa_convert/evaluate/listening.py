@@ -57,14 +57,18 @@ def clips(subject: models.Subject, settings: EvalSettings) -> Iterator[Clip]:
     extractor = load_feature_extractor(subject.folder, trust_remote_code=subject.source.trust_remote_code)
     rate = int(extractor.sampling_rate)
     seconds = window_samples(extractor) / rate
+    silent = True
     try:
         for recording in recordings(settings.data, rate=rate, field=settings.field):
             pieces = at_quiet(recording.samples, rate=rate, seconds=max(seconds - _CUT_SECONDS, seconds / 2))
             windows = tuple(features_of(piece, extractor) for piece in pieces if len(piece))
             if windows:
+                silent = False
                 yield Clip(name=recording.name, words=recording.words, windows=windows)
     except UsageError as error:
         raise UsageError(f"--data {error}") from error
+    if silent:
+        raise UsageError(f"--data {settings.data}: holds no sound. Give {SOUND_FORMS}.")
 
 
 def transcript_examples(subject: models.Subject, tokenizer: Any, settings: EvalSettings) -> list[Example]:
@@ -78,13 +82,10 @@ def transcript_examples(subject: models.Subject, tokenizer: Any, settings: EvalS
         settings: of the evaluation; at most `max_windows` windows are taken.
 
     Raises:
-        UsageError: if there is no sound.
         GQAConvertError: as `clips`.
     """
     windows = (window for clip in clips(subject, settings) for window in clip.windows)
     heard = list(islice(windows, settings.max_windows))
-    if not heard:
-        raise UsageError(f"--data {settings.data}: holds no sound. Give {SOUND_FORMS}.")
     model = models.load(subject, dtype=settings.dtype, device=settings.device)
     ends = document_marks(model)[1]
     written = [

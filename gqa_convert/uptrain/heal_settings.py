@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CONTEXT = 512
 """Tokens of a sequence, where the model reads as many."""
 SEQUENCES = 2
-"""Of a step, or one for each process. More and smaller steps came closer on the same tokens."""
+"""Of a step, or one for each process. On the embedded model more and smaller steps came closer on the same tokens."""
 RATE_TIMES_WIDTH = 0.9
 """Peak learning rate times hidden size; `docs/healing.md` has the trials."""
 ENCODER_DECODER_RATE = 3e-4

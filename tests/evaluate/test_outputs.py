@@ -21,7 +21,7 @@ from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, evaluate
 from gqa_convert.evaluate.results import Evaluation
-from gqa_convert.evaluate.suite import outputs
+from gqa_convert.evaluate.suite import answering, outputs
 from gqa_convert.evaluate.suite.run import SuiteSettings, with_suite
 from gqa_convert.tiny.shrink import tiny_config
 from tests.evaluate.tiny import LINES, write_llama, write_tokenizer
@@ -88,7 +88,7 @@ def test_answers_are_greedy_whatever_the_checkpoint_asks_for(t5: Path, gqa_t5: P
                 with torch.inference_mode():
                     logits = model(input_ids=ids, decoder_input_ids=torch.tensor([written]), use_cache=False).logits
                 written.append(int(logits[0, -1].argmax()))
-            assert text == tokenizer.decode(written, skip_special_tokens=True).strip()[: outputs.KEPT]
+            assert text == tokenizer.decode(written, skip_special_tokens=True).strip()[: answering.KEPT]
 
 
 def test_an_original_answers_as_itself(t5: Path, gqa_t5: Path, pairs: Path) -> None:
@@ -247,6 +247,7 @@ def test_what_does_not_go_is_refused(
     t5: Path, whisper: Path, pairs: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama = write_llama(tmp_path / "llama")
+    (tmp_path / "silent").mkdir()
 
     def refusal(*arguments: str) -> str:
         refused = CliRunner().invoke(app, ["eval", *arguments, "--max-windows", "1"])
@@ -259,6 +260,8 @@ def test_what_does_not_go_is_refused(
     heard = refusal(str(whisper), "--data", str(clips), "--suite-kinds=rouge")
     assert "rouge: tiny-whisper answers or transcribes; choose from wer" in heard
     assert "is not a sound file by its name" in refusal(str(whisper), "--data", str(pairs))
+    write_wave(tmp_path / "silent" / "none.wav", np.zeros(0), rate=16000)
+    assert "holds no sound. Give a .wav file" in refusal(str(whisper), "--data", str(tmp_path / "silent"))
     lines = tmp_path / "lines.txt"
     lines.write_text(" ".join(LINES))
     assert "rouge: llama goes on with a text" in refusal(str(llama), "--data", str(lines), "--suite-kinds=rouge")

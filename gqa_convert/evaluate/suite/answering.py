@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
+from gqa_convert.evaluate.results import SuiteResult
 from gqa_convert.evaluate.suite.items import Choice
 from gqa_convert.hf.greedy import greedy_ids
+
+KEPT = 300
+"""Characters of each answer that results keep."""
 
 
 def likelihoods(model: Any, tokenizer: Any, item: Choice) -> list[float]:
@@ -67,6 +71,19 @@ class _Stops:
 def until(text: str, stops: Sequence[str]) -> str:
     """The text up to the first of the stops."""
     return text[: min([place for stop in stops if (place := text.find(stop)) >= 0], default=len(text))]
+
+
+def result_of(
+    model: str, kind: str, scores: Sequence[float], written: Sequence[str] = (), sizes: Sequence[int] = ()
+) -> SuiteResult:
+    """What a model scored, with the beginning of each answer."""
+    return SuiteResult(
+        model=model,
+        kind=kind,
+        scores=tuple(map(float, scores)),
+        written=tuple(text[:KEPT] for text in written),
+        sizes=tuple(sizes),
+    )
 
 
 def agreed(one: Sequence[int], two: Sequence[int]) -> int:

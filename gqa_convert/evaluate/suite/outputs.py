@@ -18,9 +18,10 @@ from gqa_convert.data.reading import read_records
 from gqa_convert.errors import UsageError
 from gqa_convert.evaluate import models
 from gqa_convert.evaluate.evaluation import EvalSettings, holds_pairs
-from gqa_convert.evaluate.listening import Clip, clips
+from gqa_convert.evaluate.listening import clips
 from gqa_convert.evaluate.recall import plain_documents
 from gqa_convert.evaluate.results import SuiteResult
+from gqa_convert.evaluate.suite.answering import result_of
 from gqa_convert.hf.greedy import greedy_ids
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 TOKENS = 128
 """Tokens of the longest answer."""
-KEPT = 300
-"""Characters of each answer that results keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +118,14 @@ def rouge() -> Score:
         if known:
             each = [alike(wanted, seen) for wanted, seen in known]
             for kind in ("rouge1", "rouge2", "rougeL"):
-                results.append(_result(model, kind, [one[kind] for one in each], [seen for _, seen in known]))
+                results.append(result_of(model, kind, [one[kind] for one in each], [seen for _, seen in known]))
         beside = [alike(own, seen)["rougeL"] for own, seen in zip(originals, written, strict=True)]
         same = [float(own == seen) for own, seen in zip(originals, written, strict=True)]
-        return [*results, _result(model, "rouge_original", beside, written), _result(model, "same_output", same, ())]
+        return [
+            *results,
+            result_of(model, "rouge_original", beside, written),
+            result_of(model, "same_output", same, ()),
+        ]
 
     return score
 
@@ -162,7 +165,7 @@ def word_errors() -> Score:
         process, length = (jiwer.process_characters, len) if letters else (jiwer.process_words, _word_count)
         counted = [errors(process, wanted, seen, length) for wanted, seen in pairs]
         scores, sizes = [value for value, _ in counted], [size for _, size in counted]
-        return _result(model, kind, scores, () if letters else [seen for _, seen in pairs], sizes)
+        return result_of(model, kind, scores, () if letters else [seen for _, seen in pairs], sizes)
 
     def score(
         model: str, written: Sequence[str], references: Sequence[str | None], originals: Sequence[str]
@@ -178,23 +181,11 @@ def _word_count(text: str) -> int:
     return len(text.split())
 
 
-def _result(
-    model: str, kind: str, scores: Sequence[float], written: Sequence[str], sizes: Sequence[int] = ()
-) -> SuiteResult:
-    return SuiteResult(
-        model=model,
-        kind=kind,
-        scores=tuple(scores),
-        written=tuple(text[:KEPT] for text in written),
-        sizes=tuple(sizes),
-    )
-
-
 def _texts(settings: EvalSettings, tokenizer: Any, count: int, context: int) -> list[Question]:
     """Texts to answer, evenly spread over the data."""
+    pairs: list[tuple[str, str | None]]
     if holds_pairs(settings.data):
-        rows = [(str(row.get("input")), str(row.get("target"))) for row in read_records(settings.data)]
-        pairs: list[tuple[str, str | None]] = list(rows)
+        pairs = [(row["input"], row["target"]) for row in read_records(settings.data)]
     else:
         pairs = [(document, None) for document in plain_documents(settings, "--suite")]
     count = min(count, len(pairs))
@@ -206,13 +197,8 @@ def _texts(settings: EvalSettings, tokenizer: Any, count: int, context: int) -> 
 
 
 def _recordings(subject: models.Subject, settings: EvalSettings, count: int) -> list[Question]:
-    def question(clip: Clip) -> Question:
-        return Question(parts=clip.windows, reference=clip.words)
-
-    asked = [question(clip) for clip in islice(clips(subject, settings), count)]
-    if not asked:
-        raise UsageError(f"--data {settings.data}: holds no sound.")
-    return asked
+    heard = islice(clips(subject, settings), count)
+    return [Question(parts=clip.windows, reference=clip.words) for clip in heard]
 
 
 def _read(model: Any, question: Question) -> list[int]:

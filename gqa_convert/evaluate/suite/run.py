@@ -14,7 +14,7 @@ from gqa_convert.evaluate.figures import with_means
 from gqa_convert.evaluate.metrics import row
 from gqa_convert.evaluate.recall import plain_documents
 from gqa_convert.evaluate.results import Evaluation, SuiteResult
-from gqa_convert.evaluate.suite.answering import agreed, greedy, likelihoods, until
+from gqa_convert.evaluate.suite.answering import agreed, greedy, likelihoods, result_of, until
 from gqa_convert.evaluate.suite.items import GENERATED, Choice, continuations
 from gqa_convert.evaluate.suite.sandbox import can_confine
 
@@ -24,8 +24,6 @@ ANSWERED = ("rouge", "wer")
 """What it measures of an encoder-decoder that reads text, and of one that listens."""
 AGREED_TOKENS = 64
 """Tokens that both models write at most for `agreement`, and tokens of text that they go on with."""
-KEPT = 300
-"""Characters of each answer that results keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +132,7 @@ def with_suite(
                 written = greedy(model, tokenizer, items[kind], tokens=AGREED_TOKENS, batch=settings.batch_size)
                 originals = originals or written
                 lengths = [agreed(one, two) for one, two in zip(originals, written, strict=True)]
-                results.append(_result(subject, kind, lengths, tokenizer.batch_decode(written)))
+                results.append(result_of(subject.name, kind, lengths, tokenizer.batch_decode(written)))
             elif kind == "continuations":
                 results += _chosen(model, subject, tokenizer, items[kind])
             else:
@@ -200,7 +198,10 @@ def _chosen(model: Any, subject: models.Subject, tokenizer: Any, items: Sequence
         per_character = [value / len(choice) for value, choice in zip(values, item.choices, strict=True)]
         plain.append(values.index(max(values)) == item.answer)
         by_length.append(per_character.index(max(per_character)) == item.answer)
-    return [_result(subject, "continuations", plain), _result(subject, "continuations_by_length", by_length)]
+    return [
+        result_of(subject.name, "continuations", plain),
+        result_of(subject.name, "continuations_by_length", by_length),
+    ]
 
 
 def _written(
@@ -214,13 +215,4 @@ def _written(
         for ids, item in zip(written, items, strict=True)
     ]
     right = [item.right(text) for text, item in zip(texts, items, strict=True)]
-    return _result(subject, kind, right, texts)
-
-
-def _result(subject: models.Subject, kind: str, scores: Sequence[float], written: Sequence[str] = ()) -> SuiteResult:
-    return SuiteResult(
-        model=subject.name,
-        kind=kind,
-        scores=tuple(map(float, scores)),
-        written=tuple(text[:KEPT] for text in written),
-    )
+    return result_of(subject.name, kind, right, texts)
