@@ -94,12 +94,13 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     """The learning rate, a function of the tokens seen."""
 
-    kind: Literal["cosine", "wsd", "constant", "inverse_sqrt"] = "cosine"
-    """inverse_sqrt continues T5's: peak / sqrt(max(step, offset)) with `start_step` steps behind it."""
+    kind: Literal["cosine", "linear", "wsd", "constant", "inverse_sqrt"] = "cosine"
+    """Cosine and linear fall from the end of the warm-up on, wsd late. inverse_sqrt continues T5's: peak /
+    sqrt(max(step, offset)) with `start_step` steps behind it."""
     peak: Positive
     """Highest learning rate (inverse_sqrt: the numerator, 1.0 for T5)."""
     final_fraction: Share = 0.1
-    """Learning rate at the end, as a share of the peak (cosine, wsd)."""
+    """Learning rate at the end, as a share of the peak (cosine, linear, wsd)."""
     warmup_tokens: Count = 0
     """Linear warm-up; wins over `warmup_fraction`."""
     warmup_fraction: Share = 0.0

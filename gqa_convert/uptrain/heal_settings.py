@@ -143,7 +143,7 @@ def heal_settings(
             "per_head": _by_heads(opened, source, tokens=batch_tokens, context=context),
         },
         "schedule": {
-            "kind": "cosine",
+            "kind": "linear",
             "peak": options.rate or (ENCODER_DECODER_RATE if encodes else heal_rate(width)),
             "final_fraction": 0.0,
             "warmup_fraction": 0.1,

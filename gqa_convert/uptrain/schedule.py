@@ -41,12 +41,10 @@ class Schedule:
         if s.kind == "inverse_sqrt":
             return 1.0 / math.sqrt(max(s.start_step + tokens / self.batch_tokens, s.offset))
         floor = s.final_fraction
-        if s.kind == "cosine":
-            start, end = self.warmup_tokens, float(self.total_tokens)
-            share = _between(tokens, start, end)
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-        start = self.total_tokens * (1 - s.decay_fraction)
-        return 1 - (1 - floor) * _between(tokens, start, float(self.total_tokens))
+        start = self.total_tokens * (1 - s.decay_fraction) if s.kind == "wsd" else self.warmup_tokens
+        share = _between(tokens, start, float(self.total_tokens))
+        left = 0.5 * (1 + math.cos(math.pi * share)) if s.kind == "cosine" else 1 - share
+        return floor + (1 - floor) * left
 
 
 def _between(value: float, start: float, end: float) -> float:

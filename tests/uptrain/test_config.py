@@ -109,6 +109,11 @@ def test_cosine_warms_up_and_ends_at_its_floor() -> None:
     assert rate(2000) == pytest.approx(0.5)
 
 
+def test_linear_warms_up_and_falls_straight_to_its_floor() -> None:
+    rate = schedule(kind="linear", peak=2.0, warmup_fraction=0.2, final_fraction=0.5)
+    assert [rate(t) for t in (100, 200, 400, 600, 1000, 2000)] == pytest.approx([1.0, 2.0, 1.75, 1.5, 1.0, 1.0])
+
+
 def test_wsd_is_flat_then_falls() -> None:
     rate = schedule(kind="wsd", peak=1.0, warmup_tokens=10, decay_fraction=0.2, final_fraction=0.0)
     assert [rate(t) for t in (5, 10, 400, 800)] == pytest.approx([0.5, 1, 1, 1])
