@@ -9,6 +9,7 @@ Shape suffixes: B batch, T tokens, X width.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,8 @@ class DescentResult:
 
     before: float
     after: float
+    on_fitted: float
+    """The same on the calls that were trained on, over the last pass through them (or the last steps, if fewer)."""
     steps: int
 
 
@@ -111,7 +114,8 @@ def descend(
     groups = _trainable(module, path, names, options)
     parameters = [group["params"][0] for group in groups]
     train, check = held_out(len(calls))
-    scale = sum(float(targets[i].float().square().sum()) for i in train) / len(train) or 1.0
+    powers = {i: float(targets[i].float().square().sum()) for i in train}
+    scale = sum(powers.values()) / len(train) or 1.0
 
     def error(i: int) -> Tensor:
         args, kwargs = as_float32(to_device(calls[i], where))
@@ -132,6 +136,7 @@ def descend(
     generator = torch.Generator().manual_seed(options.seed)
     order: list[int] = []
     every = max(1, math.ceil(options.steps / _CHECKS))
+    latest: deque[tuple[Tensor, float]] = deque(maxlen=len(train))  # error and power of the calls trained on
     for step in range(options.steps):
         if not order:
             order = [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
@@ -142,6 +147,7 @@ def descend(
             with torch.enable_grad():
                 loss = error(i) / scale
             loss.backward()
+            latest.append((loss.detach(), powers[i]))
         if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters):
             optimiser.step()
         if progress:
@@ -154,7 +160,8 @@ def descend(
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
     module.requires_grad_(False)
-    return DescentResult(before=before, after=best, steps=options.steps)
+    on_fitted = sum(float(loss) for loss, _ in latest) * scale / (sum(power for _, power in latest) or 1.0)
+    return DescentResult(before=before, after=best, on_fitted=on_fitted, steps=options.steps)
 
 
 def _step_calls(order: list[int], targets: Sequence[Tensor], tokens: float) -> Iterator[int]:

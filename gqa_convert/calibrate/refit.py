@@ -70,6 +70,8 @@ class RefitReport:
     error_before: float
     error_after_descent: float | None
     error_after_least_squares: float | None
+    error_on_fitted: float | None = None
+    """The same on the windows that the descent was fitted to, as it ended."""
     seconds: float = 0.0
 
 
@@ -99,11 +101,11 @@ def refit_block(
     import torch
 
     work = deepcopy(module).to(device=device, dtype=torch.float32)
-    before = after_descent = after_solve = None
+    before = after_descent = after_solve = on_fitted = None
     if options.steps:
         how = DescentOptions(steps=options.steps, tokens=options.tokens, lr=options.lr, seed=options.seed)
         result = descend(work, path, names, calls, targets, how, device=device, progress=progress)
-        before, after_descent = result.before, result.after
+        before, after_descent, on_fitted = result.before, result.after, result.on_fitted
     if options.least_squares or before is None:
         fit, check = _equations(work, path, names, calls, targets, device)
         start, after_solve = _solve(part_of(work, path, names.o), fit, check, options)
@@ -114,7 +116,10 @@ def refit_block(
         for leaf, parameter in part_of(work, path, projection).named_parameters()
     }
     return state, RefitReport(
-        error_before=before, error_after_descent=after_descent, error_after_least_squares=after_solve
+        error_before=before,
+        error_after_descent=after_descent,
+        error_after_least_squares=after_solve,
+        error_on_fitted=on_fitted,
     )
 
 

@@ -13,6 +13,9 @@ OnLayer = Callable[[str, int, int], None]
 POOR = 0.25
 """A refitted block whose mean square error stays above this share is named: half of its outputs' size is missing."""
 
+BY_HEART = 0.6
+"""Blocks whose error on the text that they were fitted to is below this share of that on other text have learnt it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockReport:
@@ -32,6 +35,8 @@ class BlockReport:
     """The same after training the block; None if it was not trained."""
     error_after_least_squares: float | None = None
     """The same after solving for o_proj; None if that was not done."""
+    error_on_fitted: float | None = None
+    """The same on the windows that the block was trained on; None if it was not trained."""
     seconds: float = 0.0
     """Time spent on the block."""
 
@@ -60,10 +65,26 @@ def poor_blocks_line(reports: Sequence[BlockReport]) -> str | None:
         return None
     shown = ", ".join(f"{module} {error:.0%}" for error, module in poor[:_SHOWN])
     more = f" and {len(poor) - _SHOWN} more" if len(poor) > _SHOWN else ""
-    return (
+    line = (
         f"far from the original after the refit (mean square error of attention's output on held-out windows): "
-        f"{shown}{more}, of {len(reports)} blocks. More --refit-steps, more groups, or --preset heal would help."
+        f"{shown}{more}, of {len(reports)} blocks. "
     )
+    known = _error_by_heart(reports)
+    if known is not None:
+        return line + (
+            f"On the windows that they were fitted to it is {known:.0%} on average: the text was learnt by heart. More "
+            "text (--calibration-sequences), more groups, or --preset heal would help."
+        )
+    return line + "More --refit-steps, more groups, or --preset heal would help."
+
+
+def _error_by_heart(reports: Sequence[BlockReport]) -> float | None:
+    """Mean error on the text that the blocks were fitted to, if it is far below that on held-out text."""
+    pairs = [(r.error_on_fitted, r.error_after) for r in reports if r.error_on_fitted is not None]
+    if not pairs:
+        return None
+    fitted, held_out = (sum(error or 0.0 for error in errors) / len(pairs) for errors in zip(*pairs, strict=True))
+    return fitted if fitted < BY_HEART * held_out else None
 
 
 _SHOWN = 4

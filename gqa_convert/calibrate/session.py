@@ -171,7 +171,7 @@ class Session:
                     shadow,
                     self.refit,
                     keep=self._keep(shadow),
-                    progress=self._steps(),
+                    progress=self._steps(len(blocks)),
                 )
                 state |= fitted
                 reports = {module: _with_refit(report, seen[module]) for module, report in reports.items()}
@@ -217,10 +217,10 @@ class Session:
 
         return add
 
-    def _steps(self) -> Callable[[int], None]:
-        """Count the steps of one layer's refit."""
+    def _steps(self, blocks: int) -> Callable[[int], None]:
+        """Count the steps of one layer's refit, of all its blocks."""
         assert self.refit is not None
-        total, done = self.refit.steps, 0
+        total, done = self.refit.steps * blocks, 0
 
         def progress(count: int) -> None:
             nonlocal done

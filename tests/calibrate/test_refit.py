@@ -169,6 +169,18 @@ def test_both_steps_improve_a_spoilt_block_of_any_family(
         assert torch.equal(parameter, untouched[name])
 
 
+def test_a_little_text_is_learnt_by_heart_and_the_report_shows_it(
+    case: Callable[..., Case], tokens: torch.Tensor
+) -> None:
+    """The error on what was fitted to tells it, which that on held-out windows alone cannot."""
+    names, spoilt, record, _ = observed(case("llama"), tokens)
+    _, much = refit_block(spoilt, names.module, names, record.calls, record.outputs, RefitOptions(steps=60))
+    _, little = refit_block(spoilt, names.module, names, record.calls[-2:], record.outputs[-2:], RefitOptions(steps=60))
+    gaps = [(r.error_after_descent or 0) / (r.error_on_fitted or 1) for r in (much, little)]
+    assert all(gap > 0 for gap in gaps)
+    assert gaps[1] > 1.5 * gaps[0]
+
+
 def test_least_squares_alone(case: Callable[..., Case], tokens: torch.Tensor) -> None:
     names, spoilt, record, _ = observed(case("llama"), tokens)
     options = RefitOptions(steps=0, least_squares=True)

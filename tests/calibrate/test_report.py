@@ -5,7 +5,7 @@ from __future__ import annotations
 from gqa_convert.calibrate.report import POOR, BlockReport, poor_blocks_line
 
 
-def block(name: str, before: float, after: float | None) -> BlockReport:
+def block(name: str, before: float, after: float | None, fitted: float | None = None) -> BlockReport:
     return BlockReport(
         module=name,
         grouping=((0,),),
@@ -13,6 +13,7 @@ def block(name: str, before: float, after: float | None) -> BlockReport:
         value_residual=0.1,
         error_before=before,
         error_after_descent=after,
+        error_on_fitted=fitted,
     )
 
 
@@ -25,6 +26,17 @@ def test_blocks_that_stay_far_away_are_named_worst_first_with_what_helps() -> No
     assert "--refit-steps" in line
     assert "--preset heal" in line
     assert "of 3 blocks" in line
+
+
+def test_text_that_was_learnt_by_heart_asks_for_more_text_and_not_for_more_steps() -> None:
+    line = poor_blocks_line([block("a", 0.9, 0.4, 0.08), block("b", 0.9, 0.2, 0.04)])
+    assert line is not None
+    assert "it is 6% on average" in line
+    assert "--calibration-sequences" in line
+    assert "--refit-steps" not in line
+    near = poor_blocks_line([block("a", 0.9, 0.4, 0.3)])
+    assert near is not None
+    assert "--refit-steps" in near
 
 
 def test_many_are_counted_and_not_listed() -> None:
