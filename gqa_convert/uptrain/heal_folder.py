@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gqa_convert.checkpoint.writer import write_text
 from gqa_convert.conversion.recipe import SELF
 from gqa_convert.errors import OutputError, UsageError
 from gqa_convert.uptrain.heal_settings import (
+    ANSWERED_TOKENS,
     CONTEXT,
     COPIES,
     HELD_OUT,
@@ -37,6 +38,8 @@ Tell = Callable[[str], None]
 
 _SETTINGS = "heal.json"
 _RUN = "uptrain.json"
+_ANSWERED_AT_ONCE = 64
+_SHORT_ANSWER = 16  # tokens; to a longer text an answer may be as long as the text
 
 
 @contextmanager
@@ -125,30 +128,60 @@ def write_own_text(options: HealOptions, teacher: Path, path: Path, *, trust_rem
 
 
 def write_own_answers(options: HealOptions, teacher: Path, path: Path, *, trust_remote_code: bool, tell: Tell) -> None:
-    """Let an encoder-decoder answer the text, `OWN_TOKENS` tokens of it at most, one text and its answer a line.
+    """Let an encoder-decoder answer the text, `ANSWERED_TOKENS` tokens of it at most, one text and its answer a line.
+
+    It answers as it is used: each document whole, or its beginning, by its likeliest tokens.
 
     Raises:
-        UsageError: if there is no such text.
+        UsageError: if there is no such text, or it holds conversations.
         CheckpointError: if its tokenizer cannot be loaded.
     """
     if path.is_file():
         return
-    from gqa_convert.calibrate.self_text import own_answers
-    from gqa_convert.calibrate.tokens import document_rows
-    from gqa_convert.hf.loading import Source
+    from gqa_convert.hf.greedy import greedy_ids
+    from gqa_convert.hf.loading import Source, load_model
 
     source = Source.open(teacher, trust_remote_code=trust_remote_code)
     tokenizer = source.tokenizer()
-    length = (options.context or CONTEXT) // 2
-    wanted = min(options.tokens, OWN_TOKENS)
-    rows = document_rows(str(options.text), tokenizer, tokens=wanted, length=length, seed=options.seed)
-    tell(f"the original answers {sum(map(len, rows)):,} texts of {sum(row.numel() for row in rows):,} tokens")
-    lines = []
-    for pair in own_answers(source, rows, seed=options.seed):
-        sides = (pair["input_ids"], pair["decoder_input_ids"][:, 1:])
-        said, answered = (tokenizer.batch_decode(side, skip_special_tokens=True) for side in sides)
-        lines += [json.dumps({"input": a, "target": b}) for a, b in zip(said, answered, strict=True) if a and b]
+    texts = _texts_to_answer(options, tokenizer)
+    tell(f"the original answers {len(texts):,} texts of {sum(len(ids) for _, ids in texts):,} tokens")
+    model, lines = load_model(source), []
+    texts.sort(key=lambda pair: len(pair[1]))  # such as are alike in length go together
+    for start in range(0, len(texts), _ANSWERED_AT_ONCE):
+        said = [text for text, _ in texts[start : start + _ANSWERED_AT_ONCE]]
+        longest = max(_SHORT_ANSWER, len(texts[start + len(said) - 1][1]))
+        inputs = dict(tokenizer(said, return_tensors="pt", padding=True))
+        written = greedy_ids(model, inputs, tokens=longest)
+        answered = tokenizer.batch_decode(written, skip_special_tokens=True)
+        lines += [json.dumps({"input": a, "target": b}) for a, b in zip(said, answered, strict=True) if b]
     _write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def _texts_to_answer(options: HealOptions, tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """Documents with their tokens, at most half a sequence of each and so many tokens in all as may be answered."""
+    from gqa_convert.data.conversations import Conversation
+    from gqa_convert.data.sampling import documents
+    from gqa_convert.hf import api
+
+    length = (options.context or CONTEXT) // 2
+    left, texts = min(options.tokens, ANSWERED_TOKENS), []
+    for text in documents(str(options.text), seed=options.seed):
+        if isinstance(text, Conversation):
+            raise UsageError(
+                f"{options.text}: holds conversations, and an encoder-decoder reads single texts. Give it text."
+            )
+        with api.quiet():
+            ids: list[int] = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+            whole = len(ids) < length or len(tokenizer(text)["input_ids"]) == length
+        said = text if whole else tokenizer.decode(ids, skip_special_tokens=True)
+        if said.strip():
+            texts.append((said, ids))
+            left -= len(ids)
+        if left <= 0:
+            break
+    if not texts:
+        raise UsageError(f"{options.text}: holds no text to answer. Name another.")
+    return texts
 
 
 def write_copies(options: HealOptions, teacher: Path, folder: Path, *, trust_remote_code: bool) -> None:

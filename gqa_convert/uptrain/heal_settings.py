@@ -32,6 +32,8 @@ OUTSIDE_ATTENTION = 0.3
 """Share of the rate for what is not attention, where all parameters are trained."""
 OWN_TOKENS = 131_072
 """Most tokens that the original writes; they are then met more than once."""
+ANSWERED_TOKENS = 262_144
+"""Most tokens of text that an encoder-decoder answers."""
 HELD_OUT = 0.02
 """Share of the documents that are measured on and not trained on."""
 MOST_COPIED = 20_000

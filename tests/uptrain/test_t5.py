@@ -16,6 +16,7 @@ from gqa_convert.data.batches import IGNORE, collate_pairs
 from gqa_convert.data.conversations import UNSCORED, conversation
 from gqa_convert.data.encoding import Encoder
 from gqa_convert.data.packing import filled
+from gqa_convert.data.sampling import documents
 from gqa_convert.errors import UsageError
 from gqa_convert.uptrain import loop
 from gqa_convert.uptrain.heal import HealOptions, heal, heal_rate, heal_settings
@@ -210,16 +211,21 @@ def test_an_encoder_decoder_is_healed_on_its_originals_answers(
 ) -> None:
     """Also on rows that hold answers already; nothing but attention and its norms moves."""
     converted = convert(t5_folder, groups=1, out=tmp_path / "gqa").out
-    options = HealOptions(text=str(text_file), tokens=4096, context=32, rate=0.01, answers=True)
+    held_out = str(pairs(tmp_path))
+    options = HealOptions(text=str(text_file), held_out=held_out, tokens=4096, context=32, rate=0.01, answers=True)
     result = heal(converted, t5_folder, out=tmp_path / "healed", options=options, work=tmp_path / "work", quiet=True)
     rows = [json.loads(line) for line in (tmp_path / "work" / "original-answered.jsonl").read_text().splitlines()]
     assert rows
     assert all(row["input"] and row["target"] for row in rows)
+    whole = set(documents(str(text_file)))
+    cut = [row["input"] for row in rows if row["input"] not in whole]
+    assert 0 < len(cut) < len(rows), "short documents are answered whole, long ones from their beginning"
+    assert all(any(text.startswith(said) for text in whole) for said in cut)
     before, after = (load_file(folder / "model.safetensors") for folder in (converted, result.out))
     moved = {key for key in after if not torch.equal(before[key], after[key])}
     assert moved
     assert {key for key in moved if "Attention" not in key and "layer_norm" not in key} == set()
-    settings = heal_settings(HealOptions(text=str(pairs(tmp_path))), converted, t5_folder, tmp_path)
+    settings = heal_settings(HealOptions(text=held_out), converted, t5_folder, tmp_path)
     assert settings["objective"]["kind"] == "text_to_text"
     settings = heal_settings(HealOptions(text=str(text_file)), converted, t5_folder, tmp_path)
     assert settings["objective"]["kind"] == "span_corruption"
