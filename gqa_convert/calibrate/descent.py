@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gqa_convert.budget.machine import has_bfloat16
 from gqa_convert.calibrate.activations import to_device
 from gqa_convert.calibrate.hooks import Names, part_of, watching
 
@@ -95,7 +96,8 @@ def descend(
 ) -> DescentResult:
     """Train q, k, v and o of the attention module `module` in place, in float32; nothing else of it changes.
 
-    What is left in the module is the best state met on the held-out calls, the start included.
+    What is left in the module is the best state met on the held-out calls, the start included. On a processor that
+    multiplies in bfloat16 by instructions of its own, steps compute in it; weights, their sums and errors stay float32.
 
     Args:
         module: the attention module, on any device; moved to `device` and left there.
@@ -117,12 +119,17 @@ def descend(
     powers = {i: float(targets[i].float().square().sum()) for i in train}
     scale = sum(powers.values()) / len(train) or 1.0
 
-    def error(i: int) -> Tensor:
+    quick = where.type == "cpu" and has_bfloat16("cpu")
+
+    def error(i: int, *, quick: bool = False) -> Tensor:
         args, kwargs = as_float32(to_device(calls[i], where))
         seen: list[Tensor] = []
-        with watching(module, path, names, on_output=seen.append):
+        with (
+            watching(module, path, names, on_output=seen.append),
+            torch.autocast(where.type, torch.bfloat16, enabled=quick),
+        ):
             module(*args, **kwargs)
-        return (seen[0] - targets[i].to(where, torch.float32)).square().sum()
+        return (seen[0].float() - targets[i].to(where, torch.float32)).square().sum()
 
     def check_error() -> float:
         with torch.no_grad():
@@ -145,7 +152,7 @@ def descend(
         optimiser.zero_grad(set_to_none=True)
         for i in _step_calls(order, targets, options.tokens / 2):
             with torch.enable_grad():
-                loss = error(i) / scale
+                loss = error(i, quick=quick) / scale
             loss.backward()
             latest.append((loss.detach(), powers[i]))
         if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters):
