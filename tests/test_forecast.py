@@ -36,6 +36,18 @@ def test_it_grows_with_what_is_done() -> None:
     assert best.seconds > 0
 
 
+def test_steps_in_bfloat16_are_the_same_work_in_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gqa_convert.conversion.forecast.matmul_rate", lambda: 1e11)
+    plain: dict[str, Forecast] = {}
+    quick: dict[str, Forecast] = {}
+    for costs, has in ((plain, False), (quick, True)):
+        monkeypatch.setattr("gqa_convert.conversion.forecast.has_bfloat16", lambda device, has=has: has)
+        costs |= {preset: expected(preset) for preset in ("fast", "best")}
+    assert quick["best"].flops == plain["best"].flops
+    assert quick["fast"].seconds == plain["fast"].seconds
+    assert 0.5 * plain["best"].seconds < quick["best"].seconds < plain["best"].seconds
+
+
 def test_memory_of_the_embedded_model_is_near_what_was_measured() -> None:
     """3.0 GB for `best`, 1.3 GB for `fast` (docs/merging.md), unless activations must go to files here."""
     assert 0.5e9 < expected("best").memory_bytes < 4.5e9

@@ -181,6 +181,22 @@ def test_a_little_text_is_learnt_by_heart_and_the_report_shows_it(
     assert gaps[1] > 1.5 * gaps[0]
 
 
+def test_steps_in_bfloat16_come_as_far(
+    case: Callable[..., Case], tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are computed where a processor is quick in it; what is kept and what is told are float32."""
+    names, spoilt, record, _ = observed(case("llama"), tokens)
+    after = {}
+    for quick in (False, True):
+        monkeypatch.setattr("gqa_convert.calibrate.descent.has_bfloat16", lambda kind, quick=quick: quick)
+        options = RefitOptions(steps=60)
+        state, report = refit_block(spoilt, names.module, names, record.calls, record.outputs, options)
+        assert all(tensor.dtype == torch.float32 for tensor in state.values())
+        after[quick] = report.error_after_descent or 0.0
+    assert after[False] != after[True]
+    assert after[True] == pytest.approx(after[False], rel=0.2)
+
+
 def test_least_squares_alone(case: Callable[..., Case], tokens: torch.Tensor) -> None:
     names, spoilt, record, _ = observed(case("llama"), tokens)
     options = RefitOptions(steps=0, least_squares=True)
