@@ -44,8 +44,8 @@ def test_steps_in_bfloat16_are_the_same_work_in_less_time(monkeypatch: pytest.Mo
         monkeypatch.setattr("gqa_convert.conversion.forecast.has_bfloat16", lambda device, has=has: has)
         costs |= {preset: expected(preset) for preset in ("fast", "best")}
     assert quick["best"].flops == plain["best"].flops
-    assert quick["fast"].seconds == plain["fast"].seconds
-    assert 0.5 * plain["best"].seconds < quick["best"].seconds < plain["best"].seconds
+    for preset in ("fast", "best"):
+        assert 0.5 * plain[preset].seconds < quick[preset].seconds < plain[preset].seconds
 
 
 def test_memory_of_the_embedded_model_is_near_what_was_measured() -> None:

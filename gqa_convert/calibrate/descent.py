@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gqa_convert.budget.machine import has_bfloat16
 from gqa_convert.calibrate.activations import to_device
 from gqa_convert.calibrate.hooks import Names, part_of, watching
+from gqa_convert.calibrate.quick import quick_products
 
 if TYPE_CHECKING:
     import torch
@@ -119,17 +119,12 @@ def descend(
     powers = {i: float(targets[i].float().square().sum()) for i in train}
     scale = sum(powers.values()) / len(train) or 1.0
 
-    quick = where.type == "cpu" and has_bfloat16("cpu")
-
-    def error(i: int, *, quick: bool = False) -> Tensor:
+    def error(i: int) -> Tensor:
         args, kwargs = as_float32(to_device(calls[i], where))
         seen: list[Tensor] = []
-        with (
-            watching(module, path, names, on_output=seen.append),
-            torch.autocast(where.type, torch.bfloat16, enabled=quick),
-        ):
+        with watching(module, path, names, on_output=seen.append):
             module(*args, **kwargs)
-        return (seen[0].float() - targets[i].to(where, torch.float32)).square().sum()
+        return (seen[0] - targets[i].to(where, torch.float32)).square().sum()
 
     def check_error() -> float:
         with torch.no_grad():
@@ -151,8 +146,8 @@ def descend(
             group["lr"] = peak * schedule(step, options)
         optimiser.zero_grad(set_to_none=True)
         for i in _step_calls(order, targets, options.tokens / 2):
-            with torch.enable_grad():
-                loss = error(i, quick=quick) / scale
+            with torch.enable_grad(), quick_products(where):
+                loss = error(i) / scale
             loss.backward()
             latest.append((loss.detach(), powers[i]))
         if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters):

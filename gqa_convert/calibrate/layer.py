@@ -194,7 +194,8 @@ def attention_calls(window: LayerWindow, names: BlockNames, keep: Callable[[Any]
     import torch
 
     own = BlockRecord()
-    with watching(window.module, window.path, names, record=own, keep=keep, stop=True), torch.no_grad():
+    watch = watching(window.module, window.path, names, record=own, keep=keep, stop=True)
+    with watch, torch.no_grad(), window.computing():
         for call in window.calls:
             args, kwargs = to_device((call.args, call.kwargs), window.device)
             with suppress(Enough):

@@ -7,11 +7,13 @@ the current layer and, once that has run, what it gets back.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gqa_convert.calibrate.activations import Spill, to_device
 from gqa_convert.calibrate.paused_forward import Lane, LayerCall, intercept
+from gqa_convert.calibrate.quick import quick_products
 from gqa_convert.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -50,7 +52,13 @@ class LayerWindow:
     calls: list[LayerCall]
     device: torch.device
     spill: Spill | None = None
+    quick: bool = False
+    """Products as in `gqa_convert.calibrate.quick`."""
     outputs: list[Any] | None = field(default=None, repr=False)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """The arithmetic in which this layer runs, for a `with` block."""
+        return quick_products(self.device) if self.quick else nullcontext()
 
     def run(self, module: nn.Module | None = None) -> list[Any]:
         """Run all calls, without gradients, and return the layer's outputs on the CPU.
@@ -60,7 +68,7 @@ class LayerWindow:
         import torch
 
         outputs = []
-        with torch.no_grad():
+        with torch.no_grad(), self.computing():
             for call in self.calls:
                 args, kwargs = to_device((call.args, call.kwargs), self.device)
                 out = to_device((module or self.module)(*args, **kwargs), torch.device("cpu"))
@@ -78,6 +86,7 @@ class LayerStream:
         inputs: the arguments of one forward pass a batch.
         device: where layers run; everything else is computed and kept on the CPU.
         spill: what to do with activations beyond a memory limit.
+        quick: whether layers may run in quicker, coarser arithmetic (`gqa_convert.calibrate.quick`).
         last: path of the layer after which to stop.
         keep_results: keep what the forward passes return, in `results`, when they have ended.
 
@@ -93,6 +102,7 @@ class LayerStream:
         *,
         device: torch.device | str = "cpu",
         spill: Spill | None = None,
+        quick: bool = False,
         last: str | None = None,
         keep_results: bool = False,
     ) -> None:
@@ -102,6 +112,7 @@ class LayerStream:
         self.inputs = inputs
         self.device = torch.device(device)
         self.spill = spill
+        self.quick = quick
         self.last = last
         self.keep_results = keep_results
         self.results: list[Any] = []
@@ -141,6 +152,7 @@ class LayerStream:
                 calls=[lane.call for lane in lanes if lane.call is not None],
                 device=self.device,
                 spill=self.spill,
+                quick=self.quick,
             )
             yield window
             if path == self.last:

@@ -128,12 +128,12 @@ class Session:
     def _run_layers(self, parts: Parts) -> None:
         numbers = {path: index for index, path in enumerate(self.layers)}
         last = next(reversed(self.layers))
-        teacher = LayerStream(parts, self.batches, device=self.device, spill=self._spill(), last=last)
+        teacher = self._stream(parts, last)
         student = shadows = None
         if self.refit:
             target_class = type(self.anatomy.target_model)
             student = StudentParts(parts, target_class, self.anatomy.target_config, self.dtype)
-            shadows = LayerStream(student, self.batches, device=self.device, spill=self._spill(), last=last)
+            shadows = self._stream(student, last)
         with ExitStack() as stack:
             windows = stack.enter_context(closing(iter(teacher)))
             beside = stack.enter_context(closing(iter(shadows))) if shadows else None
@@ -145,6 +145,9 @@ class Session:
                 if shadow is not None and student is not None:
                     shadow.run()
                     student.release(shadow.path)  # or the source's old layer would live on beside its next one
+
+    def _stream(self, parts: Parts, last: str) -> LayerStream:
+        return LayerStream(parts, self.batches, device=self.device, spill=self._spill(), quick=True, last=last)
 
     def _one_layer(
         self, index: int, window: LayerWindow, student: StudentParts | None, shadow: LayerWindow | None

@@ -188,7 +188,7 @@ def test_steps_in_bfloat16_come_as_far(
     names, spoilt, record, _ = observed(case("llama"), tokens)
     after = {}
     for quick in (False, True):
-        monkeypatch.setattr("gqa_convert.calibrate.descent.has_bfloat16", lambda kind, quick=quick: quick)
+        monkeypatch.setattr("gqa_convert.calibrate.quick.has_bfloat16", lambda kind, quick=quick: quick)
         options = RefitOptions(steps=60)
         state, report = refit_block(spoilt, names.module, names, record.calls, record.outputs, options)
         assert all(tensor.dtype == torch.float32 for tensor in state.values())

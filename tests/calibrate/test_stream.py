@@ -48,6 +48,24 @@ def test_streamed_is_plain(model_type: str, saved: Callable[..., Saved]) -> None
         assert difference(seen.logits, logits(source.model, each)) < 1e-6
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_quicker_arithmetic_is_bfloat16s_within_and_float32_between(
+    model_type: str, saved: Callable[..., Saved], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_convert.calibrate.quick.has_bfloat16", lambda kind: True)
+    source = saved(model_type, **FAMILIES[model_type])
+    parts, _ = open_parts(source.source, dtype=torch.float32)
+    inputs = [text_inputs(source.model, seed=1, batch=2)]
+    seen: dict[bool, list[torch.Tensor]] = {}
+    for quick in (False, True):
+        seen[quick] = []
+        for window in LayerStream(parts, inputs, quick=quick):
+            (out,) = window.run()
+            seen[quick].append(out[0] if isinstance(out, tuple) else out)
+    assert {x.dtype for x in seen[True]} == {torch.float32}
+    assert 1e-6 < difference(seen[True][0], seen[False][0]) < 2e-2
+
+
 def test_every_window_has_the_true_hidden_states(saved: Callable[..., Saved]) -> None:
     source = saved("llama", num_layers=3)
     inputs = [text_inputs(source.model, seed=seed) for seed in (0, 1)]
