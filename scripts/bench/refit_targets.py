@@ -18,9 +18,10 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from heal_quality import named
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gqa_convert.calibrate.descent import DescentOptions, held_out, schedule, tensor_lr
+from gqa_convert.calibrate.quick import quick_products
 from gqa_convert.calibrate.tokens import calibration_tokens
 
 
@@ -48,6 +51,10 @@ class Row:
         steps: of each layer, as a multiple of the usual ones.
         solved: o is solved for by least squares before the first step, and at so many looks at the held-out windows
             (six in a descent, the last one after its end).
+        together: so many layers are trained at once towards the last one's output, for as many steps as one takes.
+        forced: layers are given what the original's layers before give, not what the fitted ones do.
+        maps: weight of the divergence of attention's weights (KL, mean over queries and heads) beside the error.
+        mlp: the MLP's last matrix is trained too.
     """
 
     drift: float = 0.0
@@ -56,6 +63,10 @@ class Row:
     token: float = 0.0
     steps: float = 1.0
     solved: tuple[int, ...] = ()
+    together: int = 1
+    forced: bool = False
+    maps: float = 0.0
+    mlp: bool = False
 
 
 ROWS = {
@@ -68,7 +79,17 @@ ROWS = {
     "metric .5": Row(metric=0.5),
     "by token": Row(token=1.0),
     "the layer's output": Row(whole=True, drift=1.0),
+    "the layer's output, MLP trained too": Row(whole=True, drift=1.0, mlp=True),
+    "two layers together": Row(whole=True, drift=1.0, together=2),
+    "two layers together, twice the steps": Row(whole=True, drift=1.0, together=2, steps=2.0),
+    "four layers together": Row(whole=True, drift=1.0, together=4),
+    "four layers together, four times the steps": Row(whole=True, drift=1.0, together=4, steps=4.0),
+    "two layers together, on the original's stream": Row(whole=True, together=2, forced=True),
+    "on the original's stream": Row(forced=True),
+    "attention's weights too": Row(maps=0.1),
+    "attention's weights above all": Row(maps=1.0),
     "three times the steps": Row(steps=3.0),
+    "ten times the steps": Row(steps=10.0),
     "o solved first": Row(solved=(0,)),
     "o solved last": Row(solved=(6,)),
     "o solved at every look": Row(solved=(0, 1, 2, 3, 4, 5, 6)),
@@ -162,15 +183,38 @@ class Trial:
             handle.remove()
         return sums
 
-    def call(self, layer: nn.Module, input_NTX: Tensor, whole: bool = True) -> Tensor:
-        """The output of a layer, or of its attention."""
+    def call(self, layers: Sequence[Any], input_NTX: Tensor, whole: bool = True) -> Tensor:
+        """The output of the last of some layers in a row, or of the attention of a single one."""
         if not whole:
-            normed = layer.input_layernorm(input_NTX)  # type: ignore[operator]
-            out = layer.self_attn(normed, position_embeddings=self.rotary, attention_mask=None)  # type: ignore[operator]
-            result: Tensor = out[0]
+            (layer,) = layers
+            normed = layer.input_layernorm(input_NTX)
+            result: Tensor = layer.self_attn(normed, position_embeddings=self.rotary, attention_mask=None)[0]
             return result
-        whole_out: Tensor = layer(input_NTX, position_embeddings=self.rotary, attention_mask=None)
-        return whole_out
+        result = input_NTX
+        for layer in layers:
+            result = layer(result, position_embeddings=self.rotary, attention_mask=None)
+        return result
+
+    def weights(self, layer: Any, input_NTX: Tensor) -> Tensor:
+        """Log of the attention weights of a layer, (N, heads, T, T)."""
+        normed, attention = layer.input_layernorm(input_NTX), layer.self_attn
+        q, k = (
+            part(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for part in (attention.q_proj, attention.k_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *self.rotary)
+        scores: Tensor = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * attention.scaling
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(later, -1e9).log_softmax(-1)
+
+    def apart(
+        self, student: Any, here_NTX: Tensor, teacher: Any, there_NTX: Tensor, times: float, chosen: list[int]
+    ) -> Tensor:
+        """So many times the KL of a layer's attention weights from the original's, mean over queries and heads."""
+        with torch.no_grad():
+            true = self.weights(teacher, there_NTX[chosen])
+        seen = self.weights(student, here_NTX[chosen])
+        return times * (true.exp() * (true - seen)).sum(-1).mean()
 
     @torch.no_grad()
     def solve_o(self, layer: Any, chosen: list[int], input_NTX: Tensor, target_NTX: Tensor) -> None:
@@ -182,7 +226,7 @@ class Trial:
         for first in range(0, len(chosen), 4):
             seen.clear()
             windows = chosen[first : first + 4]
-            self.call(layer, input_NTX[windows], whole=False)
+            self.call([layer], input_NTX[windows], whole=False)
             square += seen[0].T @ seen[0]
             mixed += seen[0].T @ target_NTX[windows].flatten(0, 1)
         handle.remove()
@@ -190,24 +234,27 @@ class Trial:
         layer.self_attn.o_proj.weight.copy_(torch.linalg.solve(square, mixed).T)
 
     @torch.no_grad()
-    def all_windows(self, layer: nn.Module, input_NTX: Tensor, whole: bool = True) -> Tensor:
+    def all_windows(self, layers: Sequence[Any], input_NTX: Tensor, whole: bool = True) -> Tensor:
         """`call`, four windows at a time."""
-        return torch.cat([self.call(layer, part, whole) for part in input_NTX.split(4)])
+        return torch.cat([self.call(layers, part, whole) for part in input_NTX.split(4)])
 
     def fit(self, row: Row) -> list[nn.Module]:
-        """Fit the first layers one after the other."""
+        """Fit the first layers one after the other, or some at once."""
         here_NTX = there_NTX = self.embedded_NTX
-        fitted = []
-        for i, merged in enumerate(self.merged):
-            layer, teacher = deepcopy(merged), self.original.model.layers[i]
-            target_NTX = self.all_windows(teacher, there_NTX, row.whole)
+        fitted: list[nn.Module] = []
+        for i in range(0, len(self.merged), row.together):
+            layers = [deepcopy(merged) for merged in self.merged[i : i + row.together]]
+            teachers = list(self.original.model.layers[i : i + row.together])
+            given_NTX = there_NTX if row.forced else here_NTX
+            target_NTX = self.all_windows(teachers, there_NTX, row.whole)
             if row.whole:
-                target_NTX = target_NTX - there_NTX  # what the layer adds, as attention's output is what it adds
-            target_NTX = target_NTX + row.drift * (there_NTX - here_NTX)
+                target_NTX = target_NTX - there_NTX  # what layers add, as attention's output is what it adds
+            target_NTX = target_NTX + row.drift * (there_NTX - given_NTX)
             measure = self._measure(row, i, target_NTX)
-            descend(layer, row, self.args.steps, here_NTX, target_NTX, measure, self)
-            here_NTX, there_NTX = self.all_windows(layer, here_NTX), self.all_windows(teacher, there_NTX)
-            fitted.append(layer)
+            beside = partial(self.apart, layers[0], given_NTX, teachers[0], there_NTX, row.maps) if row.maps else None
+            descend(layers, row, self.args.steps, given_NTX, target_NTX, measure, self, beside)
+            here_NTX, there_NTX = self.all_windows(layers, here_NTX), self.all_windows(teachers, there_NTX)
+            fitted += layers
         return fitted
 
     def _measure(self, row: Row, i: int, target_NTX: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -248,19 +295,23 @@ class Trial:
 
 
 def descend(
-    layer: nn.Module,
+    layers: list[Any],
     row: Row,
     steps: int,
     input_NTX: Tensor,
     target_NTX: Tensor,
     measure: Callable[[Tensor, Tensor], Tensor],
     trial: Trial,
+    beside: Callable[[list[int]], Tensor] | None = None,
 ) -> None:
-    """Train q, k, v and o of a layer as `calibrate.descent` does: 2,048 tokens a step, the best of six looks."""
+    """Train q, k, v and o of layers as `calibrate.descent` does: 2,048 tokens a step, the best of six looks."""
     options = DescentOptions(steps=round(steps * row.steps))
-    attention: Any = layer.self_attn
-    layer.requires_grad_(False)
-    parts = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    parts = []
+    for layer in layers:
+        layer.requires_grad_(False)
+        attention = layer.self_attn
+        parts += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        parts += [layer.mlp.down_proj] if row.mlp else []
     weights = [part.weight.requires_grad_() for part in parts]
     groups = [{"params": [w], "lr": tensor_lr(w, w, options)} for w in weights]
     peaks = [float(group["lr"]) for group in groups]  # type: ignore[arg-type]
@@ -271,7 +322,7 @@ def descend(
     order: list[int] = []
 
     def error(chosen: list[int]) -> Tensor:
-        added = trial.call(layer, input_NTX[chosen], row.whole)
+        added = trial.call(layers, input_NTX[chosen], row.whole)
         if row.whole:
             added = added - input_NTX[chosen]
         return measure(added - target_NTX[chosen], target_NTX[chosen])
@@ -284,11 +335,12 @@ def descend(
             with torch.no_grad():
                 now = float(error(check))
                 if look in row.solved:
-                    before = weights[-1].clone()
-                    trial.solve_o(layer, train, input_NTX, target_NTX)
+                    o = layers[0].self_attn.o_proj.weight
+                    before = o.clone()
+                    trial.solve_o(layers[0], train, input_NTX, target_NTX)
                     solved = float(error(check))
                     if solved > now:
-                        weights[-1].copy_(before)
+                        o.copy_(before)
                     now = min(now, solved)
             if now < best:
                 best, kept = now, [w.detach().clone() for w in weights]
@@ -300,12 +352,17 @@ def descend(
         for group, peak in zip(optimiser.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step, options)
         optimiser.zero_grad(set_to_none=True)
-        error(chosen).backward()
+        with quick_products("cpu"):
+            loss = error(chosen)
+            if beside is not None:
+                loss = loss + beside(chosen)
+        loss.backward()
         optimiser.step()
     with torch.no_grad():
         for weight, value in zip(weights, kept, strict=True):
             weight.copy_(value)
-    layer.requires_grad_(False)
+    for layer in layers:
+        layer.requires_grad_(False)
 
 
 if __name__ == "__main__":
