@@ -31,15 +31,19 @@ def quick_products(device: torch.device | str) -> AbstractContextManager[Any]:
             self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             kwargs = kwargs or {}
-            if func not in products or args[0].dtype != torch.float32:
+            if func not in products or next(iter((*args, *kwargs.values()))).dtype != torch.float32:
                 return func(*args, **kwargs)
-            return func(*map(_rounded, args), **{name: _rounded(x) for name, x in kwargs.items()}).float()
+            rounded = {name: _rounded(x, bounded=name == "attn_mask") for name, x in kwargs.items()}
+            return func(*map(_rounded, args[:3]), *(_rounded(x, bounded=True) for x in args[3:]), **rounded).float()
 
     return QuickProducts()
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, *, bounded: bool = False) -> Any:
+    """In bfloat16; a mask's least float32 is beyond its range, and ends at its bound (`bounded`), not in infinity."""
     import torch
 
-    quick = isinstance(value, torch.Tensor) and value.dtype == torch.float32
-    return value.bfloat16() if quick else value
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        return value
+    most = torch.finfo(torch.bfloat16).max
+    return (value.clamp(-most, most) if bounded else value).bfloat16()
